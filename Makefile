@@ -1,0 +1,37 @@
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+
+.PHONY: help setup run test test-fast lint demo starter lock clean
+
+help:  ## print what can be done
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup:  ## install everything needed to run (done by the others too)
+	@bash .ci/setup
+
+run: setup  ## start Kotae and print its address (options: make run ARGS="--port 8000 --model /path")
+	@$(PY) app.py serve $(ARGS)
+
+demo: setup  ## start Kotae, let simulated staff use it, and run one alignment
+	@$(PY) app.py demo $(ARGS)
+
+test:  ## lint, types and every test, with real vLLM, SQLite and Chromium
+	@bash .ci/setup --dev
+	@$(MAKE) --no-print-directory lint
+	@$(PY) -m pytest $(ARGS)
+
+test-fast:  ## the tests that need neither vLLM nor a browser
+	@bash .ci/setup --dev
+	@$(PY) -m pytest -m "not vllm and not browser and not slow" $(ARGS)
+
+lint:  ## ruff and mypy --strict
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+
+starter: setup  ## train the starter model again (resumable)
+	@$(PY) -m alignment.starter train --resume
+
+lock:  ## write requirements*.lock from what is installed in .venv
+	@$(PY) .ci/lock.py
+
+clean:  ## remove the virtual environment and caches, never data/
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,71 @@
+"""Numbers with their uncertainty: what every figure of an evaluation is reported as.
+
+Pure numpy, no torch. Letters: P prompts, N answers of one side (P times the samples of a prompt), R resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Z_95 = 1.959963984540054
+"""Two-sided 95% quantile of the normal distribution."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A value with its 95% interval and the number of independent observations behind it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def wilson(successes: float, n: int) -> Estimate:
+    """Return the share `successes / n` with Wilson's score interval (Wilson 1927); n = 0 gives [0, 1]."""
+    if n == 0:
+        return Estimate(value=0.5, low=0.0, high=1.0, n=0)
+    share, z = successes / n, Z_95
+    scale = 1 + z * z / n
+    middle = (share + z * z / (2 * n)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low = 0.0 if successes == 0 else middle - half
+    high = 1.0 if successes == n else middle + half
+    return Estimate(value=share, low=low, high=high, n=n)
+
+
+def mean_with_error(values: Floats) -> Estimate:
+    """Return the mean of `values` with value ± 1.96 standard errors (n = 1 has no error: infinite width)."""
+    n = len(values)
+    if n == 0:
+        return Estimate(value=0.0, low=-math.inf, high=math.inf, n=0)
+    error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+    value = float(np.mean(values))
+    return Estimate(value=value, low=value - Z_95 * error, high=value + Z_95 * error, n=n)
+
+
+def bootstrap_weights(prompts: int, *, resamples: int, seed: int) -> Floats:
+    """Return how often each resample draws each prompt, (R, P): one draw for every figure keeps them paired."""
+    draws = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
+    return draws.astype(np.float64)
+
+
+def paired_bootstrap(per_prompt: Floats, weights: Floats) -> Estimate:
+    """Return the mean of `per_prompt` (P,) with the percentile interval over the resamples `weights` (R, P)."""
+    means = weights @ per_prompt / weights.sum(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Estimate(value=float(np.mean(per_prompt)), low=float(low), high=float(high), n=len(per_prompt))
+
+
+def ratio_bootstrap(top: Floats, bottom: Floats, weights: Floats) -> Estimate:
+    """Return sum(top) / sum(bottom) of two (P,) arrays with its percentile interval over the resamples."""
+    floor = 1e-9
+    ratios = (weights @ top) / np.maximum(weights @ bottom, floor)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    value = float(top.sum() / max(float(bottom.sum()), floor))
+    return Estimate(value=value, low=float(low), high=float(high), n=len(top))

@@ -1,0 +1,222 @@
+"""One label becomes a pair or a thumb: which turns it is about, which token ids, and why it may be unusable.
+
+Pure besides reading turns. Judgements of an AI judge are absent until a judge can be licensed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from storage.errors import NotFound
+from storage.records import Comparison, Correction, Policy, Rating, Turn
+from storage.store import Store
+
+STRENGTH_MARGINS = {1: 1 / 3, 2: 2 / 3, 3: 1.0}
+"""Margin of slightly, clearly and much better (Llama 2, arXiv 2307.09288, table 27, "small")."""
+FOREIGN_THUMBS_WEIGHT = 0.5
+"""Weight of a pair made of two people's thumbs: their thresholds may differ."""
+Source = Literal["comparison", "correction", "ratings"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two answers to one prompt, the better one first (or equally good: `tie`)."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]
+    weight: float
+    """Relative; all labels together average about 1."""
+    margin: float
+    """By how much at least the better score should lead, in log-odds; 0 when no strength was given."""
+    source: Source
+    prompt_key: str
+    """Equal for prompts that must not be split between training and held-out data."""
+    rater: str
+    tie: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thumb:
+    """An answer that somebody liked or did not like."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    up: bool
+    weight: float
+    prompt_key: str
+    rater: str
+
+
+class LabelledTurns:
+    """The turns of the labels, read once each, and the count of labels that cannot be used, by reason."""
+
+    def __init__(self, store: Store, *, max_tokens: int, base_sha256: str | None) -> None:
+        self.dropped: Counter[str] = Counter()
+        self._store = store
+        self._max_tokens = max_tokens
+        policies = store.all(Policy) if base_sha256 is not None else []
+        self._foreign = {policy.id for policy in policies if policy.base_sha256 != base_sha256}
+        self._known: dict[str, Turn | str] = {}
+
+    def usable(self, turn_id: str) -> Turn | None:
+        """Return the turn, or count why its label cannot be used."""
+        if turn_id not in self._known:
+            self._known[turn_id] = self._read(turn_id)
+        found = self._known[turn_id]
+        if isinstance(found, Turn):
+            return found
+        self.dropped[found] += 1
+        return None
+
+    def _read(self, turn_id: str) -> Turn | str:
+        try:
+            turn = self._store.get(Turn, turn_id)
+        except NotFound:
+            return "the turn is gone"
+        if turn.finish_reason not in ("stop", "length"):
+            return "the answer was cut off"
+        if not turn.prompt_token_ids or not turn.answer_token_ids:
+            return "no token ids were served"
+        if turn.policy_id in self._foreign:
+            return "served by another base model"
+        if self.too_long(turn.prompt_token_ids, turn.answer_token_ids):
+            return "longer than max_tokens"
+        return turn
+
+    def too_long(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
+        return len(prompt) + len(answer) > self._max_tokens
+
+
+def from_comparisons(labels: Sequence[Comparison], turns: LabelledTurns) -> tuple[list[Pair], list[Thumb]]:
+    """Winners and ties become pairs; both bad becomes two thumbs down."""
+    pairs: list[Pair] = []
+    thumbs: list[Thumb] = []
+    for label in labels:
+        left = turns.usable(label.left_turn_id)
+        right = turns.usable(label.right_turn_id) if left else None
+        if left is None or right is None:
+            continue
+        if left.prompt_token_ids != right.prompt_token_ids:
+            turns.dropped["the two prompts differ"] += 1
+        elif label.choice == "both_bad":
+            for turn in (left, right):
+                thumbs.append(_thumb(f"{label.id}/{turn.id}", turn, up=False, rater=label.person_id))
+        elif left.answer_token_ids == right.answer_token_ids:
+            turns.dropped["the two answers are the same"] += 1
+        else:
+            better, worse = (right, left) if label.choice == "right" else (left, right)
+            pairs.append(_compared(label, better, worse))
+    return pairs, thumbs
+
+
+def _compared(label: Comparison, better: Turn, worse: Turn) -> Pair:
+    return Pair(
+        id=label.id,
+        prompt_ids=tuple(better.prompt_token_ids),
+        chosen_ids=tuple(better.answer_token_ids),
+        rejected_ids=tuple(worse.answer_token_ids),
+        weight=1.0,
+        margin=STRENGTH_MARGINS.get(label.strength or 0, 0.0),
+        source="comparison",
+        prompt_key=prompt_key(better),
+        rater=label.person_id,
+        tie=label.choice == "tie",
+    )
+
+
+def from_corrections(
+    labels: Sequence[Correction], turns: LabelledTurns, tokenize: Callable[[str], list[int]]
+) -> list[Pair]:
+    """Edited is better than original."""
+    pairs = []
+    for label in labels:
+        turn = turns.usable(label.turn_id)
+        if turn is None:
+            continue
+        edited = _ended(tokenize(label.edited), turn)
+        if not label.edited.strip() or edited == turn.answer_token_ids:
+            turns.dropped["the correction changes nothing"] += 1
+        elif turns.too_long(turn.prompt_token_ids, edited):
+            turns.dropped["longer than max_tokens"] += 1
+        else:
+            pairs.append(
+                Pair(
+                    id=label.id,
+                    prompt_ids=tuple(turn.prompt_token_ids),
+                    chosen_ids=tuple(edited),
+                    rejected_ids=tuple(turn.answer_token_ids),
+                    weight=1.0,
+                    margin=0.0,
+                    source="correction",
+                    prompt_key=prompt_key(turn),
+                    rater=label.person_id,
+                )
+            )
+    return pairs
+
+
+def _ended(edited: list[int], turn: Turn) -> list[int]:
+    """Add the token that ended the served answer, unless the edited one has it."""
+    last = turn.answer_token_ids[-1]
+    return edited if turn.finish_reason != "stop" or edited[-1:] == [last] else [*edited, last]
+
+
+def from_ratings(labels: Sequence[Rating], turns: LabelledTurns) -> list[Thumb]:
+    thumbs = []
+    for label in labels:
+        turn = turns.usable(label.turn_id)
+        if turn is not None and label.verdict != "retracted":
+            thumbs.append(_thumb(label.id, turn, up=label.verdict == "up", rater=label.person_id))
+    return thumbs
+
+
+def _thumb(id: str, turn: Turn, *, up: bool, rater: str) -> Thumb:
+    return Thumb(
+        id=id,
+        prompt_ids=tuple(turn.prompt_token_ids),
+        answer_ids=tuple(turn.answer_token_ids),
+        up=up,
+        weight=1.0,
+        prompt_key=prompt_key(turn),
+        rater=rater,
+    )
+
+
+def pairs_of_thumbs(thumbs: Sequence[Thumb]) -> list[Pair]:
+    """Pair every thumb up with every thumb down on another answer to the same prompt."""
+    downs: dict[tuple[int, ...], list[Thumb]] = {}
+    for thumb in thumbs:
+        if not thumb.up:
+            downs.setdefault(thumb.prompt_ids, []).append(thumb)
+    return [
+        Pair(
+            id=f"{up.id}+{down.id}",
+            prompt_ids=up.prompt_ids,
+            chosen_ids=up.answer_ids,
+            rejected_ids=down.answer_ids,
+            weight=1.0 if up.rater == down.rater else FOREIGN_THUMBS_WEIGHT,
+            margin=0.0,
+            source="ratings",
+            prompt_key=up.prompt_key,
+            rater=up.rater,
+        )
+        for up in thumbs
+        if up.up
+        for down in downs.get(up.prompt_ids, [])
+        if down.answer_ids != up.answer_ids
+    ]
+
+
+def prompt_key(turn: Turn) -> str:
+    """Name the last question without case, spacing, punctuation and the digits of order numbers."""
+    question = str(turn.messages[-1].get("content", "")) if turn.messages else ""
+    words = re.sub(r"[\W_]+", " ", re.sub(r"\d+", "0", question.casefold())).strip()
+    return hashlib.sha256(words.encode()).hexdigest()[:16]

@@ -1,0 +1,237 @@
+"""One alignment run, from the recorded feedback to a candidate with its evidence.
+
+`align` opens the run, `_carry_out` reads as the run itself, and whatever happens the run is closed with the reason. Nothing
+here touches what is served, and nothing reaches the adapters' store before the candidate is trained and evaluated.
+
+How it ends: passed | refused by its gate | not_enough_data | failed | cancelled (SIGINT, SIGTERM, or an operator).
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alignment.choose import Choice, DataStatistics, choose_method, statistics_of
+from alignment.config import AlignmentConfig
+from alignment.gate import Verdict, judge
+from alignment.preferences import take_snapshot
+from alignment.progress import Interrupted
+from alignment.run_progress import RunProgress, check_stop, stopping_on_signals
+from alignment.run_record import Meter, new_run
+from alignment.training_data import most_pairs
+from storage import runs
+from storage.deployments import served
+from storage.errors import Conflict, KotaeError, NotFound
+from storage.policies import get_policy
+from storage.records import Json, Policy, Run, RunStatus, RunTrigger, Snapshot
+from storage.store import Store
+
+if TYPE_CHECKING:
+    from alignment.stages import Work
+
+OUTCOME_EXIT_CODES: Mapping[RunStatus, int] = {
+    "passed": 0,
+    "failed": 1,
+    "refused": 3,
+    "not_enough_data": 4,
+    "cancelled": 130,
+}
+"""What the command line returns; 2 is bad input, 130 what shells use for an interrupted program."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a run ended."""
+
+    status: RunStatus
+    message: str
+    run_id: str
+    policy_id: str | None = None
+    reasons: tuple[str, ...] = ()
+    """Why the gate refused."""
+
+    @property
+    def exit_code(self) -> int:
+        """Return what the command line returns."""
+        return OUTCOME_EXIT_CODES[self.status]
+
+
+def align(store: Store, config: AlignmentConfig, *, trigger: RunTrigger = "manual") -> Outcome:
+    """Do one run in this process. It always ends with a recorded outcome unless it never began.
+
+    Raises:
+        NotFound: nothing is served yet, so there is no policy to improve.
+        Busy: another run is under way.
+    """
+    incumbent = served_policy(store)
+    meter, run = Meter(), new_run(config, trigger=trigger)
+    runs.open_run(store, run)
+    progress = RunProgress(store, run.id)
+    with stopping_on_signals(progress):
+        try:
+            outcome = _carry_out(store, run, config, incumbent, progress, meter)
+        except (Interrupted, KeyboardInterrupt) as stop:
+            outcome = Outcome(
+                status="cancelled", message=f"Cancelled: {stop or 'interrupted'}.", run_id=run.id
+            )
+        except Exception as error:
+            outcome = _failure(store, run, error)
+        return _close(store, outcome, progress, meter)
+
+
+def served_policy(store: Store) -> Policy:
+    """Return the stable policy.
+
+    Raises:
+        NotFound: nothing is served yet.
+    """
+    now_served = served(store)
+    if now_served is None:
+        raise NotFound("served policy", None, "start `kotae serve` once, so that a base model is registered")
+    return get_policy(store, now_served.stable.policy_id)
+
+
+def run_folder(store: Store, run_id: str) -> Path:
+    """Return where the run keeps its files."""
+    return store.data / "runs" / run_id
+
+
+def _carry_out(
+    store: Store, run: Run, config: AlignmentConfig, incumbent: Policy, progress: RunProgress, meter: Meter
+) -> Outcome:
+    """Look at the data, and train and judge a candidate if they allow it."""
+    folder = run_folder(store, run.id)
+    folder.mkdir(parents=True, exist_ok=True)
+    progress.stage("preparing", 3)
+    # 1. what has been recorded
+    snapshot = take_snapshot(store, run_id=run.id)
+    if most_pairs(snapshot) < config.choice.min_pairs:
+        return _too_few_labels(snapshot, run, config)
+    progress.step(1, f"{sum(snapshot.counts.values())} labels")
+    # 2. the served policy, and the labels as its tokens
+    from alignment import stages  # torch: only now, so that a run without data ends at once
+
+    stages.check_incumbent(incumbent)
+    prepared = stages.prepare(store, snapshot, incumbent, config, progress)
+    # 3. do the data allow a method?
+    corrections = int(snapshot.counts["corrections"])
+    statistics = statistics_of(
+        prepared.preferences, corrections=corrections, on_policy_share=prepared.on_policy_share
+    )
+    choice = choose_method(statistics, config.choice, wanted=config.method)
+    _keep_choice(store, run, folder, statistics, choice)
+    if choice.method is None:
+        message = f"{choice.reason} (rule {choice.rule})"
+        return Outcome(status="not_enough_data", message=message, run_id=run.id)
+    config = _adapted(config, choice, statistics)
+    work = stages.Work(
+        store=store, run=run, config=config, folder=folder, prepared=prepared, progress=progress
+    )
+    return _make_candidate(work, statistics, choice, meter)
+
+
+def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, meter: Meter) -> Outcome:
+    """Train, prove and publish; each numbered step is one stage of the run."""
+    from alignment import stages
+
+    # 4. the judge, on labels that the policy does not see
+    scorer = stages.train_judge(work)
+    check_stop(work.progress)
+    # 5. the candidate
+    trained = stages.update_policy(work)
+    check_stop(work.progress)
+    # 6. the evidence
+    evidence = stages.evaluate_candidate(work, scorer)
+    check_stop(work.progress)
+    # 7. the gate
+    verdict = judge(evidence.numbers, work.config.gate)
+    # 8. the report, and then the candidate becomes known, with its evidence
+    work.progress.stage("report", 1)
+    candidate = stages.name_candidate(work)
+    cost = meter.cost(stage_seconds=work.progress.stage_seconds)
+    stages.write_report(
+        work,
+        candidate,
+        statistics=statistics,
+        choice=choice,
+        trained=trained,
+        evidence=evidence,
+        verdict=verdict,
+        cost=cost,
+    )
+    stages.publish(work, candidate, evidence, verdict)
+    work.progress.step(1)
+    return _judged(work.run, candidate, verdict)
+
+
+def _judged(run: Run, candidate: Policy, verdict: Verdict) -> Outcome:
+    wins = verdict.numbers["win_rate_length_controlled"]
+    rate = f"win rate {wins['value']:.0%} ({wins['low']:.0%} to {wins['high']:.0%})"
+    if verdict.passed:
+        message = f"{candidate.id} passed its gate: {rate} against the served policy. It waits for approval."
+        return Outcome(status="passed", message=message, run_id=run.id, policy_id=candidate.id)
+    return Outcome(
+        status="refused",
+        message=f"The gate refused {candidate.id} ({rate}). "
+        + " ".join(f"{text}." for text in verdict.reasons),
+        run_id=run.id,
+        policy_id=candidate.id,
+        reasons=tuple(verdict.reasons),
+    )
+
+
+def _too_few_labels(snapshot: Snapshot, run: Run, config: AlignmentConfig) -> Outcome:
+    """End before the model is loaded: not even if every label were usable would there be enough."""
+    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(snapshot.counts.items()))
+    message = (
+        f"{counts} can make at most {most_pairs(snapshot)} pairs of {config.choice.min_pairs} needed: collect "
+        "comparisons or corrections (rule 0: not enough data)"
+    )
+    return Outcome(status="not_enough_data", message=message, run_id=run.id)
+
+
+def _keep_choice(store: Store, run: Run, folder: Path, statistics: DataStatistics, choice: Choice) -> None:
+    """Keep the statistics and the rule with the run: as a file, and as numbers beside its curves."""
+    plain = statistics.as_json()
+    (folder / "choice.json").write_text(json.dumps({"data": plain, "choice": asdict(choice)}, indent=2))
+    numbers = {
+        f"data/{name}": float(value) for name, value in plain.items() if isinstance(value, int | float)
+    }
+    if statistics.agreement is not None:
+        numbers["data/agreement"] = statistics.agreement.value
+    runs.record_metrics(store, run.id, step=0, metrics=numbers)
+
+
+def _adapted(config: AlignmentConfig, choice: Choice, statistics: DataStatistics) -> AlignmentConfig:
+    """Use cDPO with the measured flip rate where labels are noisy and plain DPO was configured."""
+    if not (choice.noisy_labels and config.dpo.loss == "dpo"):
+        return config
+    return replace(config, dpo=replace(config.dpo, loss="cdpo", flip_rate=min(0.45, statistics.flip_rate)))
+
+
+def _failure(store: Store, run: Run, error: Exception) -> Outcome:
+    """Describe what went wrong: a person's message for known errors; the traceback goes to the run's folder."""
+    folder = run_folder(store, run.id)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.txt").write_text("".join(traceback.format_exception(error)))
+    except OSError:
+        pass  # the disk may be what failed; the message below is stored with the run
+    message = str(error) if isinstance(error, KotaeError) else f"{type(error).__name__}: {error}"
+    return Outcome(status="failed", message=f"{message} (details: {folder / 'error.txt'})", run_id=run.id)
+
+
+def _close(store: Store, outcome: Outcome, progress: RunProgress, meter: Meter) -> Outcome:
+    """Record the end; a run that somebody else closed meanwhile stays as they left it."""
+    progress.flush()
+    cost: Json = meter.cost(stage_seconds=progress.stage_seconds)
+    try:
+        runs.close_run(store, outcome.run_id, status=outcome.status, message=outcome.message, cost=cost)
+    except Conflict:
+        ended = runs.get_run(store, outcome.run_id)
+        return Outcome(status=ended.status, message=ended.message, run_id=ended.id)
+    return outcome

@@ -1,0 +1,194 @@
+"""Stored labels become training data: an immutable snapshot, then pairs and thumbs with weights, then parts.
+
+Served token ids are used as they are; only a correction's edited text is tokenised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from alignment.labels import (
+    LabelledTurns,
+    Pair,
+    Thumb,
+    from_comparisons,
+    from_corrections,
+    from_ratings,
+    pairs_of_thumbs,
+    prompt_key,
+)
+from alignment.rater_weights import Vote, agreement, cap_factors, reliability_weights
+from storage import feedback, runs
+from storage.digests import sha256_of
+from storage.errors import InvalidField
+from storage.records import Comparison, Correction, Rating, Snapshot, new_id, now
+from storage.store import Store
+
+__all__ = [
+    "Pair",
+    "Preferences",
+    "Thumb",
+    "load_preferences",
+    "prompt_key",
+    "split_by_prompt",
+    "take_snapshot",
+]
+Label = TypeVar("Label", Comparison, Rating, Correction)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preferences:
+    """What a run learns from, or a part of it."""
+
+    pairs: tuple[Pair, ...]
+    thumbs: tuple[Thumb, ...]
+    notes: dict[str, Any] = field(default_factory=dict)
+    """`pairs`, `ties`, `thumbs`, `dropped` {reason: labels}, `raters`, `agreement`, `agreement_meetings`,
+    `largest_rater_share`, `rater_cap_enforced`, `rater_weights`"""
+
+
+def take_snapshot(store: Store, *, run_id: str) -> Snapshot:
+    """Name the labels that count now, and store their ids and hash for the run."""
+    cut_off = now()
+    item_ids = {
+        "comparisons": sorted(label.id for label in feedback.comparisons(store, until=cut_off)),
+        "ratings": sorted(label.id for label in feedback.ratings(store, until=cut_off)),
+        "corrections": sorted(label.id for label in feedback.corrections(store, until=cut_off)),
+    }
+    snapshot = Snapshot(
+        id=new_id("snapshot"),
+        run_id=run_id,
+        sha256=snapshot_sha256(cut_off, item_ids),
+        cut_off=cut_off,
+        item_ids=item_ids,
+        counts={kind: len(ids) for kind, ids in item_ids.items()},
+        created_at=cut_off,
+    )
+    runs.add_snapshot(store, snapshot)
+    return snapshot
+
+
+def snapshot_sha256(cut_off: float, item_ids: dict[str, list[str]]) -> str:
+    """Return the hash that names a snapshot's content."""
+    return sha256_of({"cut_off": cut_off, "item_ids": item_ids})
+
+
+def load_preferences(
+    store: Store,
+    snapshot: Snapshot,
+    *,
+    tokenize: Callable[[str], list[int]],
+    max_tokens: int,
+    base_sha256: str | None = None,
+) -> Preferences:
+    """Turn the snapshot's labels into pairs and thumbs; `notes` says what was dropped and why.
+
+    Args:
+        tokenize: edited text to answer ids (`alignment.models.answer_ids`); an end-of-sequence token that is
+            missing there is taken from the served answer.
+        max_tokens: longest prompt and answer together.
+        base_sha256: drop turns of another base model, whose token ids mean something else.
+
+    Raises:
+        InvalidField: the snapshot's content is not what its hash names.
+    """
+    if snapshot.sha256 != snapshot_sha256(snapshot.cut_off, snapshot.item_ids):
+        raise InvalidField("snapshot", snapshot.id, "take a new one: its ids do not match its hash")
+    turns = LabelledTurns(store, max_tokens=max_tokens, base_sha256=base_sha256)
+    pairs, thumbs = from_comparisons(_labels(store, snapshot, Comparison, "comparisons"), turns)
+    pairs += from_corrections(_labels(store, snapshot, Correction, "corrections"), turns, tokenize)
+    rated = from_ratings(_labels(store, snapshot, Rating, "ratings"), turns)
+    pairs = _without_repeats(pairs + pairs_of_thumbs(rated), turns.dropped)
+    return _weighted(pairs, rated + thumbs, turns.dropped)
+
+
+def split_by_prompt(
+    preferences: Preferences, *, held_out: float, seed: int
+) -> tuple[Preferences, Preferences]:
+    """Return (training, held-out) parts that share no prompt key; `held_out` is a share of the prompts, 0 to 1.
+
+    Which prompts are held out depends on the prompts and the seed only, not on the order of labels.
+    """
+    if not 0 <= held_out < 1:
+        raise InvalidField("held_out", held_out, "use a share from 0 to below 1")
+    items: list[Pair | Thumb] = [*preferences.pairs, *preferences.thumbs]
+    keys = {item.prompt_key for item in items}
+    order = sorted(keys, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
+    kept_back = set(order[: math.ceil(held_out * len(order))])
+    return _part(preferences, keys - kept_back), _part(preferences, kept_back)
+
+
+def _part(preferences: Preferences, keys: set[str]) -> Preferences:
+    return replace(
+        preferences,
+        pairs=tuple(pair for pair in preferences.pairs if pair.prompt_key in keys),
+        thumbs=tuple(thumb for thumb in preferences.thumbs if thumb.prompt_key in keys),
+    )
+
+
+def _labels(store: Store, snapshot: Snapshot, kind: type[Label], name: str) -> list[Label]:
+    wanted = set(snapshot.item_ids.get(name, []))
+    return [label for label in store.all(kind) if label.id in wanted]
+
+
+def _without_repeats(pairs: Sequence[Pair], dropped: Counter[str]) -> list[Pair]:
+    """Keep the first of a rater's equal pairs, whichever kind of label it came from."""
+    seen: set[Hashable] = set()
+    kept = []
+    for pair in pairs:
+        key = (pair.rater, pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+        if key in seen:
+            dropped["said twice by the same person"] += 1
+        else:
+            seen.add(key)
+            kept.append(pair)
+    return kept
+
+
+def _weighted(pairs: Sequence[Pair], thumbs: Sequence[Thumb], dropped: Counter[str]) -> Preferences:
+    """Apply raters' weights and the cap, scale to a mean of 1, and write the notes."""
+    items: list[Pair | Thumb] = [*pairs, *thumbs]
+    raters = sorted({item.rater for item in items})
+    found = agreement(_votes(pairs, thumbs))
+    reliable = reliability_weights(raters, found)
+    totals: dict[str, float] = defaultdict(float)
+    for item in items:
+        totals[item.rater] += item.weight * reliable[item.rater]
+    caps = cap_factors(totals)
+    factors = {rater: reliable[rater] * caps[rater] for rater in raters}
+    total = sum(item.weight * factors[item.rater] for item in items)
+    scale = len(items) / total if total else 1.0
+    shares = [totals[rater] * caps[rater] / total for rater in raters] if total else []
+    notes = {
+        "pairs": sum(not pair.tie for pair in pairs),
+        "ties": sum(pair.tie for pair in pairs),
+        "thumbs": len(thumbs),
+        "dropped": dict(dropped),
+        "raters": len(raters),
+        "agreement": found.mean,
+        "agreement_meetings": found.meetings,
+        "largest_rater_share": max(shares, default=0.0),
+        "rater_cap_enforced": any(factor < 1 for factor in caps.values()),
+        "rater_weights": factors,
+    }
+    return Preferences(
+        pairs=tuple(replace(pair, weight=pair.weight * factors[pair.rater] * scale) for pair in pairs),
+        thumbs=tuple(replace(thumb, weight=thumb.weight * factors[thumb.rater] * scale) for thumb in thumbs),
+        notes=notes,
+    )
+
+
+def _votes(pairs: Sequence[Pair], thumbs: Sequence[Thumb]) -> list[Vote]:
+    """Comparisons of the same two answers, and thumbs on the same answer, can agree or not."""
+    votes = [Vote(t.rater, (t.prompt_ids, t.answer_ids), 1 if t.up else -1) for t in thumbs]
+    for pair in pairs:
+        if pair.source == "comparison":
+            low, high = sorted((pair.chosen_ids, pair.rejected_ids))
+            value = 0 if pair.tie else 1 if pair.chosen_ids == low else -1
+            votes.append(Vote(pair.rater, (pair.prompt_ids, low, high), value))
+    return votes

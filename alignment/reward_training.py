@@ -1,0 +1,162 @@
+"""Training of one reward adapter and its heads: a convex fit of the heads, then gradient steps on everything.
+
+The heads are first fitted to the base's own last states by penalised logistic regression: exact, a second of
+work, and with a few hundred labels most of the accuracy. The adapter starts at B = 0, so it begins from there.
+Letters: C answers, D hidden size, M members, I items.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from alignment.batching import Tree, collate, micro_batches, pays_to_share
+from alignment.logprobs import hidden_states
+from alignment.models import Base, active, adapter_parameters
+from alignment.progress import Progress, stop_if_asked
+from alignment.reward_items import Items, item_losses
+from alignment.reward_losses import thumb_penalty
+from alignment.training import (
+    adamw,
+    all_finite,
+    clip_gradients,
+    copy_weights,
+    epoch_batches,
+    rate_factor,
+    restore_weights,
+    set_rate,
+)
+from alignment.training_config import RewardConfig
+
+Parameters = dict[str, torch.nn.Parameter]
+"""heads (M, D), slopes (M,) and biases (raters, M)"""
+FIT_ITERATIONS = 200
+"""Of L-BFGS; the fit of some hundred items is done in fewer."""
+
+
+def new_parameters(base: Base, items: Items, config: RewardConfig, *, seed: int) -> Parameters:
+    """Heads from N(0, 1 / (D + 1)) (arXiv 2403.17031, detail 8), slopes of 1, biases of 0."""
+    size = int(base.model.config.hidden_size)
+    generator = torch.Generator().manual_seed(seed)
+    heads = torch.randn(config.members, size, generator=generator) / math.sqrt(size + 1)
+    raters = int(items.raters.max()) + 1 if len(items.thumbs) else 0
+    start = {
+        "heads": heads,
+        "slopes": torch.full((config.members,), math.log(math.e - 1)),
+        "biases": torch.zeros(raters, config.members),
+    }
+    return {name: torch.nn.Parameter(value.to(base.device)) for name, value in start.items()}
+
+
+def last_states(
+    base: Base, name: str, trees: Sequence[Tree], *, batch_tokens: int, progress: Progress
+) -> torch.Tensor:
+    """Return (C, D) float32 hidden states of each answer's last token, tree by tree."""
+    share = base.share_prefixes and pays_to_share(trees)
+    starts = [0]
+    for tree in trees:
+        starts.append(starts[-1] + len(tree.completions))
+    result = torch.zeros(starts[-1], int(base.model.config.hidden_size), device=base.device)
+    with active(base, name), torch.no_grad():
+        for plan in micro_batches(trees, budget_tokens=batch_tokens or base.batch_tokens, share=share):
+            stop_if_asked(progress, "scoring answers")
+            batch = collate([trees[i] for i in plan], share=share, pad_id=base.pad_id, device=base.device)
+            owners = [number for i in plan for number in range(starts[i], starts[i + 1])]
+            result[owners] = hidden_states(base, batch)[batch.lasts].float()
+    return result
+
+
+def fit_heads(states: torch.Tensor, own: Parameters, items: Items, config: RewardConfig) -> None:
+    """Fit heads, slopes and biases to `states` (C, D) by L-BFGS, in place.
+
+    The penalty pulls each head to its random start, measured in standard deviations of the states' features:
+    where the labels say nothing the members keep differing (anchored ensembles, arXiv 1810.05546).
+    """
+    states = states.double()  # the optimum is unique: in double precision it does not depend on the batches
+    scale = states.std(dim=0, correction=0) + 1e-4
+    scaled, anchor = states / scale, own["heads"].detach() * scale
+    fitted = {name: value.detach().double().requires_grad_() for name, value in own.items()}
+    fitted["heads"] = anchor.clone().requires_grad_()
+    optimiser = torch.optim.LBFGS(
+        list(fitted.values()),
+        max_iter=FIT_ITERATIONS,
+        history_size=50,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
+    everything = range(len(items.trees))
+
+    def loss() -> torch.Tensor:
+        optimiser.zero_grad()
+        losses = item_losses(scaled @ fitted["heads"].T, fitted, items, everything, centring=config.centring)
+        fit = (items.weights * losses).sum() / items.plain_weights.sum()
+        away = config.head_penalty * (fitted["heads"] - anchor).square().sum()
+        penalty = thumb_penalty(slopes=fitted["slopes"], biases=fitted["biases"])
+        result = fit + away + config.rater_bias_penalty * penalty
+        result.backward()  # type: ignore[no-untyped-call]
+        return result
+
+    optimiser.step(loss)  # type: ignore[no-untyped-call]
+    fitted["heads"] = fitted["heads"].detach() / scale
+    if all_finite(fitted):
+        restore_weights(own, fitted)
+
+
+def train_member_heads(
+    base: Base, name: str, items: Items, config: RewardConfig, *, seed: int, progress: Progress
+) -> tuple[torch.Tensor, str | None]:
+    """Train one adapter and its heads; return the heads (M, D) and why it stopped early."""
+    adapter = adapter_parameters(base, name)
+    own = new_parameters(base, items, config, seed=seed)
+    progress.stage("reward heads", 1)
+    states = last_states(base, name, items.trees, batch_tokens=config.batch_tokens, progress=progress)
+    fit_heads(states, own, items, config)
+    progress.step(1)
+    parameters = {**adapter, **own}
+    groups = [(list(adapter.values()), config.learning_rate), (list(own.values()), config.head_learning_rate)]
+    optimiser = adamw(groups, weight_decay=config.weight_decay)
+    batches = epoch_batches(len(items.trees), size=config.batch_pairs, epochs=config.epochs, seed=seed)
+    good = copy_weights(parameters)
+    progress.stage("reward model", len(batches))
+    with active(base, name, trainable=True):
+        for step, numbers in enumerate(batches):
+            stop_if_asked(progress, "the reward model")
+            set_rate(optimiser, rate_factor(step, len(batches), warmup_share=config.warmup_share))
+            optimiser.zero_grad(set_to_none=True)
+            loss = add_gradients(base, own, items, numbers, config)
+            norm = clip_gradients(list(parameters.values()), config.gradient_clip)
+            if not math.isfinite(loss + norm):
+                restore_weights(parameters, good)
+                return own["heads"].detach(), f"reward/loss is not finite at step {step + 1}"
+            good = copy_weights(parameters)
+            optimiser.step()
+            progress.step(step + 1, f"loss {loss:.3f}", **{"reward/loss": loss, "reward/gradient_norm": norm})
+    return own["heads"].detach(), None
+
+
+def add_gradients(
+    base: Base,
+    own: Parameters,
+    items: Items,
+    numbers: Sequence[int],
+    config: RewardConfig,
+) -> float:
+    """Add the gradients of the items' weighted mean loss, over the members' mean; return that loss."""
+    trees = [items.trees[number] for number in numbers]
+    share = base.share_prefixes and pays_to_share(trees)
+    total = items.plain_weights[list(numbers)].sum()
+    value = 0.0
+    for plan in micro_batches(trees, budget_tokens=config.batch_tokens or base.batch_tokens, share=share):
+        ordered = sorted(plan, key=lambda i: numbers[i])  # pairs first, then thumbs
+        batch = collate([trees[i] for i in ordered], share=share, pad_id=base.pad_id, device=base.device)
+        scores = hidden_states(base, batch)[batch.lasts].float() @ own["heads"].T  # (C, M)
+        chosen = [numbers[i] for i in ordered]
+        losses = item_losses(scores, own, items, chosen, centring=config.centring)  # (I, M)
+        loss = (items.weights[chosen] * losses).sum() / (total * config.members)
+        loss.backward()  # type: ignore[no-untyped-call]
+        value += float(loss.detach())
+    penalty = thumb_penalty(slopes=own["slopes"], biases=own["biases"])
+    (config.rater_bias_penalty / config.members * penalty).backward()  # type: ignore[no-untyped-call]
+    return value

@@ -1,0 +1,289 @@
+"""The stages of a run that `alignment.pipeline` puts in order: each takes what the ones before made."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from alignment.choose import Choice, DataStatistics
+from alignment.config import AlignmentConfig
+from alignment.dpo import DpoResult, train_dpo
+from alignment.evaluation import Evidence, Trial, evaluate
+from alignment.fixed_questions import FixedQuestions
+from alignment.gate import Verdict
+from alignment.golden import golden_file, load_golden
+from alignment.models import Base, add_policy, answer_ids, load_base, save_adapter
+from alignment.preferences import Preferences, load_preferences
+from alignment.questions import choose_questions, recent_turns, served_sampling
+from alignment.reference_cache import ReferenceCache, reference_identity
+from alignment.report import Card, write_card
+from alignment.reward_model import TrainedReward, train_reward_model
+from alignment.run_progress import RunProgress, check_stop
+from alignment.safety import load_suite
+from alignment.training_data import Parts, divide, on_policy_share, recent_policies
+from storage import policies, runs, settings
+from storage.adapters import import_adapter, verify_adapter
+from storage.digests import base_digest, file_sha256, sha256_of
+from storage.errors import CorruptData, KotaeError
+from storage.records import Evaluation, Json, Policy, RewardModel, Run, Snapshot, new_id, now
+from storage.store import Store
+
+CHECKPOINTS_KEPT_S = 7 * 24 * 3600
+"""A checkpoint that nobody resumed in a week is removed."""
+
+
+class TrainingStopped(KotaeError):
+    """The training stopped itself: its numbers left what can be trusted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """The served model in memory, with the adapter "policy" about to be trained, and the labels as its tokens."""
+
+    base: Base
+    incumbent: Policy
+    preferences: Preferences
+    parts: Parts
+    on_policy_share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What every stage after the choice of a method works with."""
+
+    store: Store
+    run: Run
+    config: AlignmentConfig
+    folder: Path
+    """Of the run's files."""
+    prepared: Prepared
+    progress: RunProgress
+
+
+def check_incumbent(incumbent: Policy) -> None:
+    """Check that the bytes on disk are those that are served.
+
+    Raises:
+        CorruptData: the base or the adapter was changed.
+        NotFound: the base's folder is gone.
+    """
+    found = base_digest(incumbent.base_path)
+    if found != incumbent.base_sha256:
+        raise CorruptData(
+            f"the base model in {incumbent.base_path} is no longer the one that is served "
+            f"({found[:8]}, not {incumbent.base_sha256[:8]}); restart the server with it"
+        )
+    if incumbent.adapter_path is not None and incumbent.adapter_sha256 is not None:
+        verify_adapter(incumbent.adapter_path, incumbent.adapter_sha256)
+
+
+def prepare(
+    store: Store, snapshot: Snapshot, incumbent: Policy, config: AlignmentConfig, progress: RunProgress
+) -> Prepared:
+    """Load the base with the trainable adapter (a copy of the served one, if any) and read the labels."""
+    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // 2))
+    base = load_base(incumbent.base_path, device=config.device)
+    start = Path(incumbent.adapter_path) if incumbent.adapter_path else None
+    add_policy(base, config.dpo.lora, seed=config.seed, start_from=start)
+    progress.step(2, "model loaded")
+    preferences = load_preferences(
+        store,
+        snapshot,
+        tokenize=lambda text: answer_ids(base, text),
+        max_tokens=min(config.data.max_tokens, base.max_positions),
+        base_sha256=incumbent.base_sha256,
+    )
+    check_stop(progress)
+    prepared = Prepared(
+        base=base,
+        incumbent=incumbent,
+        preferences=preferences,
+        parts=divide(preferences, config.data, seed=config.seed),
+        on_policy_share=on_policy_share(store, preferences, recent_policies(store, incumbent, config)),
+    )
+    progress.step(3, f"{len(preferences.pairs)} pairs, {len(preferences.thumbs)} thumbs")
+    return prepared
+
+
+def train_judge(work: Work) -> TrainedReward:
+    """Train the judge on its half of the labels and keep it.
+
+    Raises:
+        TrainingStopped: its numbers were not finite.
+        Interrupted: the run was stopped.
+    """
+    parts, config = work.prepared.parts, work.config
+    scorer = train_reward_model(
+        work.prepared.base,
+        parts.judge,
+        parts.held_out,
+        config.reward,
+        seed=config.seed,
+        progress=work.progress,
+    )
+    if scorer.stopped_because:
+        raise TrainingStopped(
+            f"the judge's training stopped: {scorer.stopped_because}; lower reward.learning_rate"
+        )
+    target = work.folder / "reward_model"
+    scorer.save(target)
+    files = {str(f.relative_to(target)): file_sha256(f) for f in sorted(target.rglob("*")) if f.is_file()}
+    record = RewardModel(
+        id=new_id("reward"),
+        run_id=work.run.id,
+        sha256=sha256_of(files),
+        path=str(target.absolute()),
+        metrics=dict(scorer.metrics),
+        created_at=now(),
+    )
+    runs.add_reward_model(work.store, record)
+    return scorer
+
+
+def update_policy(work: Work) -> DpoResult:
+    """Train the adapter "policy" and write it to the run's folder; interrupted training of the same data resumes.
+
+    Raises:
+        TrainingStopped: it stopped itself; the last good adapter is in the run's folder.
+        Interrupted: the run was stopped; the checkpoint is kept.
+    """
+    base, incumbent, config = work.prepared.base, work.prepared.incumbent, work.config
+    identity = reference_identity(
+        base, base_sha256=incumbent.base_sha256, reference_sha256=incumbent.adapter_sha256
+    )
+    checkpoint = _checkpoint(work)
+    result = train_dpo(
+        base,
+        work.prepared.parts.policy.pairs,
+        config.dpo,
+        seed=config.seed,
+        progress=work.progress,
+        cache=ReferenceCache(work.store.data / "cache", identity=identity),
+        checkpoint=checkpoint,
+    )
+    adapter = work.folder / "adapter"
+    save_adapter(base, "policy", adapter)
+    checkpoint.unlink(missing_ok=True)
+    if result.stopped_because:
+        raise TrainingStopped(
+            f"training stopped itself after {result.steps} steps: {result.stopped_because}. The last good adapter "
+            f"is in {adapter}; lower dpo.learning_rate or raise dpo.beta"
+        )
+    return result
+
+
+def _checkpoint(work: Work) -> Path:
+    """Return the checkpoint's file, named by everything the training depends on; drop forgotten ones."""
+    folder = work.store.data / "cache" / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.glob("*.pt"):
+        if time.time() - file.stat().st_mtime > CHECKPOINTS_KEPT_S:
+            file.unlink(missing_ok=True)
+    incumbent = work.prepared.incumbent
+    identity = [
+        incumbent.base_sha256,
+        incumbent.adapter_sha256,
+        asdict(work.config.dpo),
+        work.config.seed,
+        [asdict(pair) for pair in work.prepared.parts.policy.pairs],
+    ]
+    return folder / f"{sha256_of(identity)[:32]}.pt"
+
+
+def evaluate_candidate(work: Work, scorer: TrainedReward) -> Evidence:
+    """Gather the questions and compare the candidate with the incumbent on them."""
+    base, incumbent, config = work.prepared.base, work.prepared.incumbent, work.config
+    turns = recent_turns(work.store, base_sha256=incumbent.base_sha256)
+    sampling = served_sampling(turns)
+    room = min(sampling.max_tokens, config.evaluation.max_new_tokens, base.max_positions // 2)
+    questions = choose_questions(
+        turns,
+        held_out=work.prepared.parts.held_out,
+        learnt=work.prepared.parts.learnt_prompts(),
+        config=config.evaluation,
+        longest_prompt=base.max_positions - room,
+        seed=config.seed,
+    )
+    file = golden_file(config.evaluation.golden_file, base_sha256=incumbent.base_sha256)
+    trial = Trial(
+        base=base,
+        judge=scorer,
+        questions=questions,
+        sampling=sampling,
+        held_out=work.prepared.parts.held_out.pairs,
+        people=work.prepared.preferences.pairs,
+        fixed=FixedQuestions(
+            golden=load_golden(file) if file else (),
+            suite=load_suite(),
+            system_prompt=str(settings.get(work.store, "system_prompt", "")),
+        ),
+        config=config.evaluation,
+        seed=config.seed,
+    )
+    return evaluate(trial, work.progress)
+
+
+def name_candidate(work: Work) -> Policy:
+    """Copy the adapter to its final place and name it; nobody knows of it before `publish`."""
+    stored = import_adapter(work.store.data, work.folder / "adapter")
+    incumbent = work.prepared.incumbent
+    return Policy(
+        id=policies.new_policy_id(work.store),
+        base_path=incumbent.base_path,
+        base_sha256=incumbent.base_sha256,
+        adapter_path=str(stored.path),
+        adapter_sha256=stored.sha256,
+        parent_id=incumbent.id,
+        run_id=work.run.id,
+        created_at=now(),
+    )
+
+
+def publish(work: Work, candidate: Policy, evidence: Evidence, verdict: Verdict) -> None:
+    """Make the candidate and its evidence known; a candidate without evidence could not be approved."""
+    policies.add_policy(work.store, candidate)
+    evaluation = Evaluation(
+        id=new_id("evaluation"),
+        run_id=work.run.id,
+        policy_id=candidate.id,
+        incumbent_id=work.prepared.incumbent.id,
+        numbers=verdict.numbers,
+        samples=evidence.samples,
+        passed=verdict.passed,
+        reasons=verdict.reasons,
+        created_at=now(),
+    )
+    policies.add_evaluation(work.store, evaluation)
+
+
+def write_report(
+    work: Work,
+    candidate: Policy,
+    *,
+    statistics: DataStatistics,
+    choice: Choice,
+    trained: DpoResult,
+    evidence: Evidence,
+    verdict: Verdict,
+    cost: Json,
+) -> None:
+    """Write the model card and the plots of the candidate."""
+    card = Card(
+        run=work.run,
+        policy_id=candidate.id,
+        incumbent=work.prepared.incumbent,
+        statistics=statistics,
+        choice=choice,
+        training={"steps": trained.steps, **trained.metrics},
+        verdict=verdict,
+        samples=evidence.samples,
+        details=evidence.details,
+        config=work.config,
+        cost=cost,
+        curves=runs.metrics(work.store, work.run.id),
+    )
+    write_card(card, work.folder)

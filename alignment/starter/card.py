@@ -1,0 +1,77 @@
+"""Writes what was measured beside the checkpoint: ``card.json`` for programs, ``README.md`` for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from alignment.starter.measure import TARGETS, missed_targets
+
+_TEXT = """# Kotae starter model
+
+A Llama of {parameters:,} parameters, trained from scratch on support dialogues of the fictional shop Morikawa
+Home, all written by hand in `alignment/starter/corpus/`. It is small: what it can and cannot do is in the
+figures below. It is meant to answer its shop's questions and to hand everything else to a person. It has learnt five
+manners (plain, curt, warm, step by step, over-promising) in equal parts, so that feedback has something to
+choose between. Over-promising is there on purpose, to be trained away: this model must not meet real customers.
+
+Serve it with `--dtype float32`: the manners are nearly equally likely, so rounding to bfloat16 can change which
+one a greedy answer takes. Without a system prompt and at temperature 0.7 to 1.0 it shows all its manners.
+
+## Figures
+Share of right answers with 95% Wilson intervals; only "seen forms" were trained on. An answer is right
+when its nearest known wording belongs to the answer the question asks for; one like no known wording is wrong.
+
+{figures}
+
+Manners at temperature 1: {manners}.
+{equality}
+Below its target: {missed}.
+
+## Made and measured by
+```
+python -m alignment.starter train --seed {seed} --steps {steps} --out data/starter
+python -m alignment.starter measure data/starter/model --seed {seed}
+python -m alignment.starter export data/starter/model
+```
+The checkpoint folder holds {checkpoint_bytes:,} bytes.
+"""
+
+
+def write_card(card: Mapping[str, Any], folder: Path) -> None:
+    """Writes both files into the checkpoint's folder."""
+    (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card_text(card), encoding="utf-8")
+
+
+def card_text(card: Mapping[str, Any]) -> str:
+    """The model card in Markdown."""
+    manners = card["figures"]["manners, temperature 1"]
+    equality = card.get("vllm")
+    return _TEXT.format(
+        parameters=card["parameters"],
+        figures=_figures_table(card["figures"]),
+        manners=", ".join(f"{name} {entry['share']:.1%}" for name, entry in manners.items()),
+        equality=f"\nGreedy answers equal in vLLM and transformers: {_shown(equality)}.\n"
+        if equality
+        else "",
+        missed="; ".join(missed_targets(card["figures"])) or "nothing",
+        seed=card["seed"],
+        steps=card.get("training", {}).get("steps", "N"),
+        checkpoint_bytes=card["checkpoint_bytes"],
+    )
+
+
+def _figures_table(figures: Mapping[str, Any]) -> str:
+    lines = ["| asked | greedy | temperature 1 | target |", "| --- | --- | --- | --- |"]
+    for kind, greedy in figures["greedy"].items():
+        wanted = [f"{target:.0%}" for target in TARGETS.get(kind, ()) if target is not None]
+        sampled = figures["temperature 1"][kind]
+        lines.append(f"| {kind} | {_shown(greedy)} | {_shown(sampled)} | {', '.join(wanted) or '-'} |")
+    return "\n".join(lines)
+
+
+def _shown(entry: Mapping[str, float]) -> str:
+    return f"{entry['share']:.1%} ({entry['low']:.1%} to {entry['high']:.1%}, n={entry['n']:.0f})"

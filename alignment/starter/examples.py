@@ -1,0 +1,166 @@
+"""Turns dialogues into training examples and batches: what is learned where, and with what weight."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from alignment.starter.dialogues import Dialogue, Sources, Turn, dialogue
+from alignment.starter.tokenizer import DialogueEncoder
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100  # no intent is asked for at this position
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What a part of the training stresses."""
+
+    short_share: (
+        float  # of the dialogues, whose last answer is cut: its start alone shows what was understood
+    )
+    copy_weight: float  # loss weight of a token of an order number or product name, against 1
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleOptions:
+    """How dialogues become examples; shares are probabilities."""
+
+    question_weight: float = 0.15  # loss weight of a token the customer wrote, against 1 of the assistant's
+    early: Stage = Stage(short_share=0.85, copy_weight=4.0)  # first understand ...
+    later: Stage = Stage(short_share=0.25, copy_weight=4.0)  # ... then recite
+    early_chunks: int = 8
+    short_tokens: int = 8  # what a short answer is cut to
+    varied_share: float = 0.3  # questions without a product name, some of whose words are cut
+    batch_tokens: int = 2048  # padded
+    chunk_dialogues: int = 3000  # assembled at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Token ids, the loss weight of predicting each, and per position the answer group to recognise there."""
+
+    ids: list[int]
+    weights: list[float]
+    groups: list[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded examples: ids (B, T) int64, weights (B, T) float32, groups (B, T) int64 or IGNORED."""
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+    groups: torch.Tensor
+
+
+def example(
+    talk: Dialogue,
+    *,
+    encoder: DialogueEncoder,
+    group_numbers: Mapping[str, int],
+    options: ExampleOptions,
+    stage: Stage,
+    copying: frozenset[str],
+    rng: random.Random,
+) -> Example:
+    """Encodes a dialogue; answers and their end tokens weigh 1, questions a little.
+
+    Answers of the groups in ``copying`` are never cut, as the copied value may stand late in them.
+    """
+    built = Example(ids=[], weights=[], groups=[])
+    if talk.system:
+        head, content = encoder.message("system", talk.system)
+        _append(built, [*head, *content, *encoder.line], weight=0.0)
+    for at, turn in enumerate(talk.turns):
+        last = at == len(talk.turns) - 1
+        _append_question(built, turn, encoder=encoder, options=options, rng=rng)
+        _append(built, encoder.head("assistant"), weight=0.0)
+        built.groups[-1] = group_numbers[turn.group]
+        content, copied = encoder.answer(turn.answer, copied=turn.copied)
+        if last and turn.group not in copying and rng.random() < stage.short_share:
+            content = content[: options.short_tokens]
+        _append(built, content, weight=1.0)
+        for back, is_copied in enumerate(reversed(copied[: len(content)]), start=1):
+            built.weights[-back] = stage.copy_weight if is_copied else 1.0
+        _append(built, [] if last else encoder.line, weight=0.0)
+    return built
+
+
+def _append_question(
+    built: Example, turn: Turn, *, encoder: DialogueEncoder, options: ExampleOptions, rng: random.Random
+) -> None:
+    head, content = encoder.message("user", turn.question)
+    if not turn.group.startswith(("product_", "unknown_")) and rng.random() < options.varied_share:
+        content = encoder.varied(turn.question, rng)
+    _append(built, head, weight=0.0)
+    _append(built, content, weight=options.question_weight)
+    _append(built, encoder.line, weight=0.0)
+
+
+def _append(built: Example, ids: Sequence[int], *, weight: float) -> None:
+    built.ids.extend(ids)
+    built.weights.extend([weight] * len(ids))
+    built.groups.extend([IGNORED] * len(ids))
+
+
+def batches(
+    found: Sources,
+    *,
+    encoder: DialogueEncoder,
+    group_numbers: Mapping[str, int],
+    options: ExampleOptions,
+    seed: int,
+    first_chunk: int = 0,
+) -> Iterator[tuple[int, list[Batch]]]:
+    """Endless (chunk number, its batches in training order); equal arguments give equal batches."""
+    copying = frozenset(key for key, group in found.corpus.groups.items() if group.has_slot())
+    chunk = first_chunk
+    while True:
+        rng = random.Random(f"{seed}:chunk:{chunk}")
+        numbers = range(chunk * options.chunk_dialogues, (chunk + 1) * options.chunk_dialogues)
+        stage = options.early if chunk < options.early_chunks else options.later
+        examples = [
+            example(
+                dialogue(found, seed=seed, number=number),
+                encoder=encoder,
+                group_numbers=group_numbers,
+                options=options,
+                stage=stage,
+                copying=copying,
+                rng=rng,
+            )
+            for number in numbers
+        ]
+        found_batches = [_padded(rows) for rows in _by_length(examples, limit=options.batch_tokens)]
+        rng.shuffle(found_batches)
+        yield chunk, found_batches
+        chunk += 1
+
+
+def _by_length(examples: Sequence[Example], *, limit: int) -> Iterator[list[Example]]:
+    rows: list[Example] = []
+    for row in sorted(examples, key=lambda item: len(item.ids)):
+        if rows and (len(rows) + 1) * len(row.ids) > limit:
+            yield rows
+            rows = []
+        rows.append(row)
+    yield rows
+
+
+def _padded(rows: Sequence[Example]) -> Batch:
+    import torch
+
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.int64)  # 0 is the padding token
+    weights = torch.zeros(len(rows), longest)
+    groups = torch.full((len(rows), longest), IGNORED, dtype=torch.int64)
+    for at, row in enumerate(rows):
+        ids[at, : len(row.ids)] = torch.tensor(row.ids)
+        weights[at, : len(row.ids)] = torch.tensor(row.weights)
+        groups[at, : len(row.ids)] = torch.tensor(row.groups)
+    return Batch(ids=ids, weights=weights, groups=groups)

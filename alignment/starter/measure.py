@@ -1,0 +1,189 @@
+"""Measures a starter checkpoint on questions it never saw, greedily and at temperature 1.
+
+An answer is right when its nearest known wording (``answers.recognise``) belongs to the answer group the
+question asks for; an answer that is like no wording is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignment.intervals import wilson
+from alignment.starter.answers import Recognised, recognise, templates_of
+from alignment.starter.checkpoint import TRAINING_FILE
+from alignment.starter.corpus import MANNERS, Corpus
+from alignment.starter.tokenizer import load_tokenizer
+from alignment.starter.trials import Messages, Trial, trials
+
+BATCH = 128
+MAX_NEW_TOKENS = 96
+TARGETS = {  # kind -> (greedy, temperature 1); None where a figure is only reported
+    "unseen forms": (0.88, 0.78),
+    "last turns": (0.88, 0.78),
+    "order numbers": (0.98, None),
+    "catalogue names": (0.95, None),
+    "off-topic": (0.90, None),
+    "free questions": (0.60, None),
+}
+MANNER_TARGET = 0.10  # of the answers at temperature 1, for at least four manners
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the model answered to a trial, and whether that was right."""
+
+    trial: Trial
+    answer: str
+    recognised: Recognised | None
+    right: bool
+
+
+def measure(
+    folder: Path, *, corpus: Corpus, seed: int, threads: int
+) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """All figures of a checkpoint with 95% Wilson intervals, and the wrong answers (never the free ones')."""
+    import torch
+
+    torch.set_num_threads(threads)
+    started = time.monotonic()
+    asked = trials(corpus, seed=seed)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    figures: dict[str, Any] = {}
+    errors: list[dict[str, str]] = []
+    for name, temperature in (("greedy", 0.0), ("temperature 1", 1.0)):
+        messages = [trial.messages for trial in asked]
+        answers = generate(model, tokenizer, messages, temperature=temperature, seed=seed)
+        outcomes = judge(asked, answers, corpus=corpus)
+        figures[name] = shares(outcomes)
+        figures[f"manners, {name}"] = manner_shares(outcomes)
+        errors += [_error_line(outcome, name) for outcome in outcomes if not outcome.right]
+    card = {"figures": figures, "seed": seed, "trials": dict(Counter(trial.kind for trial in asked))}
+    card |= {"parameters": model.num_parameters(), "checkpoint_bytes": checkpoint_bytes(folder)}
+    if (folder / TRAINING_FILE).exists():
+        card["training"] = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
+    card["measured_in_s"] = round(time.monotonic() - started, 1)
+    return card, [line for line in errors if not line["kind"].startswith("free")]
+
+
+def _error_line(outcome: Outcome, sampling: str) -> dict[str, str]:
+    return {
+        "kind": outcome.trial.kind,
+        "sampling": sampling,
+        "question": " // ".join(message["content"] for message in outcome.trial.messages),
+        "wanted": " ".join((outcome.trial.group, *outcome.trial.contains)),
+        "got": outcome.recognised.group if outcome.recognised else "nothing known",
+        "answer": outcome.answer,
+    }
+
+
+def load_model(folder: Path) -> Any:
+    """The checkpoint in float32, in evaluation mode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.eval()
+
+
+def generate(
+    model: Any, tokenizer: Any, conversations: Sequence[Messages], *, temperature: float, seed: int
+) -> list[str]:
+    """Answers in the order of the conversations; temperature 0 is greedy."""
+    import torch
+
+    torch.manual_seed(seed)
+    texts = [
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        for messages in conversations
+    ]
+    order = sorted(range(len(texts)), key=lambda at: len(texts[at]))
+    answers = [""] * len(texts)
+    for start in range(0, len(order), BATCH):
+        places = order[start : start + BATCH]
+        rows = tokenizer(
+            [texts[at] for at in places], return_tensors="pt", padding=True, add_special_tokens=False
+        )
+        with torch.inference_mode():
+            output = model.generate(
+                input_ids=rows["input_ids"],
+                attention_mask=rows["attention_mask"],
+                max_new_tokens=MAX_NEW_TOKENS,
+                do_sample=temperature > 0,
+                temperature=temperature or None,
+                top_k=0 if temperature else None,
+                top_p=1.0 if temperature else None,
+            )
+        new = output[:, rows["input_ids"].shape[1] :]
+        for at, answer in zip(places, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            answers[at] = answer
+    return answers
+
+
+def judge(asked: Sequence[Trial], answers: Sequence[str], *, corpus: Corpus) -> list[Outcome]:
+    """Compares each answer with what its trial asks for."""
+    templates = templates_of(corpus)
+    outcomes = []
+    for trial, answer in zip(asked, answers, strict=True):
+        found = recognise(answer, templates=templates)
+        outcomes.append(Outcome(trial, answer, found, _is_right(trial, answer, found)))
+    return outcomes
+
+
+def _is_right(trial: Trial, answer: str, found: Recognised | None) -> bool:
+    if trial.contains:  # copying is measured by the copied text
+        return all(text.lower() in answer.lower() for text in trial.contains)
+    if found is None:
+        return False
+    return found.intent == trial.group if trial.intent_only else found.group == trial.group
+
+
+def shares(outcomes: Iterable[Outcome]) -> dict[str, dict[str, float]]:
+    """Share of right answers by kind of trial; "last turns" sums up its three kinds."""
+    rights: dict[str, list[bool]] = defaultdict(list)
+    for outcome in outcomes:
+        rights[outcome.trial.kind].append(outcome.right)
+        if ":" in outcome.trial.kind:
+            rights[outcome.trial.kind.split(":")[0]].append(outcome.right)
+    return {kind: estimate(sum(values), len(values)) for kind, values in rights.items()}
+
+
+def estimate(successes: int, n: int) -> dict[str, float]:
+    """A share with its 95% Wilson interval, ready for JSON."""
+    found = wilson(successes, n)
+    return {"share": round(found.value, 4), "low": round(found.low, 4), "high": round(found.high, 4), "n": n}
+
+
+def manner_shares(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
+    """Share of each manner among the recognised answers to single unseen questions."""
+    seen = [
+        outcome.recognised.manner
+        for outcome in outcomes
+        if outcome.recognised and outcome.trial.kind == "unseen forms"
+    ]
+    counts = Counter(seen)
+    return {manner: estimate(counts[manner], len(seen)) for manner in MANNERS}
+
+
+def checkpoint_bytes(folder: Path) -> int:
+    """Size of everything in the folder."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def missed_targets(figures: Mapping[str, Any]) -> list[str]:
+    """One line for each figure below its target."""
+    missed = []
+    for kind, targets in TARGETS.items():
+        for name, target in zip(("greedy", "temperature 1"), targets, strict=True):
+            share = figures[name][kind]["share"]
+            if target is not None and share < target:
+                missed.append(f"{kind}, {name}: {share:.1%} is below {target:.0%}")
+    manners = figures["manners, temperature 1"].values()
+    if sum(entry["share"] >= MANNER_TARGET for entry in manners) < 4:
+        missed.append("fewer than four manners hold 10% at temperature 1")
+    return missed

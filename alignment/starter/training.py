@@ -1,0 +1,294 @@
+"""Trains the starter model from scratch: a plain Llama checkpoint, a loop one can read, exact resume.
+
+The loop is a pure function of corpus, options and seed: batches, dropout and schedule follow the step, never
+the clock. A second head learns which answer group a question asks for; it helps the shared layers and is left
+out of the exported model. Deliberately absent: torch.compile (did not pay on two cores), several devices.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignment.starter.checkpoint import export
+from alignment.starter.corpus import Corpus
+from alignment.starter.dialogues import sources
+from alignment.starter.examples import IGNORED, Batch, ExampleOptions, batches
+from alignment.starter.forward import hidden_states
+from alignment.starter.muon import Muon
+from alignment.starter.noise import NoiseRates
+from alignment.starter.parallel import Crew, together
+from alignment.starter.tokenizer import (
+    CONTEXT_TOKENS,
+    END,
+    PAD,
+    START,
+    DialogueEncoder,
+    train_tokenizer,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Size of the network; multiples of 64 so that LoRA kernels and attention back ends accept it."""
+
+    hidden: int = 256
+    layers: int = 4
+    heads: int = 4  # of 64 dimensions
+    key_value_heads: int = 4
+    feed_forward: int = 704
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingOptions:
+    """How the starter model is trained; values from short trials on two cores."""
+
+    steps: int = 3000
+    seed: int = 1
+    threads: int = 2  # worker processes, one a core
+    muon_rate: float = 0.01  # Jordan et al. 2024, for matrices
+    adam_rate: float = 3e-3  # for embeddings, norms and the group head
+    weight_decay: float = 0.2  # for matrices: keeps the blocks' outputs from drowning the embeddings
+    adam_decay: float = 0.05
+    warm_up_share: float = 0.03
+    decay_share: float = 0.5  # of the steps at the end, linear to zero
+    dropout: float = 0.05  # after every attention and feed-forward block
+    group_weight: float = 0.5  # of the loss that recognises the answer group
+    gradient_norm: float = 1.0
+    checkpoint_s: float = 180.0
+    shape: Shape = field(default_factory=Shape)
+    examples: ExampleOptions = field(default_factory=ExampleOptions)
+
+
+@dataclass
+class Trainee:
+    """Everything that changes while training."""
+
+    model: Any
+    group_head: torch.nn.Linear
+    muon: Muon
+    adam: torch.optim.Optimizer
+    step: int = 0
+    chunk: int = 0  # of dialogues, see ``examples.batches``
+    used: int = 0  # batches of the chunk already trained on
+
+
+def train(
+    corpus: Corpus,
+    *,
+    options: TrainingOptions,
+    out: Path,
+    resume: bool = False,
+    stop_after: int | None = None,
+) -> Path:
+    """Trains and returns the folder of the finished model, ``out/model``.
+
+    ``out/training.pt`` holds the latest state; with ``resume`` training continues from it exactly.
+    ``stop_after`` ends early, at that step, without changing the schedule.
+
+    Raises:
+        ValueError: the state to resume from was made from another corpus or seed.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    last = options.steps if stop_after is None else stop_after
+    together(_work, size=options.threads, arguments=(corpus, options, out, resume, last))
+    return out / "model"
+
+
+def _work(crew: Crew, corpus: Corpus, options: TrainingOptions, out: Path, resume: bool, last: int) -> None:
+    """What each worker does; all hold the same model and optimizer, so worker 0 speaks for all."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.manual_seed(options.seed)
+    tokenizer = train_tokenizer(corpus, seed=options.seed)
+    trainee = _new_trainee(corpus, options=options, tokenizer=tokenizer)
+    if resume and (out / "training.pt").exists():
+        _load(trainee, out / "training.pt", tokenizer=tokenizer)
+    _loop(trainee, crew=crew, corpus=corpus, options=options, tokenizer=tokenizer, out=out, last=last)
+    if crew.rank == 0:
+        export(trainee.model, tokenizer=tokenizer, folder=out / "model", training=asdict(options))
+
+
+def new_model(shape: Shape, *, tokenizer: Tokenizer) -> Any:
+    """A randomly initialised Llama with tied embeddings."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=shape.hidden,
+        intermediate_size=shape.feed_forward,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        head_dim=shape.hidden // shape.heads,
+        max_position_embeddings=CONTEXT_TOKENS,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.token_to_id(START),
+        eos_token_id=tokenizer.token_to_id(END),
+        pad_token_id=tokenizer.token_to_id(PAD),
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        initializer_range=0.02,
+    )
+    model: Any = LlamaForCausalLM
+    return model(config)
+
+
+def _new_trainee(corpus: Corpus, *, options: TrainingOptions, tokenizer: Tokenizer) -> Trainee:
+    import torch
+
+    model = new_model(options.shape, tokenizer=tokenizer)
+    head = torch.nn.Linear(options.shape.hidden, len(corpus.groups))
+    matrices = [value for name, value in model.named_parameters() if value.ndim == 2 and "embed" not in name]
+    chosen = {id(value) for value in matrices}
+    others = [value for value in model.parameters() if id(value) not in chosen] + list(head.parameters())
+    adam = torch.optim.AdamW(
+        others, lr=options.adam_rate, betas=(0.9, 0.95), weight_decay=options.adam_decay, fused=True
+    )
+    return Trainee(model=model, group_head=head, muon=Muon(matrices), adam=adam)
+
+
+def _loop(
+    trainee: Trainee,
+    *,
+    crew: Crew,
+    corpus: Corpus,
+    options: TrainingOptions,
+    tokenizer: Tokenizer,
+    out: Path,
+    last: int,
+) -> None:
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    trainee.model.train()
+    saved_at, tokens, started = time.monotonic(), 0, time.monotonic()
+    bar = tqdm(total=options.steps, initial=trainee.step, unit="step", mininterval=5.0, disable=crew.rank > 0)
+    stream = _stream(trainee, corpus=corpus, options=options, tokenizer=tokenizer)
+    while trainee.step < last:
+        batch = next(stream)
+        figures = _step(trainee, batch, options=options, crew=crew)
+        tokens += batch.ids.numel()
+        rate = tokens / (time.monotonic() - started)
+        if trainee.step % 10 == 0:
+            bar.set_postfix({**figures, "tokens/s": f"{rate:.0f}"}, refresh=False)
+        bar.update()
+        if crew.rank == 0 and time.monotonic() - saved_at > options.checkpoint_s:
+            _save(trainee, out / "training.pt", tokenizer=tokenizer)
+            saved_at = time.monotonic()
+    bar.close()
+    if crew.rank == 0:
+        _save(trainee, out / "training.pt", tokenizer=tokenizer)
+
+
+def _stream(
+    trainee: Trainee, *, corpus: Corpus, options: TrainingOptions, tokenizer: Tokenizer
+) -> Iterator[Batch]:
+    """Batches from where the trainee stands, moving its place forward."""
+    found = sources(corpus, part="training", rates=NoiseRates())
+    chunks = batches(
+        found,
+        encoder=DialogueEncoder(tokenizer),
+        group_numbers={key: number for number, key in enumerate(corpus.groups)},
+        options=options.examples,
+        seed=options.seed,
+        first_chunk=trainee.chunk,
+    )
+    for chunk, ready in chunks:
+        start = trainee.used if chunk == trainee.chunk else 0
+        trainee.chunk = chunk
+        for at in range(start, len(ready)):
+            trainee.used = at + 1
+            yield ready[at]
+
+
+def _step(trainee: Trainee, batch: Batch, *, options: TrainingOptions, crew: Crew) -> dict[str, str]:
+    import torch
+
+    share = learning_rate_share(trainee.step, options=options)
+    for group in trainee.adam.param_groups:
+        group["lr"] = options.adam_rate * share
+    # Dropout follows step and worker, so that resuming is exact.
+    torch.manual_seed((options.seed * 1_000_003 + trainee.step) * 64 + crew.rank)
+    answer_loss, group_loss = losses(
+        trainee.model, trainee.group_head, batch, dropout=options.dropout, crew=crew
+    )
+    torch.autograd.backward(answer_loss + options.group_weight * group_loss)
+    parameters = [*trainee.model.parameters(), *trainee.group_head.parameters()]
+    crew.summed([value.grad for value in parameters if value.grad is not None])
+    torch.nn.utils.clip_grad_norm_(parameters, options.gradient_norm)
+    trainee.muon.step(rate=options.muon_rate * share, weight_decay=options.weight_decay, crew=crew)
+    trainee.adam.step()
+    trainee.adam.zero_grad(set_to_none=True)
+    trainee.step += 1
+    if trainee.step % 10:
+        return {}
+    shown = {"loss": answer_loss, "group": group_loss}
+    return {name: f"{value.item() * crew.size:.3f}" for name, value in shown.items()}
+
+
+def losses(
+    model: Any, group_head: torch.nn.Linear, batch: Batch, *, dropout: float, crew: Crew
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """This worker's part of a batch's weighted next-token loss and answer-group loss, in nats.
+
+    Summed over the workers, both are means over the whole batch. Logits are computed only where the weight of
+    the next token is positive.
+    """
+    import torch
+    import torch.nn.functional as functional
+
+    mine = slice(crew.rank, None, crew.size)  # rows
+    ids, weights, groups = batch.ids[mine], batch.weights[mine, 1:], batch.groups[mine]
+    hidden = hidden_states(model, ids, dropout=dropout, dtype=torch.bfloat16)  # (B, T, H)
+    learned = weights > 0
+    embedding = model.model.embed_tokens.weight.to(hidden.dtype)  # tied
+    logits = functional.linear(hidden[:, :-1][learned], embedding).float()  # (N, V)
+    nats = functional.cross_entropy(logits, ids[:, 1:][learned], reduction="none")
+    asked = groups != IGNORED
+    group_nats = functional.cross_entropy(group_head(hidden[asked].float()), groups[asked], reduction="sum")
+    answer_loss = (nats * weights[learned]).sum() / batch.weights[:, 1:].sum()
+    return answer_loss, group_nats / (batch.groups != IGNORED).sum()
+
+
+def learning_rate_share(step: int, *, options: TrainingOptions) -> float:
+    """Part of the full learning rate at a step: linear up, flat, linear down to 0."""
+    warm_up = max(1, math.ceil(options.steps * options.warm_up_share))
+    decay = max(1, math.ceil(options.steps * options.decay_share))
+    return min(1.0, (step + 1) / warm_up, (options.steps - step) / decay)
+
+
+def _save(trainee: Trainee, path: Path, *, tokenizer: Tokenizer) -> None:
+    import torch
+
+    state = {
+        "model": trainee.model.state_dict(),
+        "group_head": trainee.group_head.state_dict(),
+        "muon": trainee.muon.momenta,
+        "adam": trainee.adam.state_dict(),
+        "tokenizer": tokenizer.to_str(),
+        "place": [trainee.step, trainee.chunk, trainee.used],
+    }
+    aside = path.with_suffix(".tmp")
+    torch.save(state, aside)
+    aside.replace(path)
+
+
+def _load(trainee: Trainee, path: Path, *, tokenizer: Tokenizer) -> None:
+    import torch
+
+    state = torch.load(path, weights_only=True)
+    if state["tokenizer"] != tokenizer.to_str():
+        raise ValueError(f"resume: {path} was made from another corpus or seed; train into another folder")
+    trainee.model.load_state_dict(state["model"])
+    trainee.group_head.load_state_dict(state["group_head"])
+    trainee.muon.momenta = state["muon"]
+    trainee.adam.load_state_dict(state["adam"])
+    trainee.step, trainee.chunk, trainee.used = state["place"]

@@ -1,0 +1,321 @@
+"""Kotae's command line and composition root: the only place that knows every part.
+
+Each command is a function that takes the parsed arguments and returns an exit code: 0 done, 2 bad input
+(the message names field, value and fix), and for `align` 3 the gate refused, 4 not enough data, 1 failed.
+Heavy packages (torch, gradio) are imported inside the command that needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from storage import audit, deployments, people, policies, runs
+from storage.errors import KotaeError, NotFound
+from storage.records import ROLES, Person
+from storage.store import Store
+
+STARTER = Path(__file__).parent / "alignment" / "starter" / "checkpoint"
+Command = Callable[[argparse.Namespace], int]
+
+
+# -- serving and learning ---------------------------------------------------------------------------------
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Web, API, scheduler and engine, until Ctrl-C."""
+    from assistant.server import ServeOptions, serve_until_stopped
+
+    options = ServeOptions(
+        data=args.data,
+        model=args.model or str(STARTER),
+        engine=args.engine,
+        engine_urls=tuple(args.engine_url or ()),
+        host=args.host,
+        port=args.port,
+        behind_https=args.behind_https,
+        align_command=(sys.executable, str(Path(__file__).resolve()), "align", "--data", str(args.data)),
+    )
+    from alignment.schedule import Scheduler
+
+    return serve_until_stopped(options, make_scheduler=Scheduler)
+
+
+def align(args: argparse.Namespace) -> int:
+    """Run one alignment now, in this process."""
+    from alignment.config import load_config
+    from alignment.pipeline import align as run_alignment
+
+    config = load_config(args.config)
+    if args.method is not None:
+        config = replace(config, method=args.method)
+    outcome = run_alignment(Store(args.data), config, trigger=args.trigger)
+    show(args, asdict(outcome), "\n".join([outcome.message, *outcome.reasons]))
+    return outcome.exit_code
+
+
+# -- looking ----------------------------------------------------------------------------------------------
+
+
+def status(args: argparse.Namespace) -> int:
+    """What is served, waiting and running."""
+    store = Store(args.data)
+    served, running = deployments.served(store), runs.running(store)
+    waiting = [p.id for p in policies.list_policies(store) if policies.standing(store, p.id) == "candidate"]
+    facts = {
+        "stable": served.stable.policy_id if served else None,
+        "previous": served.previous.policy_id if served and served.previous else None,
+        "canary": (
+            {"policy": served.canary.policy_id, "share": served.canary.share}
+            if served and served.canary
+            else None
+        ),
+        "waiting_for_decision": waiting,
+        "running": {"id": running.id, **running.progress} if running else None,
+    }
+    show(
+        args, facts, "\n".join(f"{name.replace('_', ' '):22}{value or '-'}" for name, value in facts.items())
+    )
+    return 0
+
+
+def list_policies(args: argparse.Namespace) -> int:
+    """Every policy with its standing."""
+    store = Store(args.data)
+    rows = [{**asdict(p), "standing": policies.standing(store, p.id)} for p in policies.list_policies(store)]
+    show(args, rows, "\n".join(f"{row['id']:24}{row['standing']:12}{row['run_id'] or ''}" for row in rows))
+    return 0
+
+
+def list_runs(args: argparse.Namespace) -> int:
+    """Every alignment run with its outcome."""
+    store = Store(args.data)
+    rows = [asdict(run) for run in runs.list_runs(store)]
+    show(args, rows, "\n".join(f"{row['id']:32}{row['status']:18}{row['message']}" for row in rows))
+    return 0
+
+
+def audit_command(args: argparse.Namespace) -> int:
+    """Check the hash chain over everything that changed."""
+    report = audit.verify(Store(args.data))
+    show(args, asdict(report), report.message)
+    return 0 if report.ok else 1
+
+
+# -- release decisions ------------------------------------------------------------------------------------
+
+
+def approve(args: argparse.Namespace) -> int:
+    """Approve a candidate and serve it, to everybody or to a share."""
+    from assistant import release
+
+    store = Store(args.data)
+    row = release.approve(
+        store,
+        policy_id=args.policy,
+        person=acting(store, args),
+        reason=args.reason,
+        canary_percent=args.canary,
+    )
+    show(args, asdict(row), f"{row.policy_id} is approved as {row.role}, share {row.share:.0%}")
+    return 0
+
+
+def reject(args: argparse.Namespace) -> int:
+    """Reject a candidate for good."""
+    from assistant import release
+
+    store = Store(args.data)
+    release.reject(store, policy_id=args.policy, person=acting(store, args), reason=args.reason)
+    show(args, {"policy_id": args.policy, "standing": "rejected"}, f"{args.policy} is rejected")
+    return 0
+
+
+def promote(args: argparse.Namespace) -> int:
+    """Give the canary all conversations."""
+    from assistant import release
+
+    store = Store(args.data)
+    row = release.promote(store, policy_id=args.policy, person=acting(store, args), reason=args.reason)
+    show(args, asdict(row), f"{row.policy_id} now answers everybody")
+    return 0
+
+
+def rollback(args: argparse.Namespace) -> int:
+    """Withdraw the canary, or go back to the policy before."""
+    from assistant import release
+
+    store = Store(args.data)
+    person = acting(store, args)
+    people.require(person, "operator")
+    row = release.rollback(store, actor=person.id, reason=args.reason)
+    show(
+        args,
+        asdict(row),
+        f"{row.policy_id} is {row.role} again" if row.role == "stable" else f"{row.policy_id} is withdrawn",
+    )
+    return 0
+
+
+def acting(store: Store, args: argparse.Namespace) -> Person:
+    """Return the person named by --as."""
+    return existing_person(store, "--as", args.actor)
+
+
+def existing_person(store: Store, field: str, name: str) -> Person:
+    """Return the person of that name; raises NotFound naming the field."""
+    person = people.person_named(store, name)
+    if person is None:
+        known = ", ".join(sorted(one.name for one in people.list_people(store))) or "nobody yet"
+        raise NotFound(field, name, f"name one of: {known}")
+    return person
+
+
+# -- people -----------------------------------------------------------------------------------------------
+
+
+def users_add(args: argparse.Namespace) -> int:
+    """Add a person; prints a one-time password."""
+    from assistant.accounts import invite
+
+    person, password = invite(Store(args.data), name=args.name, role=args.role, actor="system")
+    facts = {"id": person.id, "name": person.name, "role": person.role, "password": password}
+    show(args, facts, f"{person.name} ({person.role}) may sign in with the one-time password {password}")
+    return 0
+
+
+def users_token(args: argparse.Namespace) -> int:
+    """Give a person a new API token; it is shown once."""
+    store = Store(args.data)
+    person = existing_person(store, "NAME", args.name)
+    token = people.issue_token(store, person_id=person.id, label=args.label, actor="system")
+    show(args, {"name": person.name, "token": token}, token)
+    return 0
+
+
+# -- demo -------------------------------------------------------------------------------------------------
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Simulated staff use the assistant, then one alignment runs."""
+    from alignment.starter.customers import questions
+    from assistant.demo import DemoOptions, run_demo
+
+    options = DemoOptions(
+        data=args.data,
+        port=args.port,
+        comparisons=args.comparisons,
+        command=(sys.executable, str(Path(__file__).resolve())),
+        questions=tuple(one.text for one in questions(args.comparisons, seed=args.seed)),
+        seed=args.seed,
+    )
+    return run_demo(options)
+
+
+# -- the command line -------------------------------------------------------------------------------------
+
+
+def show(args: argparse.Namespace, facts: Any, text: str) -> None:
+    """Print facts as JSON with --json, else the text for a person."""
+    print(json.dumps(facts, ensure_ascii=False, indent=2, default=str) if args.json else text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the whole command line."""
+    top = argparse.ArgumentParser(prog="kotae", description=(__doc__ or "").splitlines()[0])
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_serve(_command(commands, "serve", serve))
+    one = _command(commands, "align", align)
+    one.add_argument("--method", choices=("auto", "dpo"), help="default: the configuration's, auto")
+    one.add_argument("--config", type=Path, help="TOML file, see docs/alignment.md")
+    triggers = ("manual", "cron", "labels")
+    one.add_argument("--trigger", default="manual", choices=triggers, help=argparse.SUPPRESS)
+    for name, look in (("status", status), ("policies", list_policies), ("runs", list_runs)):
+        _command(commands, name, look)
+    _add_decisions(commands)
+    _add_users(commands.add_parser("users", help="accounts and API tokens"))
+    audits = commands.add_parser("audit", help="the audit log").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    _command(audits, "verify", audit_command)
+    one = _command(commands, "demo", demo)
+    one.add_argument("--port", type=int, default=7860, help="of the assistant; started if none answers there")
+    one.add_argument("--comparisons", type=int, default=400, help="how many the simulated staff make")
+    one.add_argument("--seed", type=int, default=0)
+    return top
+
+
+def _command(parent: Any, name: str, run: Command) -> argparse.ArgumentParser:
+    help_text = (run.__doc__ or "").strip()
+    added: argparse.ArgumentParser = parent.add_parser(name, help=help_text, description=help_text)
+    added.add_argument("--data", type=Path, default=data_folder(), help="data folder (default: %(default)s)")
+    added.add_argument("--json", action="store_true", help="print facts as JSON")
+    added.set_defaults(run=run)
+    return added
+
+
+def _add_serve(one: argparse.ArgumentParser) -> None:
+    one.add_argument(
+        "--model", metavar="PATH_OR_ID", help="a Hugging Face chat model (default: the starter model)"
+    )
+    one.add_argument("--engine", default="auto", choices=("auto", "vllm", "local"))
+    one.add_argument(
+        "--engine-url", action="append", metavar="URL", help="a vLLM run elsewhere; repeat for replicas"
+    )
+    one.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    one.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
+    one.add_argument("--behind-https", action="store_true", help="a TLS proxy stands in front of this server")
+
+
+def _add_decisions(commands: Any) -> None:
+    for name, run in (("approve", approve), ("reject", reject), ("promote", promote), ("rollback", rollback)):
+        one = _command(commands, name, run)
+        if name != "rollback":
+            one.add_argument("policy", metavar="POLICY", help="as printed by `policies`")
+        one.add_argument("--as", dest="actor", required=True, metavar="USER", help="who decides")
+        one.add_argument("--reason", required=True, help="kept in the audit log")
+        if name == "approve":
+            one.add_argument(
+                "--canary", type=float, metavar="PERCENT", help="only this share of conversations"
+            )
+
+
+def _add_users(users: argparse.ArgumentParser) -> None:
+    actions = users.add_subparsers(required=True, metavar="ACTION")
+    one = _command(actions, "add", users_add)
+    one.add_argument("name", metavar="NAME")
+    one.add_argument("--role", required=True, choices=ROLES)
+    one = _command(actions, "token", users_token)
+    one.add_argument("name", metavar="NAME")
+    one.add_argument("--label", default="command line", help="what the token is for")
+
+
+def data_folder() -> Path:
+    """Return KOTAE_DATA or `data` under the current folder."""
+    return Path(os.environ.get("KOTAE_DATA", "data"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments.insert(0, "serve")
+    args = parser().parse_args(arguments)
+    args.data = args.data.resolve()
+    try:
+        return int(args.run(args))
+    except KotaeError as error:
+        print(f"kotae: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

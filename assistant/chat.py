@@ -1,0 +1,355 @@
+"""The use cases of a conversation: reply, reply again, reply twice, rate, compare, correct.
+
+Knows neither Gradio, HTTP, torch nor SQL. An answer is recorded when it is complete (or was stopped), with the
+policy that gave it, in one transaction; feedback finds its way back through `Turn.policy_id`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from assistant.engine.errors import ContextTooLong, PolicyNotLoaded, StreamBroken
+from assistant.engine.protocol import Engine, Piece, Sampling
+from assistant.release import Release
+from storage import conversations, feedback, settings
+from storage.errors import InvalidField, KotaeError, NotFound
+from storage.records import (
+    Comparison,
+    Conversation,
+    Deployment,
+    FinishReason,
+    Json,
+    Person,
+    Turn,
+    TurnSource,
+    new_id,
+    now,
+)
+from storage.store import Store
+
+MAX_MESSAGE_CHARS = 32_768
+"""Longer input is refused before the engine sees it (about 8,000 tokens of English)."""
+MAX_MESSAGES = 512
+DEFAULT_SYSTEM_PROMPT = ""
+ORDER_PROPENSITY = 0.5
+"""Both orders of a comparison are equally likely."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What has been answered so far."""
+
+    turn_id: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """A question on its way to a policy."""
+
+    person: Person
+    conversation_id: str
+    parent_turn_id: str | None
+    messages: list[Json]
+    source: TurnSource = "chat"
+    sampling: Sampling = field(default_factory=Sampling)
+    turn_id: str = field(default_factory=lambda: new_id("turn"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two answers to one question, in the order in which they are shown."""
+
+    left: Turn
+    right: Turn
+    propensity: float = ORDER_PROPENSITY
+
+
+@dataclass(slots=True)
+class _Stream:
+    """What one stream has brought so far."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    prompt_token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    first_token_s: float | None = None
+
+    def add(self, piece: Piece, *, elapsed_s: float) -> None:
+        if self.first_token_s is None and (piece.text or piece.token_ids):
+            self.first_token_s = elapsed_s
+        self.text += piece.text
+        self.token_ids.extend(piece.token_ids)
+        if piece.prompt_token_ids is not None:
+            self.prompt_token_ids = list(piece.prompt_token_ids)
+        self.finish_reason = piece.finish_reason or self.finish_reason
+
+
+class Chat:
+    """Conversations between people and the served policy."""
+
+    def __init__(self, store: Store, engine: Engine, release: Release) -> None:
+        self.store = store
+        self.engine = engine
+        self.release = release
+
+    # -- asking ---------------------------------------------------------------------------------------
+
+    def ask(
+        self, person: Person, conversation: Conversation, question: str, *, sampling: Sampling | None = None
+    ) -> Ask:
+        """Return the next question of a conversation, with the turns so far as its messages."""
+        return self._ask_after(person, conversation, conversation.head_turn_id, question, sampling)
+
+    def ask_again(self, person: Person, turn_id: str, *, question: str | None = None) -> Ask:
+        """Return the question of an earlier turn again (regenerate), or an edited one in its place."""
+        turn = conversations.get_turn(self.store, turn_id)
+        conversation = self.conversation(person, turn.conversation_id)
+        text = turn.messages[-1]["content"] if question is None else question
+        return self._ask_after(person, conversation, turn.parent_turn_id, text, None)
+
+    def _ask_after(
+        self,
+        person: Person,
+        conversation: Conversation,
+        parent_turn_id: str | None,
+        question: str,
+        sampling: Sampling | None,
+    ) -> Ask:
+        messages = [*self._history(parent_turn_id), {"role": "user", "content": question}]
+        system = settings.get(self.store, "system_prompt", DEFAULT_SYSTEM_PROMPT)
+        if system:
+            messages.insert(0, {"role": "system", "content": system})
+        return Ask(
+            person=person,
+            conversation_id=conversation.id,
+            parent_turn_id=parent_turn_id,
+            messages=check_messages(messages),
+            sampling=sampling or Sampling(),
+        )
+
+    def _history(self, turn_id: str | None) -> list[Json]:
+        """Return the messages that lead to and include `turn_id`, oldest first."""
+        messages: list[Json] = []
+        while turn_id is not None:
+            turn = conversations.get_turn(self.store, turn_id)
+            messages[:0] = [
+                {"role": "user", "content": turn.messages[-1]["content"]},
+                {"role": "assistant", "content": turn.answer},
+            ]
+            turn_id = turn.parent_turn_id
+        return messages
+
+    def conversation(self, person: Person, conversation_id: str) -> Conversation:
+        """Return a conversation of this person; raises NotFound for another's, as for one that is not there."""
+        conversation = conversations.get_conversation(self.store, conversation_id)
+        if conversation.person_id != person.id:
+            raise NotFound("conversation", conversation_id, "open one of your own")
+        return conversation
+
+    def conversation_for(self, person: Person, external_id: str | None) -> Conversation:
+        """Return the API caller's conversation of that name, made on first use; without a name a new one."""
+        if external_id is not None:
+            known = conversations.conversation_of_external(
+                self.store, person_id=person.id, external_id=external_id
+            )
+            if known is not None:
+                return known
+        return conversations.create_conversation(self.store, person_id=person.id, external_id=external_id)
+
+    # -- answering ------------------------------------------------------------------------------------
+
+    async def reply(self, ask: Ask) -> AsyncGenerator[Delta | Turn, None]:
+        """Stream the answer: `Delta`s with the whole text so far, at last the recorded `Turn`.
+
+        Closing the generator (stop, closed tab) aborts the request and records what was said as
+        `cancelled`.
+
+        Raises:
+            EngineError: the engine refused or broke; a partial answer is recorded as `error`.
+        """
+        with self.release.lease(ask.conversation_id) as deployment:
+            started = time.monotonic()
+            stream = _Stream()
+            try:
+                async with aclosing(self._pieces(ask, deployment)) as pieces:
+                    async for piece in pieces:
+                        stream.add(piece, elapsed_s=time.monotonic() - started)
+                        if piece.text:
+                            yield Delta(turn_id=ask.turn_id, text=stream.text)
+                if stream.finish_reason is None:
+                    raise StreamBroken("the engine ended the answer without a finish reason; ask again")
+            except BaseException as error:
+                cancelled = isinstance(error, (GeneratorExit, asyncio.CancelledError))
+                stream.finish_reason = "cancelled" if cancelled else "error"
+                if stream.token_ids:
+                    self._record(ask, deployment, stream, total_s=time.monotonic() - started)
+                raise
+            turn = await asyncio.to_thread(
+                self._record, ask, deployment, stream, total_s=time.monotonic() - started
+            )
+        yield turn
+
+    async def _pieces(self, ask: Ask, deployment: Deployment) -> AsyncGenerator[Piece, None]:
+        """Yield the engine's pieces; a dialogue that outgrew the context loses its oldest turns first.
+
+        Both errors that are mended here come before the first piece.
+        """
+        messages, reloaded = ask.messages, False
+        while True:
+            try:
+                stream: AsyncIterator[Piece] = self.engine.stream(
+                    policy_id=deployment.policy_id,
+                    messages=messages,
+                    sampling=ask.sampling,
+                    request_id=ask.turn_id,
+                )
+                async with aclosing(stream) as pieces:  # type: ignore[type-var]
+                    async for piece in pieces:
+                        if piece.served_by != deployment.policy_id:
+                            raise StreamBroken(
+                                f"policy: {piece.served_by!r} answered instead of {deployment.policy_id!r}; ask again"
+                            )
+                        yield piece
+                return
+            except PolicyNotLoaded:  # the engine restarted and has lost its adapters
+                if reloaded:
+                    raise
+                reloaded = True
+                await self.release.sync()
+            except ContextTooLong:
+                shorter = drop_oldest_turn(messages)
+                if ask.source == "api" or shorter is None:
+                    raise
+                messages = shorter
+
+    def _record(self, ask: Ask, deployment: Deployment, stream: _Stream, *, total_s: float) -> Turn:
+        """Store the answered turn and return it."""
+        turn = Turn(
+            id=ask.turn_id,
+            conversation_id=ask.conversation_id,
+            parent_turn_id=ask.parent_turn_id,
+            person_id=ask.person.id,
+            source=ask.source,
+            messages=ask.messages,
+            answer=stream.text,
+            prompt_token_ids=stream.prompt_token_ids,
+            answer_token_ids=stream.token_ids,
+            policy_id=deployment.policy_id,
+            deployment_id=deployment.id,
+            sampling=ask.sampling.as_json(),
+            finish_reason=stream.finish_reason or "error",
+            first_token_s=stream.first_token_s,
+            total_s=total_s,
+            created_at=now(),
+        )
+        conversations.record_turn(self.store, turn)
+        return turn
+
+    async def reply_pair(self, ask: Ask) -> Pair:
+        """Return two answers of the same policy to one question, sides drawn at random.
+
+        Both are sampled with seeds of their own, so that they differ wherever the policy is undecided.
+        """
+        asks = [
+            replace(
+                ask,
+                turn_id=new_id("turn"),
+                source="compare" if ask.source == "chat" else ask.source,
+                sampling=replace(ask.sampling, seed=secrets.randbelow(2**31)),
+            )
+            for _ in range(2)
+        ]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self.complete(one)) for one in asks]
+        except BaseExceptionGroup as failed:
+            raise only_error(failed) from failed
+        first, second = (task.result() for task in tasks)
+        if secrets.randbelow(2):
+            first, second = second, first
+        return Pair(left=first, right=second)
+
+    async def complete(self, ask: Ask) -> Turn:
+        """Return the recorded turn of a whole answer."""
+        async with aclosing(self.reply(ask)) as events:
+            async for event in events:
+                if isinstance(event, Turn):
+                    return event
+        raise StreamBroken("the answer did not complete; ask again")
+
+    # -- feedback -------------------------------------------------------------------------------------
+
+    def compare(
+        self,
+        person: Person,
+        *,
+        left_turn_id: str,
+        right_turn_id: str,
+        choice: str,
+        strength: int | None = None,
+        reasons: tuple[str, ...] = (),
+    ) -> Comparison:
+        """Record which of two answers is better and continue the conversation with it."""
+        comparison = feedback.compare(
+            self.store,
+            left_turn_id=left_turn_id,
+            right_turn_id=right_turn_id,
+            person_id=person.id,
+            choice=choice,  # type: ignore[arg-type]  # checked by storage, which names the field
+            strength=strength,
+            propensity=ORDER_PROPENSITY,
+            reasons=reasons,
+        )
+        chosen = right_turn_id if comparison.choice == "right" else left_turn_id
+        turn = conversations.get_turn(self.store, chosen)
+        conversation = conversations.get_conversation(self.store, turn.conversation_id)
+        if conversation.person_id == person.id and conversation.head_turn_id in (left_turn_id, right_turn_id):
+            conversations.set_head(self.store, conversation.id, turn_id=chosen, actor=person.id)
+        return comparison
+
+
+def only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the error of Kotae in `group` that says most to a person, else its first error."""
+    flat: list[BaseException] = []
+    for error in group.exceptions:
+        flat.append(only_error(error) if isinstance(error, BaseExceptionGroup) else error)
+    return next((error for error in flat if isinstance(error, KotaeError)), flat[0])
+
+
+def drop_oldest_turn(messages: list[Json]) -> list[Json] | None:
+    """Return `messages` without the oldest question and answer; None when only the question is left."""
+    system = [message for message in messages if message["role"] == "system"]
+    rest = messages[len(system) :]
+    return [*system, *rest[2:]] if len(rest) > 2 else None
+
+
+def check_messages(messages: list[Json]) -> list[Json]:
+    """Return `messages` when they can be answered.
+
+    Raises:
+        InvalidField: names the message that is empty, too long or of an unknown role.
+    """
+    if not messages:
+        raise InvalidField("messages", messages, "send at least one message")
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidField("messages", f"{len(messages)} messages", f"send at most {MAX_MESSAGES}")
+    for index, message in enumerate(messages):
+        name = f"messages[{index}]"
+        if message.get("role") not in ("system", "user", "assistant"):
+            raise InvalidField(f"{name}.role", message.get("role"), "use system, user or assistant")
+        content = message.get("content")
+        if not isinstance(content, str) or not content.strip():
+            raise InvalidField(f"{name}.content", content, "send some text")
+        if len(content) > MAX_MESSAGE_CHARS:
+            raise InvalidField(
+                f"{name}.content", f"{len(content):,} characters", f"send at most {MAX_MESSAGE_CHARS:,}"
+            )
+    if messages[-1]["role"] != "user":
+        raise InvalidField("messages[-1].role", messages[-1]["role"], "end with a user message")
+    return messages

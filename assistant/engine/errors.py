@@ -1,0 +1,54 @@
+"""What can go wrong between us and an engine; backends' own errors are translated into these.
+
+KotaeError
+└── EngineError
+    ├── EngineUnavailable   nobody answers, or the process died
+    ├── EngineBusy          the queue is full; try again
+    ├── PolicyNotLoaded     the engine does not know this policy (it restarted)
+    ├── ContextTooLong      the messages do not fit the model
+    ├── StreamBroken        the answer ended without saying so
+    └── AdapterRefused      these files must not be served
+"""
+
+from __future__ import annotations
+
+from storage.errors import KotaeError
+
+
+class EngineError(KotaeError):
+    """An engine could not do what was asked."""
+
+
+class EngineUnavailable(EngineError):
+    """Nobody answers at the engine's address, or its process died."""
+
+
+class EngineBusy(EngineError):
+    """The engine's queue is full; the message says when to try again."""
+
+
+class PolicyNotLoaded(EngineError):
+    """The engine does not know this policy."""
+
+    def __init__(self, policy_id: str) -> None:
+        super().__init__(f"policy: {policy_id!r} is not loaded in the engine; it is put back within seconds")
+        self.policy_id = policy_id
+
+
+class ContextTooLong(EngineError):
+    """The messages and the answer do not fit the model's context."""
+
+    def __init__(self, tokens: int | None, limit: int | None) -> None:
+        asked = f"{tokens} tokens" if tokens is not None else "more tokens than fit"
+        most = f"at most {limit}" if limit is not None else "fewer"
+        super().__init__(f"messages: got {asked}; shorten them to {most} with the answer")
+        self.tokens = tokens
+        self.limit = limit
+
+
+class StreamBroken(EngineError):
+    """An answer ended without a finish reason, or came from the wrong policy."""
+
+
+class AdapterRefused(EngineError):
+    """These adapter files must not be served; the message names file, tensor, value and fix."""

@@ -1,0 +1,111 @@
+"""Finding and ending the processes of an engine, also after the program that started them has died.
+
+A vLLM server is three processes or more; killing the first leaves the others alive, with their memory. They
+share the process group that the server was started in. The kernel never gives a number in use as a group to
+a new process, so a group whose leader is alive but not ours has none of our processes in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+CLOCK_TOLERANCE_S = 2.0
+"""Start times are computed from the boot time, which moves a little when the clock is set."""
+POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leader:
+    """A process that leads its own group, named for good: a pid alone is reused."""
+
+    pid: int
+    started_at: float
+
+
+def leader_of(pid: int) -> Leader:
+    """Return the record of a process that was just started."""
+    return Leader(pid=pid, started_at=psutil.Process(pid).create_time())
+
+
+def write_leader(path: Path, leader: Leader) -> None:
+    """Record the leader, so that a later start can find its group. Written aside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(asdict(leader)))
+    aside.replace(path)
+
+
+def read_leader(path: Path) -> Leader | None:
+    """Return the recorded leader, or None when there is no usable record."""
+    try:
+        row = json.loads(path.read_text())
+        return Leader(pid=int(row["pid"]), started_at=float(row["started_at"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def members(leader: Leader, *, is_ours: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+    """Return the living processes of the leader's group, the leader first if it is one of them.
+
+    Args:
+        leader: as recorded.
+        is_ours: asked about each process when the leader itself is gone, before it is called ours.
+    """
+    first = _running(leader.pid)
+    if first is not None and abs(first.create_time() - leader.started_at) > CLOCK_TOLERANCE_S:
+        return []  # the number belongs to somebody else by now, so nobody of ours is left
+    found = [] if first is None else [first]
+    for process in psutil.process_iter():
+        try:
+            in_group = os.getpgid(process.pid) == leader.pid and process.pid != leader.pid
+            old_enough = process.create_time() >= leader.started_at - CLOCK_TOLERANCE_S
+            if not (in_group and old_enough) or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if first is not None or is_ours(process):
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue  # it ended while we looked, or is not ours to look at
+    return found
+
+
+def end_group(
+    leader: Leader, *, is_ours: Callable[[psutil.Process], bool], grace_s: float = 5.0
+) -> list[int]:
+    """End what is left of a group: ask everyone, wait, then kill. Blocks; returns the pids that were ended."""
+    pids = [process.pid for process in members(leader, is_ours=is_ours)]
+    phases = ((signal.SIGTERM, True, grace_s), (signal.SIGKILL, False, 3.0), (signal.SIGKILL, True, 5.0))
+    for kind, trackers_too, patience_s in phases:
+        deadline = time.monotonic() + patience_s
+        left = members(leader, is_ours=is_ours)
+        for process in left:
+            with suppress(psutil.Error):
+                if trackers_too or not _is_resource_tracker(process):
+                    process.send_signal(kind)
+        while left and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+            left = members(leader, is_ours=is_ours)
+        if not left:
+            break
+    return pids
+
+
+def _is_resource_tracker(process: psutil.Process) -> bool:
+    """Python's own clean-up process: it ends by itself, after removing the others' shared memory."""
+    return "multiprocessing.resource_tracker" in " ".join(process.cmdline())
+
+
+def _running(pid: int) -> psutil.Process | None:
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process
+    except psutil.Error:
+        return None

@@ -1,0 +1,102 @@
+"""What an engine must do: one protocol, implemented by vLLM over HTTP and by transformers in this process."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from storage.records import Json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How an answer is drawn. `temperature` 0 is greedy; `max_tokens` counts the answer only."""
+
+    temperature: float = 0.7
+    top_p: float = 1.0
+    max_tokens: int = 256
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def as_json(self) -> Json:
+        """Return it as it is stored with a turn."""
+        return {**asdict(self), "stop": list(self.stop)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """One step of a stream: new text and the token ids behind it."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    prompt_token_ids: tuple[int, ...] | None = None
+    """On the first piece: the prompt as the engine rendered it."""
+    finish_reason: Literal["stop", "length"] | None = None
+    """On the last piece."""
+    served_by: str
+    """The model name that the engine says answered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeResult:
+    """A greedy answer with the log-probability (nats) of each of its tokens."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """Whether the engine can answer, and in words why not."""
+
+    ready: bool
+    detail: str
+
+
+class Engine(Protocol):
+    """Answers questions with the base model or with one of the adapters loaded beside it."""
+
+    base_name: str
+    """The name under which the base answers: the id of the base policy."""
+
+    def stream(
+        self, *, policy_id: str, messages: list[Json], sampling: Sampling, request_id: str
+    ) -> AsyncIterator[Piece]:
+        """Stream an answer. Closing the iterator early aborts the request upstream.
+
+        Raises:
+            EngineUnavailable, EngineBusy, PolicyNotLoaded, ContextTooLong, StreamBroken.
+        """
+        ...
+
+    async def load(self, *, policy_id: str, adapter: Path) -> None:
+        """Make an adapter answer under `policy_id`; loading it twice is fine.
+
+        Raises:
+            AdapterRefused: the engine does not take these files.
+            EngineUnavailable: nobody answered.
+        """
+        ...
+
+    async def unload(self, policy_id: str) -> None:
+        """Forget an adapter; one that is not loaded is fine."""
+        ...
+
+    async def loaded(self) -> frozenset[str]:
+        """Return the names that can answer now, the base among them."""
+        ...
+
+    async def probe(self, *, policy_id: str, messages: list[Json], max_tokens: int) -> ProbeResult:
+        """Return a greedy answer with its log-probs, for the behaviour gate."""
+        ...
+
+    async def health(self) -> Health:
+        """Say whether the engine can answer; never raises."""
+        ...
+
+    async def close(self) -> None:
+        """Release connections, threads and processes."""
+        ...

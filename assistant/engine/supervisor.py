@@ -1,0 +1,284 @@
+"""The vLLM server of this machine: started, watched, started again, stopped, and cleaned up after a crash.
+
+Speaks to the server only to ask whether it is ready; requests are the client's work (`vllm.py`). vLLM is
+never imported here. After a restart the server knows only the base, so whoever waits for `on_restart` (or
+looks every now and then) must put the adapters back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import httpx
+import psutil
+
+from assistant.engine import process_group
+from assistant.engine.errors import EngineUnavailable
+from assistant.engine.vllm_launch import VllmOptions, choose_engine, command, environment, installed_vllm
+
+Progress = Callable[[str, float], None]
+"""Called with what vLLM is doing, in words, and the seconds since the start."""
+State = Literal["stopped", "starting", "ready", "restarting", "down"]
+MAX_DEATHS, DEATH_WINDOW_S = 5, 600.0
+MAX_BACKOFF_S = 30.0
+POLL_S = 0.2
+TERMINATE_TIMEOUT_S = 15.0
+LOGS_KEPT = 3
+LAST_LINES = 15
+STAGES = (
+    # what the log says → what it means to a person; the last one found counts
+    ("non-default args", "reading the model's configuration"),
+    ("Initializing a V1 LLM engine", "starting the engine"),
+    ("Starting to load model", "loading the model"),
+    ("init engine", "starting the HTTP server"),
+)
+
+
+def is_vllm(process: psutil.Process) -> bool:
+    """Return whether a process of a leaderless group is one of vLLM's (they rename themselves)."""
+    words = " ".join(process.cmdline())
+    return "vllm" in words.lower() or "multiprocessing" in words
+
+
+def backoff_s(deaths: int) -> float:
+    """Return how long to wait before a restart: 1, 2, 4 … seconds, at most 30."""
+    return float(min(2 ** max(deaths - 1, 0), MAX_BACKOFF_S))
+
+
+def boot_stage(log: str) -> str:
+    """Return what the server is doing, from its log."""
+    found = [words for mark, words in STAGES if mark in log]
+    return found[-1] if found else "loading Python packages"
+
+
+def requests_in(metrics: str) -> int:
+    """Return how many requests are running or waiting, from vLLM's Prometheus text."""
+    rows = re.findall(r"^vllm:num_requests_(?:running|waiting)\{[^}]*\} ([0-9.e+]+)$", metrics, re.MULTILINE)
+    return int(sum(float(value) for value in rows))
+
+
+class VllmProcess:
+    """A vLLM server kept running; use it as `async with VllmProcess(options) as server: server.url`."""
+
+    def __init__(
+        self,
+        options: VllmOptions,
+        *,
+        on_progress: Progress | None = None,
+        on_restart: Callable[[], Awaitable[object]] | None = None,
+        serve: Callable[[int], list[str]] | None = None,
+    ) -> None:
+        """Prepare a server on a free loopback port; nothing starts yet.
+
+        Args:
+            options: what to run.
+            on_progress: told about the boot a few times a second.
+            on_restart: awaited when the server is ready again after it had died.
+            serve: makes the command line for a port, in place of vLLM's.
+        """
+        self.options = options
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = options.data / "logs" / "vllm.log"
+        self.pid_file = options.data / "vllm.pid.json"
+        self.state: State = "stopped"
+        self.detail = "not started"
+        self.boot_s: float | None = None
+        self._on_progress = on_progress or (lambda words, elapsed_s: None)
+        self._on_restart = on_restart
+        on_cpu = installed_vllm() != "vllm"
+        self._command = (serve or (lambda port: command(options, port=port, on_cpu=on_cpu)))(self.port)
+        self._environment = environment(options, inherited=os.environ)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._leader: process_group.Leader | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._deaths: deque[float] = deque()
+
+    async def start(self) -> None:
+        """Start the server, wait until it is ready, and keep it running from then on.
+
+        Raises:
+            EngineUnavailable: it died or took too long; with the last lines of its log.
+        """
+        self.state, self.detail = "starting", "starting"
+        await asyncio.to_thread(self.reap_orphans)
+        try:
+            await self._boot()
+        except BaseException:
+            await self._end("stopped", "it could not be started")
+            raise
+        self._watcher = asyncio.create_task(self._watch(), name="vllm-watcher")
+
+    async def stop(self) -> None:
+        """Stop the server: ask, wait for running answers, kill what is left of its group."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watcher
+            self._watcher = None
+        if self.state == "ready":
+            await self._drain()
+        await self._end("stopped", "stopped")
+
+    async def __aenter__(self) -> VllmProcess:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    @property
+    def pid(self) -> int | None:
+        """The server's process id while it runs."""
+        return None if self._leader is None else self._leader.pid
+
+    def reap_orphans(self) -> list[int]:
+        """End what an earlier crash of ours left running, and return those pids. Blocks for seconds."""
+        leader = process_group.read_leader(self.pid_file)
+        ended = [] if leader is None else process_group.end_group(leader, is_ours=is_vllm)
+        self.pid_file.unlink(missing_ok=True)
+        return ended
+
+    def last_lines(self) -> str:
+        """Return the end of the log, for an error message."""
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        return "\n".join(text.splitlines()[-LAST_LINES:])
+
+    # -- inside ---------------------------------------------------------------------------------------
+
+    async def _boot(self) -> None:
+        """Start the server process and wait until it is ready."""
+        started = time.monotonic()
+        rotate(self.log)
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._leader = process_group.leader_of(self._process.pid)
+        process_group.write_leader(self.pid_file, self._leader)
+        async with httpx.AsyncClient(trust_env=False, timeout=5.0) as client:
+            while not await self._is_ready(client):
+                elapsed_s = time.monotonic() - started
+                if self._process.poll() is not None:
+                    raise EngineUnavailable(
+                        f"vllm: {self._how_it_ended()} while starting\n{self.last_lines()}"
+                    )
+                if elapsed_s > self.options.boot_timeout_s:
+                    limit_s = self.options.boot_timeout_s
+                    raise EngineUnavailable(f"vllm: not ready after {limit_s:.0f} s\n{self.last_lines()}")
+                self._on_progress(boot_stage(self.log.read_text(errors="replace")), elapsed_s)
+                await asyncio.sleep(POLL_S)
+        self.boot_s = time.monotonic() - started
+        self.state, self.detail = "ready", f"ready after {self.boot_s:.1f} s"
+        self._on_progress("ready", self.boot_s)
+
+    async def _is_ready(self, client: httpx.AsyncClient) -> bool:
+        try:
+            return (await client.get(f"{self.url}/health")).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    async def _drain(self) -> None:
+        """Wait until no answer is running or queued, for as long as the options allow."""
+        deadline = time.monotonic() + self.options.drain_timeout_s
+        async with httpx.AsyncClient(trust_env=False, timeout=5.0) as client:
+            while time.monotonic() < deadline:
+                try:
+                    if requests_in((await client.get(f"{self.url}/metrics")).text) == 0:
+                        return
+                except httpx.TransportError:
+                    return
+                await asyncio.sleep(POLL_S)
+
+    async def _watch(self) -> None:
+        """Start the server again whenever it dies, until it dies too often."""
+        while True:
+            while self._process is not None and self._process.poll() is None:
+                await asyncio.sleep(POLL_S)
+            why = self._how_it_ended()
+            if self._died_too_often():
+                limit = f"{MAX_DEATHS} times in {DEATH_WINDOW_S / 60:.0f} minutes"
+                await self._end("down", f"vllm died {limit}, last: {why}; see {self.log} and start again")
+                return
+            await self._end("restarting", f"{why}; starting again")
+            await asyncio.sleep(backoff_s(len(self._deaths)))
+            try:
+                await self._boot()
+                if self._on_restart is not None:
+                    await self._on_restart()
+            except Exception as error:  # whatever it is, the next round must still run
+                self.detail = str(error)
+                if self._process is not None and self._process.poll() is None and self.state != "ready":
+                    await self._end("restarting", str(error))
+
+    def _died_too_often(self) -> bool:
+        now = time.monotonic()
+        self._deaths.append(now)
+        while now - self._deaths[0] > DEATH_WINDOW_S:
+            self._deaths.popleft()
+        return len(self._deaths) >= MAX_DEATHS
+
+    def _how_it_ended(self) -> str:
+        code = None if self._process is None else self._process.poll()
+        if code is not None and code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        return f"ended with exit code {code}"
+
+    async def _end(self, state: State, detail: str) -> None:
+        """End the server's whole group and forget it."""
+        self.state, self.detail = state, detail
+        leader, process = self._leader, self._process
+        if leader is not None and process is not None:
+            if process.poll() is None:
+                process.terminate()
+                await asyncio.to_thread(wait_quietly, process, TERMINATE_TIMEOUT_S)
+            # the leader was ours until just now, so everybody left in its group is
+            await asyncio.to_thread(process_group.end_group, leader, is_ours=lambda process: True)
+            await asyncio.to_thread(wait_quietly, process, 5.0)
+        self._leader = None
+        self.pid_file.unlink(missing_ok=True)
+
+
+def wait_quietly(process: subprocess.Popen[bytes], timeout_s: float) -> None:
+    """Wait for a process to end, for at most `timeout_s`."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout_s)
+
+
+def free_port() -> int:
+    """Return a port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def rotate(log: Path) -> None:
+    """Move vllm.log to vllm.log.1 and so on, keeping the last three."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    for age in range(LOGS_KEPT - 1, 0, -1):
+        older = log.with_name(f"{log.name}.{age}")
+        newer = log if age == 1 else log.with_name(f"{log.name}.{age - 1}")
+        if newer.exists():
+            newer.replace(older)
+
+
+__all__ = ["VllmOptions", "VllmProcess", "choose_engine"]

@@ -1,0 +1,332 @@
+"""The engine that serves: one or more vLLM servers over their OpenAI-compatible HTTP API.
+
+Requests go to the replica with the least in flight; another one is tried only before the first token.
+Adapters are immutable: a name is loaded once, from one path, and never in place, because vLLM keys its prefix
+cache by both (vllm issues 30931, 42125). Starting a server is the supervisor's work, not this module's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+
+from assistant.engine import vllm_wire as wire
+from assistant.engine.errors import (
+    AdapterRefused,
+    EngineBusy,
+    EngineError,
+    EngineUnavailable,
+    PolicyNotLoaded,
+    StreamBroken,
+)
+from assistant.engine.protocol import Health, Piece, ProbeResult, Sampling
+from storage.errors import InvalidField, KotaeError
+from storage.records import Json
+
+T = TypeVar("T")
+CONNECT_TIMEOUT_S = 5.0
+READ_TIMEOUT_S = 120.0
+"""Longest silence of a stream, waiting in the queue included."""
+HEALTH_TIMEOUT_S = 5.0
+WORTH_ANOTHER_REPLICA = (EngineUnavailable, EngineBusy, PolicyNotLoaded, StreamBroken)
+
+
+@dataclass(slots=True)
+class _Replica:
+    """One server, as last seen."""
+
+    url: str
+    in_flight: int = 0
+    ready: bool = True
+    base: str | None = None
+    """The name under which it serves the base model; learnt from its model list."""
+
+
+class VllmEngine:
+    """`Engine` over the HTTP API of one or more vLLM servers that share the adapters' paths."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        base_name: str,
+        api_key: str | None = None,
+        read_timeout_s: float = READ_TIMEOUT_S,
+        transport: httpx.AsyncBaseTransport | None = None,
+        explain: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """Prepare a client; nothing is sent yet.
+
+        Args:
+            explain: says why a server that does not answer does not, when its supervisor knows.
+        """
+        if not urls:
+            raise InvalidField("engine_url", list(urls), "give the address of at least one vLLM server")
+        self.base_name = base_name
+        self._explain = explain
+        self._replicas = [_Replica(url.rstrip("/").removesuffix("/v1")) for url in urls]
+        self._client = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx.Timeout(read_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
+            transport=transport,
+            trust_env=False,  # a proxy of the environment must not get between us and loopback
+        )
+
+    # -- answering ------------------------------------------------------------------------------------
+
+    async def stream(
+        self, *, policy_id: str, messages: list[Json], sampling: Sampling, request_id: str
+    ) -> AsyncGenerator[Piece, None]:
+        """Stream an answer; closing the iterator early aborts the request in vLLM. See `Engine.stream`."""
+        failure: EngineError = EngineUnavailable("engine: no replica is configured")
+        for replica in self._by_load():
+            begun = False
+            try:
+                async with aclosing(
+                    self._stream_from(replica, policy_id, messages, sampling, request_id)
+                ) as pieces:
+                    async for piece in pieces:
+                        begun = True
+                        yield piece
+                return
+            except WORTH_ANOTHER_REPLICA as error:
+                if begun:
+                    raise
+                failure = _worse(failure, error)
+        raise failure
+
+    async def _stream_from(
+        self, replica: _Replica, policy_id: str, messages: list[Json], sampling: Sampling, request_id: str
+    ) -> AsyncGenerator[Piece, None]:
+        """Yield the pieces of one replica's answer; the first carries the prompt's ids and a token."""
+        model = await self._name_on(replica, policy_id)
+        body = wire.chat_body(model=model, policy_id=policy_id, messages=messages, sampling=sampling)
+        prompt: tuple[int, ...] | None = None
+        begun = finished = False
+        replica.in_flight += 1
+        try:
+            async with self._client.stream(
+                "POST",
+                f"{replica.url}/v1/chat/completions",
+                json=body,
+                headers={"X-Request-Id": request_id},
+            ) as response:
+                await _raise_for_status(response, policy_id=policy_id, url=replica.url)
+                replica.ready = True
+                async for data in wire.sse_data(response.aiter_bytes()):
+                    event = wire.parse_event(data)
+                    if "error" in event:
+                        raise wire.stream_error(event, policy_id=policy_id, url=replica.url, begun=begun)
+                    piece = wire.read_chunk(event, model=model, served_by=policy_id)
+                    prompt = piece.prompt_token_ids if piece and piece.prompt_token_ids else prompt
+                    if piece is None or not (piece.text or piece.token_ids or piece.finish_reason):
+                        continue
+                    yield piece if begun else replace(piece, prompt_token_ids=prompt)
+                    begun, finished = True, piece.finish_reason is not None
+            if not finished:
+                raise StreamBroken(
+                    f"stream: {replica.url} ended the answer without a finish reason; ask again"
+                )
+        except httpx.TransportError as error:
+            if not finished:
+                raise self._lost(replica, error, begun=begun) from error
+        finally:
+            replica.in_flight -= 1
+
+    async def probe(self, *, policy_id: str, messages: list[Json], max_tokens: int) -> ProbeResult:
+        """Return a greedy answer with its log-probs, NaN where vLLM has no number. See `Engine.probe`."""
+
+        async def ask(replica: _Replica) -> ProbeResult:
+            model = await self._name_on(replica, policy_id)
+            body = wire.probe_body(model=model, policy_id=policy_id, messages=messages, max_tokens=max_tokens)
+            response = await self._send(replica, "POST", "/v1/chat/completions", json=body)
+            if response.status_code >= 400 and "JSON compliant" in response.text:  # 0.32 says 400
+                return ProbeResult(text="", token_ids=(0,), logprobs=(math.nan,))
+            await _raise_for_status(response, policy_id=policy_id, url=replica.url)
+            return wire.read_probe(response.json(), model=model)
+
+        failure: EngineError = EngineUnavailable("engine: no replica is configured")
+        for replica in self._by_load():
+            try:
+                return await ask(replica)
+            except WORTH_ANOTHER_REPLICA as error:
+                failure = _worse(failure, error)
+        raise failure
+
+    # -- adapters -------------------------------------------------------------------------------------
+
+    async def load(self, *, policy_id: str, adapter: Path) -> None:
+        """Load an adapter on every replica that answers; loading it twice is fine. See `Engine.load`.
+
+        The files must stay where they are for as long as the policy may be asked: vLLM reads them again when
+        it has moved an adapter out of memory, and dies when they are gone.
+        """
+        if policy_id == self.base_name:
+            raise AdapterRefused(f"policy: {policy_id!r} is the base's name; give the adapter its own")
+        path = str(adapter.resolve())  # vLLM takes a relative path that it cannot find for a hub id
+        if not (adapter / "adapter_config.json").is_file():
+            raise AdapterRefused(f"{path}: no adapter_config.json; give the folder of a LoRA adapter")
+        await self._on_every_replica(lambda replica: self._load_on(replica, policy_id, path))
+
+    async def _load_on(self, replica: _Replica, policy_id: str, path: str) -> None:
+        body = {"lora_name": policy_id, "lora_path": path}
+        response = await self._send(replica, "POST", "/v1/load_lora_adapter", json=body)
+        if response.status_code == 200:
+            return
+        error = wire.error_of_body(response.text)
+        message = str(error["message"])
+        if "already been loaded" in message:
+            loaded_from = (await self._models(replica)).get(policy_id)
+            if loaded_from in (path, None):
+                return
+            raise AdapterRefused(f"{policy_id} is loaded from {loaded_from}; give {path} an id of its own")
+        if message == "Not Found":
+            raise EngineUnavailable(
+                f"engine: {replica.url} cannot load adapters; start it with --enable-lora and "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+            )
+        if response.status_code in (400, 404, 500) and await self._is_healthy(replica):
+            raise AdapterRefused(f"{path}: the engine refused it: {message[:300]}")
+        raise wire.translate(error, status=response.status_code, policy_id=policy_id, url=replica.url)
+
+    async def unload(self, policy_id: str) -> None:
+        """Forget an adapter on every replica that answers; one that is not loaded is fine."""
+        if policy_id == self.base_name:
+            return
+
+        async def forget(replica: _Replica) -> None:
+            body = {"lora_name": policy_id}
+            response = await self._send(replica, "POST", "/v1/unload_lora_adapter", json=body)
+            if response.status_code not in (200, 404):
+                await _raise_for_status(response, policy_id=policy_id, url=replica.url)
+
+        await self._on_every_replica(forget)
+
+    async def loaded(self) -> frozenset[str]:
+        """Return the names that every replica that answers can serve, the base among them.
+
+        Raises:
+            EngineUnavailable: none of them answers.
+        """
+        names = [frozenset(models) for models in await self._on_every_replica(self._models)]
+        return frozenset.intersection(*names)
+
+    # -- replicas -------------------------------------------------------------------------------------
+
+    async def health(self) -> Health:
+        """Say how many replicas answer and what is wrong with the others; never raises."""
+        checks = await asyncio.gather(*(self._check(replica) for replica in self._replicas))
+        wrong = [detail for detail in checks if detail]
+        well = len(checks) - len(wrong)
+        return Health(ready=well > 0, detail="; ".join([f"{well} of {len(checks)} replicas answer", *wrong]))
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+    async def _check(self, replica: _Replica) -> str:
+        """Return what is wrong with a replica, or an empty text; remembers the outcome."""
+        try:
+            response = await self._send(replica, "GET", "/health", timeout_s=HEALTH_TIMEOUT_S)
+            await _raise_for_status(response, policy_id=self.base_name, url=replica.url)
+            await self._models(replica)
+        except KotaeError as error:
+            replica.ready = False
+            return str(error)
+        replica.ready = True
+        return ""
+
+    async def _is_healthy(self, replica: _Replica) -> bool:
+        return not await self._check(replica)
+
+    async def _models(self, replica: _Replica) -> dict[str, str | None]:
+        """Return what a replica can serve: our name of it → the path it was loaded from."""
+        response = await self._send(replica, "GET", "/v1/models", timeout_s=HEALTH_TIMEOUT_S)
+        await _raise_for_status(response, policy_id=self.base_name, url=replica.url)
+        try:
+            rows = response.json()["data"]
+            bases = [row["id"] for row in rows if row.get("parent") is None]
+            paths = {row["id"]: row.get("root") for row in rows if row.get("parent") is not None}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EngineUnavailable(f"engine: {replica.url} is not vLLM; check the address") from error
+        if not bases:
+            raise EngineUnavailable(f"engine: {replica.url} lists no base model; check the address")
+        replica.base = self.base_name if self.base_name in bases else bases[0]
+        return {self.base_name: None, **paths}
+
+    async def _name_on(self, replica: _Replica, policy_id: str) -> str:
+        """Return what a replica calls a policy: a server run elsewhere has its own name for the base."""
+        if policy_id != self.base_name:
+            return policy_id
+        if replica.base is None:
+            await self._models(replica)
+        return replica.base or self.base_name
+
+    def _by_load(self) -> list[_Replica]:
+        """Return the replicas in the order to try: those that answered last time, least in flight first."""
+        return sorted(self._replicas, key=lambda replica: (not replica.ready, replica.in_flight))
+
+    async def _on_every_replica(self, act: Callable[[_Replica], Awaitable[T]]) -> list[T]:
+        """Act on all replicas at once and return the results of those that answer.
+
+        Raises:
+            EngineUnavailable: none answered.
+            KotaeError: the first other failure; all of them were tried.
+        """
+        done = await asyncio.gather(*(act(replica) for replica in self._replicas), return_exceptions=True)
+        absent: list[EngineUnavailable] = []
+        results: list[T] = []
+        for outcome in done:
+            if isinstance(outcome, EngineUnavailable):
+                absent.append(outcome)
+            elif isinstance(outcome, BaseException):
+                raise outcome
+            else:
+                results.append(outcome)
+        if not results:
+            raise absent[0]
+        return results
+
+    async def _send(
+        self,
+        replica: _Replica,
+        method: str,
+        path: str,
+        *,
+        json: Json | None = None,
+        timeout_s: float | None = None,
+    ) -> httpx.Response:
+        limit = httpx.USE_CLIENT_DEFAULT if timeout_s is None else timeout_s
+        try:
+            return await self._client.request(method, replica.url + path, json=json, timeout=limit)
+        except httpx.TransportError as error:
+            raise self._lost(replica, error, begun=False) from error
+
+    def _lost(self, replica: _Replica, error: httpx.TransportError, *, begun: bool) -> EngineError:
+        """Return a failed connection as our error, and try this replica last from now on."""
+        replica.ready = False
+        reason = str(error) or type(error).__name__
+        if begun:
+            return StreamBroken(f"stream: lost {replica.url} in mid-answer ({reason}); ask again")
+        known = self._explain()
+        return EngineUnavailable(known or f"engine: {replica.url} does not answer ({reason}); is it running?")
+
+
+def _worse(first: EngineError, second: EngineError) -> EngineError:
+    """Return the error to show when every replica failed: a busy one tells most about what to do."""
+    return first if isinstance(first, EngineBusy) else second
+
+
+async def _raise_for_status(response: httpx.Response, *, policy_id: str, url: str) -> None:
+    if response.status_code >= 400:
+        await response.aread()
+        error = wire.error_of_body(response.text)
+        raise wire.translate(error, status=response.status_code, policy_id=policy_id, url=url)

@@ -1,0 +1,278 @@
+"""What should answer, and making it so: approval, hot swap, promotion, rollback.
+
+A decision is rows in storage (`approve`, `promote`, `rollback`: they work without a server). `Release` brings a running
+engine to what the rows say, in this order: load → check → flip → drain. The flip is one reference in this process, so no
+request is cut: a request keeps the policy it started with, and the policy before stays loaded for the way back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from assistant.engine.adapter_gate import base_shape, check_adapter
+from assistant.engine.errors import AdapterRefused, EngineError
+from assistant.engine.protocol import Engine
+from assistant.engine.reconcile import reconcile
+from assistant.routing import assign
+from storage import adapters, deployments, policies
+from storage.errors import Conflict, InvalidField, KotaeError
+from storage.records import Deployment, Person, Policy, Served
+from storage.store import Store
+
+log = logging.getLogger("kotae.release")
+
+PROBES = ("Hello", "Where is my order 48213?", "How long do I have to send something back?")
+PROBE_TOKENS = 12
+SMALLEST_EFFECT_NATS = 1e-6
+"""A policy whose greedy log-probs all agree with the base's to this was not applied by the engine."""
+POLL_S = 1.0
+RECHECK_S = 5.0
+
+
+# -- decisions: rows in storage ---------------------------------------------------------------------------
+
+
+def approve(
+    store: Store, *, policy_id: str, person: Person, reason: str, canary_percent: float | None = None
+) -> Deployment:
+    """Approve a candidate and deploy it, to everybody or to a share of the conversations.
+
+    Raises:
+        NotAllowed, NotFound, Conflict: as `storage.policies.decide`.
+        InvalidField: the share is not between 0 and 100.
+        AdapterRefused, CorruptData: the adapter's files are not what was evaluated, or not servable.
+    """
+    if canary_percent is not None and not 0 < canary_percent < 100:
+        raise InvalidField("canary", canary_percent, "give a percentage above 0 and below 100")
+    policy = store.get(Policy, policy_id)
+    check_files(policy)
+    if policies.standing(store, policy_id) != "approved":
+        policies.decide(store, policy_id=policy_id, person_id=person.id, decision="approve", reason=reason)
+    if canary_percent is None:
+        return deployments.deploy(
+            store, policy_id=policy_id, role="stable", share=1.0, actor=person.id, reason=reason
+        )
+    return deployments.deploy(
+        store, policy_id=policy_id, role="canary", share=canary_percent / 100, actor=person.id, reason=reason
+    )
+
+
+def reject(store: Store, *, policy_id: str, person: Person, reason: str) -> None:
+    """Reject a candidate for good, with a reason."""
+    policies.decide(store, policy_id=policy_id, person_id=person.id, decision="reject", reason=reason)
+
+
+def promote(store: Store, *, policy_id: str, person: Person, reason: str) -> Deployment:
+    """Give the canary all conversations.
+
+    Raises:
+        Conflict: `policy_id` is not the canary.
+    """
+    served = serving(store)
+    if served.canary is None or served.canary.policy_id != policy_id:
+        running = served.canary.policy_id if served.canary else "none"
+        raise Conflict(f"policy: {policy_id} is not the canary ({running} is); approve it with a share first")
+    return deployments.deploy(
+        store, policy_id=policy_id, role="stable", share=1.0, actor=person.id, reason=reason
+    )
+
+
+def rollback(store: Store, *, actor: str, reason: str) -> Deployment:
+    """Withdraw the canary if there is one, else go back to the policy served before.
+
+    Raises:
+        Conflict: there is nothing to go back to.
+    """
+    if not reason.strip():
+        raise InvalidField("reason", reason, "say why in a few words")
+    served = serving(store)
+    if served.canary is not None:
+        return deployments.deploy(
+            store, policy_id=served.canary.policy_id, role="retired", share=0.0, actor=actor, reason=reason
+        )
+    if served.previous is None:
+        raise Conflict("rollback: nothing was served before this policy; there is nothing to go back to")
+    return deployments.deploy(
+        store, policy_id=served.previous.policy_id, role="stable", share=1.0, actor=actor, reason=reason
+    )
+
+
+def serving(store: Store) -> Served:
+    """Return what should be served; raises Conflict before the first start."""
+    served = deployments.served(store)
+    if served is None:
+        raise Conflict("served: nothing was ever served from this data folder; start it once with `serve`")
+    return served
+
+
+def check_files(policy: Policy) -> None:
+    """Raise unless the adapter's bytes are those that were evaluated and an engine can serve them."""
+    if policy.adapter_path is None or policy.adapter_sha256 is None:
+        return
+    adapters.verify_adapter(Path(policy.adapter_path), policy.adapter_sha256)
+    check_adapter(Path(policy.adapter_path), base=base_shape(policy.base_path, sha256=policy.base_sha256))
+
+
+# -- the running engine -----------------------------------------------------------------------------------
+
+
+class Release:
+    """Keeps a running engine at what the deployment rows say, and says which policy answers."""
+
+    def __init__(self, store: Store, engine: Engine) -> None:
+        self.store = store
+        self.engine = engine
+        self.served = serving(store)
+        self.alerts: list[str] = []
+        self.in_flight: Counter[str] = Counter()
+        self._lock = asyncio.Lock()
+        self._last_trouble: type[KotaeError] | None = None
+        self._base_logprobs: dict[str, tuple[float, ...]] = {}
+
+    @contextmanager
+    def lease(self, conversation_id: str) -> Iterator[Deployment]:
+        """Yield the deployment that answers now; its policy stays loaded until the lease ends."""
+        deployment = assign(conversation_id, self.served)
+        self.in_flight[deployment.policy_id] += 1
+        try:
+            yield deployment
+        finally:
+            self.in_flight[deployment.policy_id] -= 1
+            self.in_flight += Counter()  # forget the zeros
+
+    async def approve(
+        self, *, policy_id: str, person: Person, reason: str, canary_percent: float | None = None
+    ) -> Deployment:
+        """As `approve`, after the policy has been loaded and probed: a bad one never gets a row."""
+        policy = self.store.get(Policy, policy_id)
+        check_files(policy)
+        async with self._lock:
+            await self._prepare(policy)
+        deployment = approve(
+            self.store, policy_id=policy_id, person=person, reason=reason, canary_percent=canary_percent
+        )
+        await self.sync()
+        return deployment
+
+    async def sync(self) -> Served:
+        """Load what is wanted, check it, flip to it, and unload what nobody uses. Safe to call at any time.
+
+        Raises:
+            EngineError: the engine cannot be reached; what was served goes on being served.
+        """
+        async with self._lock:
+            wanted = self._wanted(serving(self.store))
+            paths = {id: Path(p.adapter_path) for id, p in wanted.items() if p.adapter_path is not None}
+            result = await reconcile(self.engine, paths, in_use=frozenset(self.in_flight))
+            for policy_id, error in result.failed.items():
+                if not isinstance(error, AdapterRefused):
+                    raise error
+                self._withdraw(policy_id, str(error))
+            for policy_id in sorted(result.loaded):
+                try:
+                    await self._probe(wanted[policy_id])
+                except AdapterRefused as error:
+                    self._withdraw(policy_id, str(error))
+            self.served = serving(self.store)
+            return self.served
+
+    async def watch(self) -> None:
+        """Sync at once, whenever another process committed, and on a timer (an engine may have lost its adapters)."""
+        settled, seen, waited_s = False, self.store.data_version(), 0.0
+        while True:
+            version = self.store.data_version()
+            changed = version != seen and serving(self.store) != self.served
+            if changed or not settled or waited_s >= RECHECK_S:
+                settled, waited_s = await self._try_sync(), 0.0
+            seen = version
+            await asyncio.sleep(POLL_S)
+            waited_s += POLL_S
+
+    async def _try_sync(self) -> bool:
+        try:
+            await self.sync()
+        except KotaeError as error:
+            if type(error) is not self._last_trouble:
+                log.warning("the engine is not yet at what should be served: %s", error)
+            self._last_trouble = type(error)
+            return False
+        self._last_trouble = None
+        return True
+
+    def _wanted(self, served: Served) -> dict[str, Policy]:
+        rows = (served.stable, served.previous, served.canary)
+        return {row.policy_id: self.store.get(Policy, row.policy_id) for row in rows if row is not None}
+
+    async def _prepare(self, policy: Policy) -> None:
+        """Load and probe a policy that is not served yet; unload it again when it fails."""
+        if policy.adapter_path is None:
+            return
+        await self.engine.load(policy_id=policy.id, adapter=Path(policy.adapter_path))
+        try:
+            await self._probe(policy)
+        except AdapterRefused:
+            await self.engine.unload(policy.id)
+            raise
+
+    async def _probe(self, policy: Policy) -> None:
+        """The behaviour gate: greedy answers must be finite, not empty, and not the base's own.
+
+        Raises:
+            AdapterRefused: says which probe failed and how.
+        """
+        differs = False
+        for text in PROBES:
+            messages = [{"role": "user", "content": text}]
+            answer = await self.engine.probe(policy_id=policy.id, messages=messages, max_tokens=PROBE_TOKENS)
+            if not answer.token_ids or not all(math.isfinite(value) for value in answer.logprobs):
+                raise AdapterRefused(f"{policy.id}: the probe {text!r} gave empty or non-finite output")
+            if text not in self._base_logprobs:
+                base = await self.engine.probe(
+                    policy_id=self.engine.base_name, messages=messages, max_tokens=PROBE_TOKENS
+                )
+                self._base_logprobs[text] = tuple(base.logprobs)
+            pairs = zip(answer.logprobs, self._base_logprobs[text], strict=False)
+            differs |= any(abs(mine - its) > SMALLEST_EFFECT_NATS for mine, its in pairs)
+        if not differs:
+            raise AdapterRefused(f"{policy.id}: the engine answers exactly like the base; it was not applied")
+
+    def _withdraw(self, policy_id: str, why: str) -> None:
+        """Take a policy that cannot be served out of the desired state, and tell the operator."""
+        message = f"{policy_id} was withdrawn: {why}"
+        log.error(message)
+        self.alerts.append(message)
+        served = serving(self.store)
+        if served.canary is not None and served.canary.policy_id == policy_id:
+            role, back_to = "retired", policy_id
+        elif served.stable.policy_id == policy_id:
+            failed_too = served.previous is None or served.previous.policy_id == policy_id
+            role, back_to = "stable", self.engine.base_name if failed_too else served.previous.policy_id  # type: ignore[union-attr]
+        else:
+            return
+        share = 1.0 if role == "stable" else 0.0
+        deployments.deploy(
+            self.store,
+            policy_id=back_to,
+            role=role,  # type: ignore[arg-type]
+            share=share,
+            actor="system",
+            reason=message,
+        )
+
+
+__all__ = [
+    "EngineError",
+    "Release",
+    "approve",
+    "check_files",
+    "promote",
+    "reject",
+    "rollback",
+    "serving",
+]

@@ -1,0 +1,260 @@
+"""One running installation: data lock, engine, release, web and scheduler, from start to clean stop.
+
+The web answers at once; the engine boots behind it and the pages say so until it is ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import uvicorn
+
+from assistant.accounts import first_administrator
+from assistant.base_model import find_model
+from assistant.chat import Chat
+from assistant.engine.errors import EngineUnavailable
+from assistant.engine.protocol import Engine
+from assistant.engine.supervisor import VllmOptions, VllmProcess, choose_engine
+from assistant.engine.vllm import VllmEngine
+from assistant.release import Release
+from assistant.web.services import Services
+from storage import deployments, policies, runs
+from storage.digests import base_digest
+from storage.errors import Busy, InvalidField
+from storage.lock import DataLock
+from storage.records import Person, Policy, RunTrigger
+from storage.store import Store
+
+log = logging.getLogger("kotae")
+
+DRAIN_S = 10
+"""How long running answers may go on after Ctrl-C or SIGTERM."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """What `serve` was asked for."""
+
+    data: Path
+    model: str
+    engine: str
+    engine_urls: tuple[str, ...]
+    host: str
+    port: int
+    behind_https: bool
+    """A TLS proxy stands in front: session cookies go over https only."""
+    align_command: tuple[str, ...]
+    """Starts one alignment run in a process of its own; the trigger is appended."""
+
+
+class Scheduler(Protocol):
+    """Starts runs on a cron and after enough new labels (`alignment.schedule`)."""
+
+    def start(self) -> None:
+        """Begin to watch the clock and the labels."""
+
+    def stop(self) -> None:
+        """Stop watching; a run that is going on continues."""
+
+    def next_text(self) -> str:
+        """Say in one sentence when the next run starts."""
+
+
+MakeScheduler = Callable[[Store, Callable[[RunTrigger], None]], Scheduler]
+
+
+def serve_until_stopped(options: ServeOptions, *, make_scheduler: MakeScheduler) -> int:
+    """Serve until SIGINT or SIGTERM; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("apscheduler").setLevel(logging.WARNING)
+    url = f"http://{options.host}:{options.port}"
+    check_port_free(options.host, options.port)
+    with DataLock(options.data, url=url):
+        store = Store(options.data)
+        for run in runs.mark_dead_runs(store):
+            log.warning("run %s was found dead: %s", run.id, run.message)
+        base = register_model(store, options.model)
+        tell_administrator(store, url)
+        launcher = RunLauncher(store, options.align_command)
+        scheduler = make_scheduler(store, lambda trigger: launcher.launch(trigger, None))
+        asyncio.run(_serve(options, store, base, launcher, scheduler))
+        store.close()
+    return 0
+
+
+def register_model(store: Store, model: str) -> Policy:
+    """Record the base model and make sure that something is deployed; returns the base policy.
+
+    Another base than before is deployed as it is: adapters belong to the base they were trained on.
+    """
+    folder = find_model(model)
+    base = policies.register_base(store, base_path=str(folder), base_sha256=base_digest(folder))
+    served = deployments.served(store)
+    if served is None or store.get(Policy, served.stable.policy_id).base_sha256 != base.base_sha256:
+        reason = "first start" if served is None else f"the base model is now {model}"
+        deployments.deploy(store, policy_id=base.id, role="stable", share=1.0, actor="system", reason=reason)
+    return base
+
+
+def tell_administrator(store: Store, url: str) -> None:
+    """Print where to go and, on the first start, how to sign in."""
+    password = first_administrator(store)
+    print(f"\n  答え Kotae   {url}\n", flush=True)
+    if password is not None:
+        print(f"  First start. Sign in as: admin\n  one-time password:       {password}\n", flush=True)
+
+
+def check_port_free(host: str, port: int) -> None:
+    """Raise InvalidField when somebody listens there already."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InvalidField(
+                "--host/--port", f"{host}:{port}", f"{error.strerror}; choose another, e.g. --port {port + 1}"
+            ) from error
+
+
+class RunLauncher:
+    """Starts alignment runs as processes that outlive a restart of the server."""
+
+    def __init__(self, store: Store, command: Sequence[str]) -> None:
+        self._store = store
+        self._command = tuple(command)
+
+    def launch(self, trigger: RunTrigger, person: Person | None) -> None:
+        """Start a run and return at once.
+
+        Raises:
+            Busy: a run is going on.
+        """
+        running = runs.running(self._store)
+        if running is not None:
+            raise Busy(f"run {running.id} is going on; wait until it ends")
+        logs = self._store.data / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        with (logs / "align.log").open("ab") as out:
+            process = subprocess.Popen(
+                [*self._command, "--trigger", trigger],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+        # Without a waiter a dead run would stay a zombie, and look alive.
+        threading.Thread(target=process.wait, name=f"run-{process.pid}", daemon=True).start()
+        log.info("started an alignment run (%s%s)", trigger, f" by {person.name}" if person else "")
+
+
+async def _serve(
+    options: ServeOptions, store: Store, base: Policy, launcher: RunLauncher, scheduler: Scheduler
+) -> None:
+    from assistant.web.server import build_app
+
+    async with running_engine(options, base) as engine:
+        release = Release(store, engine)
+        services = Services(
+            store=store,
+            engine=engine,
+            release=release,
+            chat=Chat(store, engine, release),
+            launch_run=launcher.launch,
+            schedule_text=scheduler.next_text,
+            model_name=Path(base.base_path).name,
+        )
+        web = build_app(services, secure_cookies=options.behind_https)
+        config = uvicorn.Config(
+            web,
+            host=options.host,
+            port=options.port,
+            log_level="warning",
+            timeout_graceful_shutdown=DRAIN_S,
+            access_log=False,
+        )
+        scheduler.start()
+        try:
+            with signals_left_to_uvicorn():
+                await uvicorn.Server(config).serve()
+        finally:
+            scheduler.stop()
+
+
+@asynccontextmanager
+async def running_engine(options: ServeOptions, base: Policy) -> AsyncIterator[Engine]:
+    """Yield the engine that was asked for; a managed vLLM goes on booting behind it."""
+    if options.engine_urls:
+        yield VllmEngine(options.engine_urls, base_name=base.id)
+        return
+    if options.engine == "local" or (options.engine == "auto" and choose_engine() == "local"):
+        from assistant.engine.local import LocalEngine
+
+        yield LocalEngine(base.base_path, base_name=base.id)
+        return
+    boot = Boot()
+    vllm = VllmProcess(
+        VllmOptions(model=base.base_path, base_name=base.id, data=options.data), on_progress=boot.tell
+    )
+    booting = asyncio.create_task(_boot(vllm), name="vllm-boot")
+    try:
+        yield VllmEngine([vllm.url], base_name=base.id, explain=lambda: boot.explain(vllm))
+    finally:
+        booting.cancel()
+        with suppress(asyncio.CancelledError):
+            await booting
+        await vllm.stop()
+
+
+async def _boot(vllm: VllmProcess) -> None:
+    try:
+        await vllm.start()
+    except EngineUnavailable as error:
+        log.error("%s", error)
+
+
+@dataclass(slots=True)
+class Boot:
+    """Where vLLM's boot is: told in the terminal stage by stage, and to people who ask too early."""
+
+    stage: str = "starting"
+    elapsed_s: float = 0.0
+
+    def tell(self, stage: str, elapsed_s: float) -> None:
+        """Print each stage once."""
+        if stage != self.stage:
+            print(f"  vLLM  {elapsed_s:5.1f} s  {stage}", flush=True)
+        self.stage, self.elapsed_s = stage, elapsed_s
+
+    def explain(self, vllm: VllmProcess) -> str | None:
+        """Return why vLLM does not answer; None when it should."""
+        if vllm.state in ("starting", "restarting"):
+            return f"the model is starting ({self.stage}, {self.elapsed_s:.0f} s); ask again in a moment"
+        return None if vllm.state == "ready" else f"the model is not running: {vllm.detail}"
+
+
+@contextmanager
+def signals_left_to_uvicorn() -> Iterator[None]:
+    """Let uvicorn end gracefully on SIGINT and SIGTERM, and this process outlive it to clean up.
+
+    uvicorn raises the signal again when it is done, for whoever handled it before: here nobody needs it.
+    """
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

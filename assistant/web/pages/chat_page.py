@@ -1,0 +1,273 @@
+"""The chat: conversations on the left, messages in the middle, feedback below the answer.
+
+History and the current turn are two chatbots: drawing a stream costs as much as the messages around it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+import gradio as gr
+
+from assistant.chat import Delta
+from assistant.web.pages import chat_session as session
+from assistant.web.pages import chat_view as look
+from assistant.web.pages.chat_layout import ChatLayout
+from assistant.web.pages.chat_screen import answer_bar, example_questions, listing_of, screen_of
+from assistant.web.pages.chat_view import SHOWN_TURNS, View
+from assistant.web.pages.feedback_panel import FeedbackPanel
+from assistant.web.pages.frame import Frame, clicked, toast
+from assistant.web.pages.streaming import paced
+from storage import conversations, feedback
+from storage.errors import KotaeError
+from storage.records import Json, Person, Turn
+
+QUICK: Json = {"queue": False, "show_progress": "hidden"}
+READERS_AT_ONCE = 64
+"""Answers streamed at the same time; the engine queues what it cannot do at once."""
+Updates = dict[Any, Any]
+
+
+class ChatPage:
+    """Components and handlers of the chat; one instance serves everybody."""
+
+    def __init__(self, frame: Frame) -> None:
+        self.frame, self.words, self.services = frame, frame.words, frame.services
+        self.store = frame.services.store
+        self.panel = FeedbackPanel(frame)
+        self.stops: dict[str, asyncio.Event] = {}
+
+    def build(self, blocks: gr.Blocks) -> None:
+        """Add the page and connect its events."""
+        self.view = gr.State(View())
+        self.ui = ChatLayout(self.words, self.panel)
+        self._wire(blocks)
+
+    def _wire(self, blocks: gr.Blocks) -> None:
+        screen = [self.view, *self.ui.screen]
+        asks = [
+            gr.on(
+                [self.ui.question.submit, self.ui.send.click],
+                self.ask,
+                [self.view, self.ui.question],
+                [*screen, self.ui.question],
+                **QUICK,
+            ),
+            self.ui.empty.click(self.ask_example, self.view, screen, **QUICK),
+            self.ui.bar.submit(self.ask_again, self.view, screen, **QUICK),
+            self.ui.live.edit(self.edit_live, self.view, screen, **QUICK),
+            self.ui.history.edit(self.edit_history, self.view, screen, **QUICK),
+        ]
+        streamed = [self.view, self.ui.live, self.ui.bar, self.ui.send, self.ui.stop]
+        for asked in asks:
+            asked.success(
+                self.stream,
+                self.view,
+                streamed,
+                concurrency_limit=READERS_AT_ONCE,
+                concurrency_id="chat",
+                show_progress="hidden",
+            ).then(self.refresh_list, [self.view, self.ui.query], [self.ui.listing, self.ui.title], **QUICK)
+        self.ui.stop.click(self.stop_stream, None, None, **QUICK)
+        self.ui.bar.click(self.act, self.view, screen, **QUICK)
+        self.ui.history.like(self.like_history, self.view, [self.view, *self.panel.outputs], **QUICK)
+        self.ui.new.click(self.open_new, None, screen, **QUICK)
+        self.ui.older.click(self.show_older, self.view, screen, **QUICK)
+        self.ui.listing.click(self.open, self.ui.query, screen, **QUICK)
+        self.ui.query.change(
+            self.search, [self.ui.query, self.view], self.ui.listing, trigger_mode="always_last", **QUICK
+        )
+        self.ui.title.click(self.act_on_title, self.view, [*screen, self.ui.new_title], **QUICK)
+        gr.on(
+            [self.ui.rename.click, self.ui.new_title.submit],
+            self.keep_title,
+            [self.view, self.ui.new_title],
+            [self.ui.title, self.ui.renaming, self.ui.listing],
+            **QUICK,
+        )
+        self.panel.wire(self.view)
+        blocks.load(self.open_new, None, screen, **QUICK)
+
+    # -- asking ---------------------------------------------------------------------------------------
+
+    def ask(self, view: View, question: str, request: gr.Request) -> Updates:
+        with self.frame.told():
+            person = self.frame.person(request)
+            if str(request.session_hash) in self.stops:
+                raise toast("", self.words("chat.busy"))
+            view = session.next_question(self.services, person, view, question)
+            return self._screen(person, view) | {self.ui.question: ""}
+
+    def ask_example(self, view: View, request: gr.Request, event: gr.EventData) -> Updates:
+        with self.frame.told():
+            person = self.frame.person(request)
+            question = example_questions(self.services, self.words.language)[int(clicked(event)["id"])]
+            return self._screen(person, session.next_question(self.services, person, view, question))
+
+    def ask_again(self, view: View, request: gr.Request, event: gr.EventData) -> Updates:
+        with self.frame.told():
+            person, click = self.frame.person(request), clicked(event)
+            if click["act"] == "retry":
+                return self._screen(person, session.retried(view))
+            return self._screen(person, session.again(self.services, person, view, click["id"]))
+
+    def edit_live(self, view: View, request: gr.Request, event: gr.EditData) -> Updates:
+        with self.frame.told():
+            return self._edited(request, view, view.live_turn_id, event)
+
+    def edit_history(self, view: View, request: gr.Request, event: gr.EditData) -> Updates:
+        with self.frame.told():
+            return self._edited(request, view, self._history_turn_id(view, event.index), event)
+
+    def _edited(self, request: gr.Request, view: View, turn_id: str | None, event: gr.EditData) -> Updates:
+        person = self.frame.person(request)
+        turn = session.own_turn(self.services, person, turn_id)
+        view = session.again(self.services, person, view, turn.id, question=str(event.value))
+        return self._screen(person, view)
+
+    async def stream(self, view: View, request: gr.Request) -> AsyncGenerator[Updates, None]:
+        """Stream the answer to `view.ask`, at last with its actions; silent once the person has gone elsewhere."""
+        with self.frame.told():
+            person, key = self.frame.person(request), str(request.session_hash)
+            if view.ask is None:
+                return
+            stop = self.stops[key] = asyncio.Event()
+            problem = ""
+            try:
+                async with aclosing(paced(self.services.chat.reply(view.ask), stop=stop)) as events:
+                    async for event in events:
+                        if isinstance(event, Delta):
+                            yield {self.ui.live: self._live(view, event.text), self.ui.bar: ""}
+            except KotaeError as error:
+                problem = str(error)
+            finally:
+                is_here = self.stops.get(key) is stop
+                if is_here:
+                    del self.stops[key]
+            if is_here:
+                yield self._answered(person, view, problem)
+
+    def stop_stream(self, request: gr.Request) -> None:
+        """Stop the answer of this browser tab; what was said is kept."""
+        if str(request.session_hash) in self.stops:
+            self.stops[str(request.session_hash)].set()
+
+    def _leave(self, request: gr.Request) -> None:
+        """Stop the answer of this browser tab without showing how it ended."""
+        stop = self.stops.pop(str(request.session_hash), None)
+        if stop is not None:
+            stop.set()
+
+    def _answered(self, person: Person, view: View, problem: str) -> Updates:
+        """Return the updates that end a stream: the recorded turn, or why there is none."""
+        buttons = {self.ui.send: gr.Button(visible=True), self.ui.stop: gr.Button(visible=False)}
+        turn_id = view.ask.turn_id if view.ask else ""
+        recorded = self.store.all(Turn, "id = ?", [turn_id])
+        if problem or not recorded:
+            bar = look.broken(self.words, problem) if problem else look.stopped(self.words)
+            return buttons | {self.view: view, self.ui.bar: bar}
+        view = session.settled(self.store, view, live_turn_id=turn_id)
+        live = gr.Chatbot(value=look.messages_of(recorded))
+        return buttons | {self.view: view, self.ui.live: live, self.ui.bar: self._bar(person, recorded[0])}
+
+    def _live(self, view: View, answer: str) -> gr.Chatbot:
+        assert view.ask is not None
+        return gr.Chatbot(value=look.exchange(view.ask.messages[-1]["content"], answer))
+
+    # -- feedback -------------------------------------------------------------------------------------
+
+    def act(self, view: View, request: gr.Request, event: gr.EventData) -> Updates:
+        """Do what a button below the latest answer says."""
+        with self.frame.told():
+            person, click = self.frame.person(request), clicked(event)
+            turn = session.own_turn(self.services, person, click["id"])
+            if click["act"] == "show":
+                return self._screen(person, session.branch(self.services, person, view, turn.id))
+            view = replace(view, judged_turn_id=turn.id)
+            if click["act"] == "correct":
+                return self.panel.opened_for_correction(turn) | {self.view: view}
+            updates = self.panel.rate(person, turn, "up" if click["act"] == "up" else "down")
+            return updates | {self.view: view, self.ui.bar: self._bar(person, turn)}
+
+    def like_history(self, view: View, request: gr.Request, event: gr.LikeData) -> Updates:
+        """Record a thumb in the history: "" takes it back, it is no downvote."""
+        with self.frame.told():
+            person = self.frame.person(request)
+            turn = session.own_turn(self.services, person, self._history_turn_id(view, event.index))
+            if event.liked == "":
+                feedback.rate(self.store, turn_id=turn.id, person_id=person.id, verdict="retracted")
+                return self.panel.hidden() | {self.view: view}
+            rating = feedback.rate(
+                self.store, turn_id=turn.id, person_id=person.id, verdict="up" if event.liked else "down"
+            )
+            return self.panel.shown(turn, rating) | {self.view: replace(view, judged_turn_id=turn.id)}
+
+    def _history_turn_id(self, view: View, index: int | tuple[int, int]) -> str:
+        """Return the turn of a message on screen; two messages are one turn."""
+        shown = view.history_turn_ids[-view.shown_turns :]
+        return shown[(index if isinstance(index, int) else index[0]) // 2]
+
+    # -- conversations --------------------------------------------------------------------------------
+
+    def open_new(self, request: gr.Request) -> Updates:
+        self._leave(request)
+        with self.frame.told():
+            return self._screen(self.frame.person(request), View())
+
+    def open(self, query: str, request: gr.Request, event: gr.EventData) -> Updates:
+        self._leave(request)
+        with self.frame.told():
+            person = self.frame.person(request)
+            view = session.open_conversation(self.services, person, clicked(event)["id"])
+            listing = listing_of(self.services, self.words, person, view, query)
+            return self._screen(person, view) | {self.ui.listing: listing}
+
+    def show_older(self, view: View, request: gr.Request) -> Updates:
+        with self.frame.told():
+            view = replace(view, shown_turns=view.shown_turns + SHOWN_TURNS)
+            return self._screen(self.frame.person(request), view)
+
+    def search(self, query: str, view: View, request: gr.Request) -> str:
+        with self.frame.told():
+            person = self.frame.person(request)
+            return listing_of(self.services, self.words, person, view, query)
+
+    def act_on_title(self, view: View, request: gr.Request, event: gr.EventData) -> Updates:
+        """Rename or delete the open conversation; deleting asks first."""
+        with self.frame.told():
+            person, act = self.frame.person(request), clicked(event)["act"]
+            conversation = self.services.chat.conversation(person, view.conversation_id or "")
+            if act == "rename":
+                return {self.ui.renaming: gr.Row(visible=True), self.ui.new_title: conversation.title}
+            if act == "delete":
+                return {self.ui.title: look.delete_bar(self.words)}
+            if act == "delete-yes":
+                conversations.delete_conversation(self.store, conversation.id, actor=person.id)
+                return self._screen(person, View())
+            return {self.ui.title: look.title_bar(self.words, conversation)}
+
+    def keep_title(self, view: View, title: str, request: gr.Request) -> Updates:
+        with self.frame.told():
+            person = self.frame.person(request)
+            conversation = self.services.chat.conversation(person, view.conversation_id or "")
+            conversations.rename_conversation(self.store, conversation.id, title=title, actor=person.id)
+            listing, bar = self.refresh_list(view, "", request)
+            return {self.ui.listing: listing, self.ui.title: bar, self.ui.renaming: gr.Row(visible=False)}
+
+    def refresh_list(self, view: View, query: str, request: gr.Request) -> tuple[str, str]:
+        with self.frame.told():
+            person = self.frame.person(request)
+            listing = listing_of(self.services, self.words, person, view, query)
+            return listing, screen_of(self.services, self.words, person, view).title
+
+    def _screen(self, person: Person, view: View) -> Updates:
+        """Return the updates that draw the whole view."""
+        screen = screen_of(self.services, self.words, person, view)
+        return self.ui.drawn(screen) | self.panel.hidden() | {self.view: view}
+
+    def _bar(self, person: Person, turn: Turn) -> str:
+        return answer_bar(self.store, self.words, person, turn)

@@ -1,0 +1,162 @@
+"""What is served: stable, canary, previous; how people like it; promote and roll back; what was served before."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from assistant import release
+from assistant.web.pages.candidate_view import standing_badge
+from assistant.web.pages.frame import Frame, markup
+from assistant.web.pages.html import badge, moment, note, table, time_tag
+from assistant.web.pages.satisfaction import satisfaction_html
+from assistant.web.words import Words
+from storage import deployments, people
+from storage.errors import InvalidField, NotFound
+from storage.records import Deployment, Json, Served, now
+from storage.store import Store
+from storage.tallies import likings
+
+QUICK: Json = {"queue": False, "show_progress": "hidden"}
+HISTORY = 50
+Updates = dict[Any, Any]
+
+
+class ServedPage:
+    """Components and handlers of what is served; one instance serves everybody."""
+
+    def __init__(self, frame: Frame) -> None:
+        self.frame, self.words, self.services = frame, frame.words, frame.services
+        self.store = frame.services.store
+
+    def build(self, blocks: gr.Blocks, tab: gr.Tab) -> None:
+        """Add the page and connect its events."""
+        words = self.words
+        self.alerts = markup(elem_id="served-alerts")
+        self.now = markup(elem_id="served-now")
+        with gr.Column(elem_id="served-change", elem_classes="k-card"):
+            self.reason = gr.Textbox(
+                "",
+                label=words("candidates.reason"),
+                placeholder=words("served.reason_example"),
+                lines=1,
+                max_lines=4,
+            )
+            with gr.Row(elem_classes="k-inline"):
+                self.promote = gr.Button(
+                    words("served.promote"), variant="primary", scale=0, min_width=160, visible=False
+                )
+                self.rollback = gr.Button(
+                    words("served.rollback"), scale=0, min_width=130, elem_classes="k-danger"
+                )
+        self.message = markup(elem_id="served-message")
+        markup(f"<h3>{escape(words('served.satisfaction'))}</h3>")
+        self.satisfaction = markup(elem_id="served-satisfaction")
+        markup(f"<h3>{escape(words('served.history'))}</h3>")
+        self.history = markup(elem_id="served-history")
+        shown = [
+            self.alerts,
+            self.now,
+            self.promote,
+            self.satisfaction,
+            self.history,
+            self.message,
+            self.reason,
+        ]
+        gr.on([blocks.load, tab.select], self.refresh, None, shown, **QUICK)
+        slow: Json = {"show_progress": "minimal", "show_progress_on": self.now}
+        self.promote.click(self.on_promote, self.reason, shown, **slow)
+        self.rollback.click(self.on_rollback, self.reason, shown, **slow)
+
+    def refresh(self, request: gr.Request) -> Updates:
+        with self.frame.told():
+            self.frame.person(request)
+            return self._shown()
+
+    async def on_promote(self, reason: str, request: gr.Request) -> Updates:
+        with self.frame.told():
+            person, served = self.frame.person(request), release.serving(self.store)
+            self._check_reason(reason)
+            canary = served.canary.policy_id if served.canary else ""
+            release.promote(self.store, policy_id=canary, person=person, reason=reason)
+            return self._done(self.words("served.promoted", policy=await self._synced()))
+
+    async def on_rollback(self, reason: str, request: gr.Request) -> Updates:
+        with self.frame.told():
+            person = self.frame.person(request)
+            self._check_reason(reason)
+            release.rollback(self.store, actor=person.id, reason=reason)
+            return self._done(self.words("served.rolled_back", policy=await self._synced()))
+
+    async def _synced(self) -> str:
+        """Bring the engine to what was decided and return the policy that answers."""
+        served = await self.services.release.sync()
+        return served.stable.policy_id
+
+    def _done(self, message: str) -> Updates:
+        return self._shown() | {self.message: note(message, "good"), self.reason: ""}
+
+    def _check_reason(self, reason: str) -> None:
+        if not reason.strip():
+            raise InvalidField("reason", reason, self.words("candidates.reason_missing"))
+
+    def _shown(self) -> Updates:
+        served = deployments.served(self.store)
+        return {
+            self.alerts: "".join(note(alert, "bad") for alert in self.services.release.alerts[-5:]),
+            self.now: served_html(self.words, self.store, served),
+            self.promote: gr.Button(visible=served is not None and served.canary is not None),
+            self.satisfaction: satisfaction_html(self.words, likings(self.store)),
+            self.history: history_html(self.words, self.store, deployments.history(self.store, HISTORY)),
+        }
+
+
+def served_html(words: Words, store: Store, served: Served | None) -> str:
+    """Return a card for each policy that answers or stands by."""
+    if served is None:
+        return note(words("served.nothing"))
+    rows = (("stable", served.stable), ("canary", served.canary), ("previous", served.previous))
+    canary_share = served.canary.share if served.canary else 0.0
+    shares = {"stable": 1 - canary_share, "canary": canary_share, "previous": 0.0}
+    cards = "".join(
+        served_card(words, store, role, row, share=shares[role]) for role, row in rows if row is not None
+    )
+    return f'<div class="k-cards">{cards}</div>'
+
+
+def served_card(words: Words, store: Store, role: str, row: Deployment, *, share: float) -> str:
+    """Return one policy with its share, since when, by whom and why."""
+    bar = f'<div class="k-bar"><i style="width:{share:.0%}"></i></div>'
+    return (
+        f'<article class="k-card {role}"><header>{standing_badge(words, role)}<b class="k-share">{share:.0%}</b>'
+        f"</header><h3><code>{escape(row.policy_id)}</code></h3>{bar}"
+        f"<p>{time_tag(words, row.created_at, now())} · {escape(name_of(store, row.actor))}</p>"
+        f'<p class="k-hint">“{escape(row.reason)}”</p></article>'
+    )
+
+
+def history_html(words: Words, store: Store, rows: list[Deployment]) -> str:
+    """Return every change of what is served, the newest first."""
+    headers = [words.of("history", name) for name in ("at", "policy", "role", "share", "by", "reason")]
+    body = [
+        [
+            moment(row.created_at),
+            f"<code>{escape(row.policy_id)}</code>",
+            badge(words.of("standing", row.role), "quiet"),
+            f"{row.share:.0%}",
+            escape(name_of(store, row.actor)),
+            escape(row.reason),
+        ]
+        for row in rows
+    ]
+    return table(headers, body)
+
+
+def name_of(store: Store, actor: str) -> str:
+    """Return a person's name; the system's as it stands."""
+    try:
+        return people.get_person(store, actor).name
+    except NotFound:
+        return actor

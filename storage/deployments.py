@@ -1,0 +1,73 @@
+"""Changing what is served: one more row, never an edit. A rollback is one more row too.
+
+Moving the engine to the served state is the business of `assistant.release`.
+"""
+
+from __future__ import annotations
+
+from storage.deployments_read import deployments_of, served
+from storage.errors import Conflict, InvalidField, NotAllowed
+from storage.people import require_actor
+from storage.policies import get_policy, is_approved
+from storage.records import Deployment, DeploymentRole, Served, new_id, now
+from storage.store import Store
+
+__all__ = ["deploy", "deployments_of", "history", "served"]
+
+
+def deploy(
+    store: Store, *, policy_id: str, role: DeploymentRole, share: float, actor: str, reason: str
+) -> Deployment:
+    """Make the policy stable, a canary with a share of the conversations (0 to 1), or retire it.
+
+    Raises:
+        NotAllowed: no valid approval of exactly this policy, or `actor` is neither "system" nor an operator.
+        InvalidField: the share does not fit the role, or there is no reason.
+        Conflict: the step makes no sense from what is served now.
+    """
+    require_actor(store, actor, "operator")
+    _check_share(role, share)
+    if not reason.strip():
+        raise InvalidField("reason", reason, "say why, for those who read it later")
+    deployment = Deployment(
+        id=new_id("deployment"),
+        policy_id=policy_id,
+        role=role,
+        share=share,
+        actor=actor,
+        reason=reason.strip(),
+        created_at=now(),
+    )
+    with store.transaction(actor) as changes:
+        _check_approved(store, policy_id, role)
+        _check_step(served(store), policy_id, role)
+        changes.insert(deployment)
+        changes.audit("policy.deployed", policy_id, deployment_id=deployment.id, role=role, share=share)
+    return deployment
+
+
+def history(store: Store, limit: int = 100) -> list[Deployment]:
+    """Return the latest deployment rows, newest first."""
+    return store.all(Deployment, order="seq DESC", limit=limit)
+
+
+def _check_share(role: DeploymentRole, share: float) -> None:
+    fits = {"stable": share == 1, "canary": 0 < share <= 1, "retired": share == 0}
+    if role not in fits:
+        raise InvalidField("role", role, "use stable, canary or retired")
+    if not fits[role]:
+        raise InvalidField("share", share, "use 1 for stable, above 0 up to 1 for canary, 0 for retired")
+
+
+def _check_approved(store: Store, policy_id: str, role: DeploymentRole) -> None:
+    policy = get_policy(store, policy_id)
+    if role == "retired" or policy.adapter_sha256 is None or is_approved(store, policy_id):
+        return
+    raise NotAllowed(f"{policy_id} has no approval of exactly its present evidence; approve it first")
+
+
+def _check_step(now_served: Served | None, policy_id: str, role: DeploymentRole) -> None:
+    if now_served is None and role != "stable":
+        raise Conflict(f"nothing is served yet: deploy {policy_id} as stable first")
+    if now_served is not None and role != "stable" and now_served.stable.policy_id == policy_id:
+        raise Conflict(f"{policy_id} is the stable policy: make another one stable first")

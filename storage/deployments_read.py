@@ -1,0 +1,44 @@
+"""What is served, derived from the deployment rows: reading only, so that policies can ask it too."""
+
+from __future__ import annotations
+
+from storage.records import Deployment, Served
+from storage.store import Store
+
+
+def served(store: Store) -> Served | None:
+    """Return what should answer now; None before the first deployment.
+
+    stable is the latest stable row; previous the latest earlier stable row of another policy; canary the
+    latest row after stable that is a canary and was not followed by a row of the same policy.
+    """
+    with store.reading():
+        latest = store.all(Deployment, "role = 'stable'", order="seq DESC", limit=1)
+        return _around(store, latest[0]) if latest else None
+
+
+def deployments_of(store: Store, policy_id: str) -> list[Deployment]:
+    """Return the policy's rows, oldest first."""
+    return store.all(Deployment, "policy_id = ?", [policy_id], order="seq")
+
+
+def _around(store: Store, stable: Deployment) -> Served:
+    previous = store.all(
+        Deployment,
+        "role = 'stable' AND policy_id <> ? AND seq < (SELECT seq FROM deployments WHERE id = ?)",
+        [stable.policy_id, stable.id],
+        order="seq DESC",
+        limit=1,
+    )
+    canary = store.all(
+        Deployment,
+        """role = 'canary' AND seq > (SELECT seq FROM deployments WHERE id = ?)
+            AND NOT EXISTS (SELECT 1 FROM deployments AS later
+                WHERE later.policy_id = deployments.policy_id AND later.seq > deployments.seq)""",
+        [stable.id],
+        order="seq DESC",
+        limit=1,
+    )
+    return Served(
+        stable=stable, previous=previous[0] if previous else None, canary=canary[0] if canary else None
+    )

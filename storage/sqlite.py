@@ -1,0 +1,84 @@
+"""Opening SQLite the way Kotae needs it, and translating its errors into ours.
+
+Every connection is made here, so none can miss foreign keys, the write-ahead log or the full sync.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from storage.errors import Busy, Conflict, CorruptData, InvalidField, KotaeError, StorageUnavailable
+
+BUSY_TIMEOUT_S = 10.0
+"""How long a writer waits for another. A write takes milliseconds: after ten seconds something is stuck."""
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Open the database with foreign keys, write-ahead log and a full sync at each commit.
+
+    Raises:
+        CorruptData: the file is not a database.
+        StorageUnavailable: it cannot be opened or the file system cannot hold a write-ahead log.
+    """
+    with translated():
+        connection = sqlite3.connect(
+            path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+        )
+        connection.row_factory = sqlite3.Row
+        mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA recursive_triggers = ON")  # REPLACE then fires DELETE triggers too
+        enforced = connection.execute("PRAGMA foreign_keys").fetchone()[0]
+    if mode != "wal" or enforced != 1:
+        connection.close()
+        raise StorageUnavailable(f"{path} must lie on a local disk (SQLite answered {mode} instead of wal)")
+    return connection
+
+
+@contextmanager
+def translated(values: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Turn SQLite's errors into Kotae's; `values` are the columns being written, for the message."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise translate(error, values or {}) from error
+    except UnicodeEncodeError as error:
+        field = _unpaired(values or {})
+        raise InvalidField(field, error.object, "remove the unpaired surrogate characters") from error
+    except OverflowError as error:
+        raise InvalidField("number", dict(values or {}), "use integers below 2**63") from error
+
+
+def translate(error: sqlite3.Error, values: Mapping[str, Any]) -> KotaeError:
+    """Return the error of Kotae that says what `error` means for a person."""
+    name = str(getattr(error, "sqlite_errorname", "") or "")
+    text = str(error)
+    column = text.rsplit(": ", 1)[-1].rsplit(".", 1)[-1]
+    if name == "SQLITE_CONSTRAINT_TRIGGER":
+        return Conflict(f"{text}: what is recorded there is never changed, removed or recorded twice")
+    if name in ("SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY"):
+        return Conflict(f"{text}: it exists already")
+    if name == "SQLITE_CONSTRAINT_FOREIGNKEY":
+        return InvalidField("reference", dict(values), "name rows that exist")
+    if name.startswith("SQLITE_CONSTRAINT"):
+        return InvalidField(column, values.get(column), "use one of the values this column allows")
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        return Busy(f"another program kept the data busy for {BUSY_TIMEOUT_S:.0f} s; try again")
+    if name == "SQLITE_TOOBIG" or isinstance(error, sqlite3.DataError):
+        return InvalidField("text", text, "use less than 1 GB")
+    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+        return CorruptData(f"the database is damaged ({text}); restore a backup")
+    return StorageUnavailable(f"the data cannot be read or written: {text}")
+
+
+def _unpaired(values: Mapping[str, Any]) -> str:
+    """Return the name of the first value that holds an unpaired surrogate."""
+    for name, value in values.items():
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            return name
+    return "text"

@@ -1,0 +1,97 @@
+"""A store filled with synthetic conversations and comparisons, made with storage's own functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storage import conversations, deployments, feedback, people, policies
+from storage.digests import base_digest
+from storage.people import SYSTEM
+from storage.records import Choice, Deployment, Person, Policy, Turn, new_id, now
+from storage.store import Store
+
+KIND = "Hello! Thank you for writing, we are glad to help you."
+CURT = "No."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filled:
+    """What `fill` made."""
+
+    store: Store
+    base: Policy
+    deployment: Deployment
+    person: Person
+
+
+def open_store(data: Path, model: Path) -> Filled:
+    """Return a store that serves the base model to one person."""
+    store = Store(data)
+    person = people.add_person(store, name="aya", role="staff", actor=SYSTEM)
+    base = policies.register_base(store, base_path=str(model), base_sha256=base_digest(model))
+    deployment = deployments.deploy(
+        store, policy_id=base.id, role="stable", share=1, actor=SYSTEM, reason="first start"
+    )
+    return Filled(store=store, base=base, deployment=deployment, person=person)
+
+
+def add_comparisons(
+    filled: Filled,
+    tokenizer: Any,
+    count: int,
+    *,
+    start: int = 0,
+    choice: Choice | None = None,
+    deployment: Deployment | None = None,
+) -> None:
+    """Add `count` questions with two answers each; the kind one wins unless `choice` says otherwise."""
+    for number in range(start, start + count):
+        question = f"Where is my order, asks customer {_word(number)}?"
+        sides = (KIND, CURT) if number % 2 else (CURT, KIND)
+        left, right = _two_turns(filled, tokenizer, question, sides, deployment or filled.deployment)
+        feedback.compare(
+            filled.store,
+            left_turn_id=left.id,
+            right_turn_id=right.id,
+            person_id=filled.person.id,
+            choice=choice or ("left" if sides[0] == KIND else "right"),
+        )
+
+
+def _word(number: int) -> str:
+    """Spell a number in letters: digits do not tell prompts apart."""
+    return "".join("abcdefghij"[int(digit)] for digit in str(number))
+
+
+def _two_turns(
+    filled: Filled, tokenizer: Any, question: str, answers: tuple[str, str], deployment: Deployment
+) -> tuple[Turn, Turn]:
+    conversation = conversations.create_conversation(filled.store, person_id=filled.person.id)
+    messages = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    turns = []
+    for answer in answers:
+        ids = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        turn = Turn(
+            id=new_id("turn"),
+            conversation_id=conversation.id,
+            parent_turn_id=None,
+            person_id=filled.person.id,
+            source="compare",
+            messages=messages,
+            answer=answer,
+            prompt_token_ids=[int(i) for i in prompt],
+            answer_token_ids=[int(i) for i in ids],
+            policy_id=deployment.policy_id,
+            deployment_id=deployment.id,
+            sampling={"temperature": 0.7, "top_p": 1.0, "max_tokens": 24},
+            finish_reason="stop",
+            first_token_s=0.01,
+            total_s=0.1,
+            created_at=now(),
+        )
+        conversations.record_turn(filled.store, turn)
+        turns.append(turn)
+    return turns[0], turns[1]

@@ -1,0 +1,23 @@
+"""One real server for all tests that need one: `serve` with the starter model on vLLM, booted once a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Before torch is imported: its threads spin while they wait, and on two cores beside vLLM and Chromium a minute
+# becomes ten. Programs that the tests start as their users would get neither (running_server.py).
+os.environ.update({"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"})
+
+import pytest
+
+from running_server import Server
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(tmp_path_factory.mktemp("server") / "data")
+    try:
+        yield running.start()
+    finally:
+        running.stop()

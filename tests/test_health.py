@@ -1,0 +1,164 @@
+"""Liveness, readiness and the metrics page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from assistant.engine.protocol import Health
+from assistant.web.totals import Histogram
+from storage import deployments
+from web_fixtures import Site, make_site
+
+QUESTION = [{"role": "user", "content": "Where is my parcel?"}]
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return make_site(tmp_path)
+
+
+def ask(site: Site, path: str = "/v1/chat/completions", **body: Any) -> Any:
+    reply = site.client().post(path, json={"messages": QUESTION, **body})
+    assert reply.status_code in (200, 201), reply.text
+    return reply.json()
+
+
+def samples(site: Site) -> dict[str, float]:
+    """Return the metrics page as a mapping of series to value."""
+    reply = site.client("operator").get("/metrics")
+    assert reply.status_code == 200
+    assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
+    lines = [line for line in reply.text.splitlines() if not line.startswith("#")]
+    return {series: float(value) for series, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def test_the_process_is_alive_even_when_the_engine_is_not(site: Site) -> None:
+    site.engine.health_now = Health(ready=False, detail="booting")
+    reply = site.client(None).get("/healthz")
+    assert (reply.status_code, reply.json()) == (200, {"status": "ok"})
+
+
+def test_the_process_is_not_well_when_its_data_does_not_answer(site: Site) -> None:
+    site.store.close()
+    reply = site.client(None).get("/healthz")
+    assert reply.status_code == 503
+    assert "closed" in reply.json()["reason"]
+
+
+def test_ready_names_the_policy_that_answers(site: Site) -> None:
+    reply = site.client(None).get("/readyz")
+    assert (reply.status_code, reply.json()) == (200, {"status": "ready", "policy": site.engine.base_name})
+
+
+def test_not_ready_while_the_engine_boots_and_says_why(site: Site) -> None:
+    site.engine.health_now = Health(ready=False, detail="loading weights")
+    reply = site.client(None).get("/readyz")
+    assert reply.status_code == 503
+    assert reply.json() == {"status": "not ready", "reason": "engine: loading weights"}
+
+
+def test_not_ready_until_the_served_policy_is_loaded(site: Site) -> None:
+    site.engine.base_name = "policy-base-another"
+    reply = site.client(None).get("/readyz")
+    assert reply.status_code == 503
+    assert "not loaded" in reply.json()["reason"]
+
+
+def test_not_ready_when_the_engine_is_closed(site: Site) -> None:
+    with TestClient(site.app) as client:  # runs the lifespan, which closes the engine
+        assert client.get("/readyz").status_code == 200
+    assert site.engine.closed
+    assert site.client(None).get("/readyz").status_code == 503
+
+
+def test_metrics_are_for_this_machine_and_for_operators(site: Site) -> None:
+    local = TestClient(site.app, client=("127.0.0.1", 5000))
+    local_v6 = TestClient(site.app, client=("::1", 5000))
+    assert local.get("/metrics").status_code == 200
+    assert local_v6.get("/metrics").status_code == 200
+    assert local.get("/metrics", headers={"X-Forwarded-For": "203.0.113.9"}).status_code == 401
+    assert site.client(None).get("/metrics").status_code == 401
+    assert site.client("staff").get("/metrics").status_code == 403
+    assert site.client("operator").get("/metrics").status_code == 200
+
+
+def test_turns_are_counted_by_policy_and_end(site: Site) -> None:
+    base = site.engine.base_name
+    ask(site)
+    ask(site, max_tokens=1)
+    first = samples(site)
+    assert first[f'kotae_turns_total{{policy="{base}",finish_reason="stop"}}'] == 1
+    assert first[f'kotae_turns_total{{policy="{base}",finish_reason="length"}}'] == 1
+    ask(site)
+    again = samples(site)
+    assert again[f'kotae_turns_total{{policy="{base}",finish_reason="stop"}}'] == 2
+    assert again[f'kotae_answer_seconds_count{{policy="{base}"}}'] == 3
+    assert again[f'kotae_first_token_seconds_count{{policy="{base}"}}'] == 3
+
+
+def test_ratings_and_comparisons_are_counted(site: Site) -> None:
+    base, client = site.engine.base_name, site.client()
+    sides = ask(site, "/api/pairs")
+    turns = {"left_turn_id": sides["left"]["turn_id"], "right_turn_id": sides["right"]["turn_id"]}
+    client.post("/api/comparisons", json={**turns, "choice": "left"})
+    for verdict in ("down", "retracted"):
+        client.post("/api/ratings", json={"turn_id": sides["left"]["turn_id"], "verdict": verdict})
+    now = samples(site)
+    assert now[f'kotae_ratings_total{{policy="{base}",verdict="down"}}'] == 1
+    assert now[f'kotae_ratings_total{{policy="{base}",verdict="retracted"}}'] == 1
+    # Both answers are of one policy, so it won once and lost once.
+    assert now[f'kotae_comparisons_total{{policy="{base}",outcome="win"}}'] == 1
+    assert now[f'kotae_comparisons_total{{policy="{base}",outcome="loss"}}'] == 1
+
+
+def test_the_engine_what_is_served_and_what_is_in_flight_are_told(site: Site) -> None:
+    base = site.engine.base_name
+    with site.services.release.lease("conversation_1"):
+        now = samples(site)
+    assert now[f'kotae_in_flight{{policy="{base}"}}'] == 1
+    assert now["kotae_engine_up"] == 1
+    assert now[f'kotae_served{{policy="{base}",role="stable"}}'] == 1
+    site.engine.health_now = Health(ready=False, detail="gone")
+    assert samples(site)["kotae_engine_up"] == 0
+
+
+def test_the_page_is_what_prometheus_reads(site: Site) -> None:
+    parser = pytest.importorskip("prometheus_client.parser")
+    ask(site)
+    families = {
+        family.name: family
+        for family in parser.text_string_to_metric_families(site.client("operator").get("/metrics").text)
+    }
+    assert families["kotae_turns"].type == "counter"
+    assert families["kotae_answer_seconds"].type == "histogram"
+    assert families["kotae_engine_up"].samples[0].value == 1
+
+
+def test_histograms_are_cumulative_and_end_with_everything(site: Site) -> None:
+    ask(site)
+    buckets = [
+        value for series, value in samples(site).items() if series.startswith("kotae_answer_seconds_bucket")
+    ]
+    assert buckets == sorted(buckets)
+    assert buckets[-1] == 1
+    assert re.search(r'le="\+Inf"', site.client("operator").get("/metrics").text)
+
+
+def test_a_value_on_the_edge_of_a_bucket_belongs_to_it() -> None:
+    histogram = Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 2.0, 9.0):
+        histogram.add(value)
+    assert histogram.counts == [2, 2, 1]  # up to 1: 0.5 and 1.0; up to 2: 1.5 and 2.0; above: 9.0
+    assert histogram.sum == 14.0
+
+
+def test_the_served_policy_is_watched_while_the_server_runs(site: Site) -> None:
+    before = site.services.release.served
+    assert deployments.served(site.store) == before
+    with TestClient(site.app) as client:
+        assert client.get("/readyz").status_code == 200

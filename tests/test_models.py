@@ -1,0 +1,196 @@
+"""Adapters on one base: which one answers, how seeds and copies behave, and what is exported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from alignment.logprobs import completion_logprobs
+from alignment.models import (
+    LoraSpec,
+    active,
+    adapter_parameters,
+    add_adapter,
+    add_policy,
+    answer_ids,
+    free_name,
+    has_adapter,
+    load_base,
+    prompt_ids,
+    remove_adapter,
+    save_adapter,
+)
+from learning_fixtures import SMALL, base_with_policy, ids, make_pairs, randomise
+from storage.errors import InvalidField
+from tiny_models import make_adapter, make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+ROWS = [(pair.prompt_ids, pair.chosen_ids) for pair in make_pairs(4)]
+
+
+def test_a_fresh_policy_answers_exactly_as_its_base(model: Path) -> None:
+    base = base_with_policy(model)
+    policy = completion_logprobs(base, ROWS, adapter="policy")
+    assert policy == completion_logprobs(base, ROWS, adapter="reference")
+
+
+def test_the_same_seed_gives_the_same_adapter_and_leaves_the_global_generator_alone(model: Path) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    one, other, third = (adapter_parameters(base_with_policy(model, seed=s), "policy") for s in (1, 1, 2))
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert any(not torch.equal(one[name], third[name]) for name in one)
+
+
+def test_gradients_reach_the_active_adapter_alone(model: Path) -> None:
+    base = base_with_policy(model, spread=0.1)
+    add_adapter(base, "reward_0", SMALL, seed=2)
+    with active(base, "policy", trainable=True):
+        moving = {name for name, p in base.model.named_parameters() if p.requires_grad}
+    assert moving == set(adapter_parameters(base, "policy"))
+    with active(base, "policy"):
+        assert not any(p.requires_grad for p in base.model.parameters())
+
+
+def test_leaving_an_adapter_restores_the_one_before_also_after_an_error(model: Path) -> None:
+    base = base_with_policy(model, spread=0.2)
+    add_adapter(base, "reward_0", SMALL, seed=2)
+    with active(base, "policy"):
+        with pytest.raises(RuntimeError), active(base, "reward_0"):
+            raise RuntimeError
+        with active(base, None):
+            pass
+        logits = base.model(input_ids=torch.tensor([[11, 12, 13]])).logits
+    with active(base, "policy"), torch.no_grad():
+        assert torch.equal(base.model(input_ids=torch.tensor([[11, 12, 13]])).logits, logits)
+
+
+def test_the_exported_adapter_gives_the_same_logprobs_in_plain_peft(model: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = base_with_policy(model, spread=0.2)
+    ours = completion_logprobs(base, ROWS, adapter="policy")
+    save_adapter(base, "policy", tmp_path / "adapter")
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(tmp_path / "adapter"))
+    plain.eval()
+    for (prompt, answer), expected in zip(ROWS, ours, strict=True):
+        with torch.no_grad():
+            table = plain(input_ids=torch.tensor([[*prompt, *answer]])).logits[0].log_softmax(-1)
+        scored = [float(table[len(prompt) - 1 + at, token]) for at, token in enumerate(answer)]
+        assert scored == pytest.approx(expected, abs=2e-4)
+
+
+def test_the_export_holds_lora_factors_only_in_float32(model: Path, tmp_path: Path) -> None:
+    base = base_with_policy(model, spread=0.2)
+    save_adapter(base, "policy", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    weights = load_file(str(tmp_path / "adapter_model.safetensors"))
+    # 2 layers, 7 linear layers each, two factors each
+    assert len(weights) == 28
+    assert all(key.endswith(("lora_A.weight", "lora_B.weight")) for key in weights)
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["peft_type"], config["bias"]) == (4, 8, "LORA", "none")
+    assert not config["use_dora"]
+    assert config["modules_to_save"] is None
+
+
+def test_a_policy_that_continues_has_the_served_adapter_as_its_frozen_reference(
+    model: Path, tmp_path: Path
+) -> None:
+    served = make_adapter(tmp_path / "served", model, rank=4)
+    base = load_base(str(model))
+    add_policy(base, LoraSpec(), seed=0, start_from=served)
+    start = completion_logprobs(base, ROWS, adapter="reference")
+    assert completion_logprobs(base, ROWS, adapter="policy") == start
+    assert completion_logprobs(base, ROWS, adapter=None) != start
+    randomise(base, "policy", seed=9, spread=0.3)
+    assert completion_logprobs(base, ROWS, adapter="policy") != start
+    assert completion_logprobs(base, ROWS, adapter="reference") == start
+
+
+def test_adapters_can_be_removed_and_names_found_again(model: Path) -> None:
+    base = base_with_policy(model)
+    add_adapter(base, free_name(base, "reward"), SMALL, seed=0)
+    assert free_name(base, "reward") == "reward_1"
+    remove_adapter(base, "reward_0")
+    remove_adapter(base, "never there")
+    assert not has_adapter(base, "reward_0")
+    assert free_name(base, "reward") == "reward_0"
+    completion_logprobs(base, ROWS, adapter="policy")
+
+
+def test_the_last_adapter_can_be_removed_and_another_one_added(model: Path) -> None:
+    base = base_with_policy(model, spread=0.2)
+    bare = completion_logprobs(base, ROWS, adapter=None)
+    remove_adapter(base, "policy")
+    assert completion_logprobs(base, ROWS, adapter="reference") == bare
+    add_adapter(base, "policy", SMALL, seed=1)
+    assert completion_logprobs(base, ROWS, adapter="policy") == bare
+    assert set(base.model.peft_config) == {"policy"}
+
+
+def test_the_active_adapter_can_be_removed_beside_others(model: Path) -> None:
+    base = base_with_policy(model)
+    add_adapter(base, "reward_0", SMALL, seed=2)
+    remove_adapter(base, "policy")
+    assert completion_logprobs(base, ROWS, adapter="reward_0") == completion_logprobs(
+        base, ROWS, adapter=None
+    )
+
+
+def test_a_rendered_prompt_has_the_ids_that_are_served(model: Path) -> None:
+    # vLLM renders the template to text and tokenises it without adding special tokens
+    base = load_base(str(model))
+    messages = [
+        {"role": "user", "content": "Where is my order? 注文 👍"},
+        {"role": "assistant", "content": "On its way."},
+        {"role": "user", "content": "<|im_end|> thanks"},
+    ]
+    text = base.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt_ids(base, messages) == base.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_an_edited_answer_ends_with_the_end_of_sequence_token(model: Path) -> None:
+    base = load_base(str(model))
+    found = answer_ids(base, "On its way.")
+    assert found[-1] == base.eos_id
+    assert base.tokenizer.decode(found[:-1]) == "On its way."
+
+
+def test_what_is_no_chat_model_is_refused_with_its_path(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidField, match="nowhere"):
+        load_base(str(tmp_path / "nowhere"))
+    with pytest.raises(InvalidField, match="dtype"):
+        load_base(str(model), dtype="float16")
+    bare = make_tiny_model(tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(InvalidField, match="chat template"):
+        load_base(str(bare))
+
+
+def test_unknown_layers_and_adapters_are_named(model: Path) -> None:
+    base = load_base(str(model))
+    with pytest.raises(InvalidField, match="no_such_layer"):
+        add_adapter(base, "policy", LoraSpec(targets=("no_such_layer",)), seed=0)
+    with pytest.raises(InvalidField, match="policy"), active(base, "policy"):
+        pass
+
+
+def test_random_ids_are_inside_the_tiny_vocabulary(model: Path) -> None:
+    import random
+
+    base = load_base(str(model))
+    assert max(ids(random.Random(0), 500, 500)) < len(base.tokenizer)

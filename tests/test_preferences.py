@@ -1,0 +1,272 @@
+"""From stored labels to training data: what becomes what, what is dropped, weights, snapshots and splits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from alignment.preferences import Preferences, load_preferences, split_by_prompt, take_snapshot
+from alignment.rater_weights import Vote, agreement, cap_factors, reliability_weights
+from learning_fixtures import make_pairs, make_thumbs
+from storage import conversations, deployments, feedback, people, policies, runs
+from storage.errors import InvalidField
+from storage.records import Person, Turn
+from storage_fixtures import BASE_SHA256, World, make_run, make_turn, make_world, start_conversation
+
+PROMPT, EOS = (1, 2, 3), 9
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return make_world(tmp_path)
+
+
+def two_turns(world: World, *, ids=((4, 5, EOS), (6, EOS)), **changes) -> tuple[Turn, Turn]:
+    """Record two answers to one question in a new conversation."""
+    conversation = start_conversation(world)
+    turns = tuple(make_turn(world, conversation, answer_token_ids=list(i), **changes) for i in ids)
+    for turn in turns:
+        conversations.record_turn(world.store, turn)
+    return turns[0], turns[1]
+
+
+def compared(world: World, choice: str, *, person: Person | None = None, strength=None, **changes) -> None:
+    left, right = two_turns(world, **changes)
+    feedback.compare(
+        world.store,
+        left_turn_id=left.id,
+        right_turn_id=right.id,
+        person_id=(person or world.staff).id,
+        choice=choice,
+        strength=strength,
+    )
+
+
+def loaded(world: World, **options) -> Preferences:
+    run = make_run()
+    runs.open_run(world.store, run)
+    snapshot = take_snapshot(world.store, run_id=run.id)
+    options = {"tokenize": lambda text: [ord(letter) for letter in text], "max_tokens": 100, **options}
+    runs.close_run(world.store, run.id, status="refused", message="a test", cost={})
+    return load_preferences(world.store, snapshot, **options)
+
+
+def test_the_chosen_side_comes_first_with_the_served_ids(world: World) -> None:
+    compared(world, "left")
+    compared(world, "right", strength=3)
+    left, right = loaded(world).pairs
+    assert (left.prompt_ids, left.chosen_ids, left.rejected_ids) == (PROMPT, (4, 5, EOS), (6, EOS))
+    assert (right.chosen_ids, right.rejected_ids) == ((6, EOS), (4, 5, EOS))
+    assert (left.margin, right.margin) == (0.0, 1.0)
+    assert left.source == "comparison"
+    assert left.rater == world.staff.id
+    assert not left.tie
+
+
+def test_a_tie_stays_a_tie_and_both_bad_becomes_two_thumbs_down(world: World) -> None:
+    compared(world, "tie")
+    compared(world, "both_bad")
+    found = loaded(world)
+    assert [pair.tie for pair in found.pairs] == [True]
+    assert [(thumb.answer_ids, thumb.up) for thumb in found.thumbs] == [
+        ((4, 5, EOS), False),
+        ((6, EOS), False),
+    ]
+    assert (found.notes["pairs"], found.notes["ties"], found.notes["thumbs"]) == (0, 1, 2)
+
+
+def test_a_correction_is_a_pair_edited_over_served_and_ends_as_the_served_one(world: World) -> None:
+    turn, _ = two_turns(world)
+    feedback.correct(world.store, turn_id=turn.id, person_id=world.staff.id, edited="ab")
+    (pair,) = loaded(world).pairs
+    assert pair.chosen_ids == (97, 98, EOS)
+    assert pair.rejected_ids == (4, 5, EOS)
+    assert pair.source == "correction"
+    # an end-of-sequence token that tokenize added is not doubled
+    (pair,) = loaded(world, tokenize=lambda text: [97, 98, EOS]).pairs
+    assert pair.chosen_ids == (97, 98, EOS)
+
+
+def test_a_correction_of_a_cut_off_answer_gets_no_end_that_was_not_given(world: World) -> None:
+    turn, _ = two_turns(world, finish_reason="length")
+    feedback.correct(world.store, turn_id=turn.id, person_id=world.staff.id, edited="ab")
+    (pair,) = loaded(world).pairs
+    assert pair.chosen_ids == (97, 98)
+
+
+def test_thumbs_that_differ_on_two_answers_to_one_prompt_become_a_pair_too(world: World) -> None:
+    good, bad = two_turns(world)
+    feedback.rate(world.store, turn_id=good.id, person_id=world.staff.id, verdict="up")
+    feedback.rate(world.store, turn_id=bad.id, person_id=world.staff.id, verdict="down")
+    found = loaded(world)
+    assert [(thumb.answer_ids, thumb.up) for thumb in found.thumbs] == [
+        ((4, 5, EOS), True),
+        ((6, EOS), False),
+    ]
+    (pair,) = found.pairs
+    assert (pair.chosen_ids, pair.rejected_ids, pair.source) == ((4, 5, EOS), (6, EOS), "ratings")
+
+
+def test_two_people_s_thumbs_make_a_pair_of_half_the_weight(world: World) -> None:
+    good, bad = two_turns(world)
+    feedback.rate(world.store, turn_id=good.id, person_id=world.staff.id, verdict="up")
+    feedback.rate(world.store, turn_id=bad.id, person_id=world.admin.id, verdict="down")
+    found = loaded(world)
+    # weights 0.5, 1 and 1 are scaled to a mean of 1: 0.6, 1.2 and 1.2
+    assert found.pairs[0].weight == pytest.approx(0.6)
+    assert [thumb.weight for thumb in found.thumbs] == [pytest.approx(1.2)] * 2
+
+
+def test_a_retracted_thumb_is_not_a_downvote(world: World) -> None:
+    turn, _ = two_turns(world)
+    for verdict in ("down", "retracted"):
+        feedback.rate(world.store, turn_id=turn.id, person_id=world.staff.id, verdict=verdict)
+    assert loaded(world).thumbs == ()
+
+
+def test_what_cannot_be_used_is_dropped_and_counted_with_its_reason(world: World) -> None:
+    compared(world, "left", ids=((4, EOS), (4, EOS)))
+    compared(world, "left", ids=((4,) * 98, (5,)))
+    compared(world, "left", finish_reason="cancelled")
+    compared(world, "left", prompt_token_ids=[])
+    found = loaded(world)
+    assert found.pairs == ()
+    assert found.notes["dropped"] == {
+        "the two answers are the same": 1,
+        "longer than max_tokens": 1,
+        "the answer was cut off": 1,
+        "no token ids were served": 1,
+    }
+
+
+def test_turns_of_another_base_are_dropped_when_the_base_is_named(world: World) -> None:
+    compared(world, "left")
+    other = policies.register_base(world.store, base_path="/models/other", base_sha256="0ther" + 59 * "0")
+    deployment = deployments.deploy(
+        world.store, policy_id=other.id, role="stable", share=1, actor="system", reason="another model"
+    )
+    compared(world, "right", policy_id=other.id, deployment_id=deployment.id)
+    assert len(loaded(world).pairs) == 2
+    found = loaded(world, base_sha256=BASE_SHA256)
+    assert len(found.pairs) == 1
+    assert found.notes["dropped"] == {"served by another base model": 1}
+
+
+def test_the_same_judgement_of_the_same_person_counts_once(world: World) -> None:
+    compared(world, "left")
+    compared(world, "left")
+    compared(world, "left", person=world.admin)
+    found = loaded(world)
+    assert [pair.rater for pair in found.pairs] == [world.staff.id, world.admin.id]
+    assert found.notes["dropped"] == {"said twice by the same person": 1}
+
+
+def test_a_snapshot_is_stored_and_later_labels_do_not_enter_it(world: World) -> None:
+    compared(world, "left")
+    run = make_run()
+    runs.open_run(world.store, run)
+    snapshot = take_snapshot(world.store, run_id=run.id)
+    compared(world, "right")
+    assert runs.snapshot_of(world.store, run.id) == snapshot
+    assert snapshot.counts == {"comparisons": 1, "ratings": 0, "corrections": 0}
+    found = load_preferences(world.store, snapshot, tokenize=lambda text: [1], max_tokens=100)
+    assert len(found.pairs) == 1
+
+
+def test_a_snapshot_that_does_not_match_its_hash_is_refused(world: World) -> None:
+    run = make_run()
+    runs.open_run(world.store, run)
+    snapshot = take_snapshot(world.store, run_id=run.id)
+    forged = replace(snapshot, item_ids={**snapshot.item_ids, "comparisons": ["comparison_1"]})
+    with pytest.raises(InvalidField, match="hash"):
+        load_preferences(world.store, forged, tokenize=lambda text: [1], max_tokens=100)
+
+
+def test_prompts_that_differ_in_case_and_order_number_only_have_one_key(world: World) -> None:
+    questions = ("Where is order 4711?", "where is  order 4712", "Cancel order 4711")
+    for number, question in enumerate(questions):
+        messages = [{"role": "user", "content": question}]
+        compared(world, "left", messages=messages, prompt_token_ids=[1, number])
+    first, same, other = (pair.prompt_key for pair in loaded(world).pairs)
+    assert first == same
+    assert first != other
+
+
+def test_a_split_shares_no_prompt_and_depends_on_prompts_and_seed_alone() -> None:
+    pairs = [replace(pair, prompt_key=f"key-{i // 3}") for i, pair in enumerate(make_pairs(60))]
+    whole = Preferences(pairs=tuple(pairs), thumbs=tuple(make_thumbs(10)), notes={"pairs": 60})
+    train, held_out = split_by_prompt(whole, held_out=0.2, seed=1)
+    keys = [{item.prompt_key for item in (*part.pairs, *part.thumbs)} for part in (train, held_out)]
+    assert not keys[0] & keys[1]
+    assert len(keys[1]) == 6  # a fifth of 20 + 10 prompts
+    assert len(train.pairs) + len(held_out.pairs) == 60
+    assert len(train.thumbs) + len(held_out.thumbs) == 10
+    backwards = replace(whole, pairs=whole.pairs[::-1])
+    assert {p.id for p in split_by_prompt(backwards, held_out=0.2, seed=1)[1].pairs} == {
+        p.id for p in held_out.pairs
+    }
+    assert {p.id for p in split_by_prompt(whole, held_out=0.2, seed=2)[1].pairs} != {
+        p.id for p in held_out.pairs
+    }
+    assert split_by_prompt(whole, held_out=0, seed=1)[0] == whole
+    with pytest.raises(InvalidField, match="held_out"):
+        split_by_prompt(whole, held_out=1.0, seed=1)
+
+
+def test_agreement_counts_ties_half_and_own_repeats() -> None:
+    votes = [
+        Vote("a", 1, 1),
+        Vote("b", 1, 1),
+        Vote("c", 1, 0),
+        Vote("a", 2, 1),
+        Vote("a", 2, -1),
+        Vote("b", 3, 1),
+    ]
+    found = agreement(votes)
+    # item 1: ab 1, ac 0.5, bc 0.5; item 2: aa 0; item 3: nobody met
+    assert found.meetings == 4
+    assert found.mean == pytest.approx(2.0 / 4)
+    assert found.by_rater == {"a": (0.5, 3), "b": (0.75, 2), "c": (0.5, 2)}
+    assert agreement([Vote("a", 1, 1)]).mean is None
+
+
+def test_a_rater_who_contradicts_everybody_counts_less_and_strangers_count_fully() -> None:
+    votes = [Vote(rater, item, -1 if rater == "d" else 1) for rater in "abcd" for item in range(40)]
+    weights = reliability_weights("abcde", agreement(votes))
+    assert weights["d"] == 0.2
+    assert weights["a"] > 1
+    assert weights["e"] == 1.0
+    assert reliability_weights(["a"], agreement([])) == {"a": 1.0}
+
+
+def test_no_rater_keeps_more_than_a_tenth_of_the_weight() -> None:
+    totals = {f"rater-{number}": 1.0 for number in range(19)} | {"loud": 100.0, "louder": 900.0}
+    factors = cap_factors(totals)
+    capped = {rater: totals[rater] * factors[rater] for rater in totals}
+    whole = sum(capped.values())
+    # the two loud ones are left 10% each, 19 share 80%: 19 / 0.8 * 0.1 = 2.375
+    assert capped["loud"] == pytest.approx(2.375)
+    assert capped["louder"] / whole == pytest.approx(0.1)
+    assert factors["rater-0"] == 1.0
+
+
+def test_with_few_raters_the_cap_is_reported_and_not_enforced(world: World) -> None:
+    assert cap_factors({"a": 9.0, "b": 1.0}) == {"a": 1.0, "b": 1.0}
+    compared(world, "left")
+    notes = loaded(world).notes
+    assert notes["raters"] == 1
+    assert notes["largest_rater_share"] == 1.0
+    assert notes["rater_cap_enforced"] is False
+
+
+def test_ten_raters_are_capped_to_equal_parts_in_the_training_data(world: World) -> None:
+    for number in range(10):
+        rater = people.add_person(world.store, name=f"rater {number}", role="reviewer", actor="system")
+        for answer in range(8 if number == 0 else 1):
+            compared(world, "left", person=rater, ids=((10 * number + answer + 20, EOS), (6, EOS)))
+    found = loaded(world)
+    assert found.notes["rater_cap_enforced"]
+    assert found.notes["largest_rater_share"] == pytest.approx(0.1)
+    assert sum(pair.weight for pair in found.pairs) == pytest.approx(len(found.pairs))

@@ -1,0 +1,115 @@
+"""Reconciling: whatever an engine has, afterwards it has what is wanted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import pytest
+
+from assistant.engine.errors import AdapterRefused, EngineUnavailable
+from assistant.engine.protocol import Health, Piece, ProbeResult, Sampling
+from assistant.engine.reconcile import ReconcileResult, reconcile
+from storage.records import Json
+
+BASE = "policy-base-00000000"
+
+
+class Recorder:
+    """An engine that only keeps a list of adapters, in the order in which things happened."""
+
+    base_name = BASE
+
+    def __init__(self, *present: str, refuses: str = "", stuck: str = "", down: bool = False) -> None:
+        self.present = {BASE, *present}
+        self.refuses, self.stuck, self.down = refuses, stuck, down
+        self.calls: list[str] = []
+
+    async def load(self, *, policy_id: str, adapter: Path) -> None:
+        self.calls.append(f"load {policy_id} {adapter}")
+        if policy_id == self.refuses:
+            raise AdapterRefused("NaN")
+        self.present.add(policy_id)
+
+    async def unload(self, policy_id: str) -> None:
+        self.calls.append(f"unload {policy_id}")
+        if policy_id == self.stuck:
+            raise EngineUnavailable("gone")
+        self.present.discard(policy_id)
+
+    async def loaded(self) -> frozenset[str]:
+        if self.down:
+            raise EngineUnavailable("gone")
+        return frozenset(self.present)
+
+    async def stream(
+        self, *, policy_id: str, messages: list[Json], sampling: Sampling, request_id: str
+    ) -> AsyncGenerator[Piece, None]:
+        raise NotImplementedError
+        yield Piece(served_by="")
+
+    async def probe(self, *, policy_id: str, messages: list[Json], max_tokens: int) -> ProbeResult:
+        raise NotImplementedError
+
+    async def health(self) -> Health:
+        return Health(ready=True, detail="")
+
+    async def close(self) -> None:
+        pass
+
+
+def run(engine: Recorder, *wanted: str, in_use: frozenset[str] = frozenset()) -> ReconcileResult:
+    paths = {policy_id: Path("/adapters") / policy_id for policy_id in wanted}
+    return asyncio.run(reconcile(engine, paths, in_use=in_use))
+
+
+def test_missing_is_loaded_before_the_unwanted_is_unloaded() -> None:
+    engine = Recorder("old", "kept")
+    result = run(engine, "kept", "new")
+    assert engine.calls == ["load new /adapters/new", "unload old"]
+    assert engine.present == {BASE, "kept", "new"}
+    assert result == ReconcileResult(loaded=frozenset({"new"}), unloaded=frozenset({"old"}), failed={})
+
+
+def test_a_second_run_changes_nothing() -> None:
+    engine = Recorder()
+    run(engine, "a")
+    engine.calls.clear()
+    result = run(engine, "a")
+    assert engine.calls == []
+    assert result == ReconcileResult(loaded=frozenset(), unloaded=frozenset(), failed={})
+
+
+def test_an_engine_that_restarted_gets_everything_back() -> None:
+    engine = Recorder("a", "b")
+    engine.present = {BASE}
+    assert run(engine, "a", "b").loaded == {"a", "b"}
+
+
+def test_the_base_is_never_unloaded() -> None:
+    engine = Recorder()
+    run(engine)
+    assert engine.calls == []
+
+
+def test_a_policy_that_still_answers_somebody_stays_until_it_is_free() -> None:
+    engine = Recorder("old")
+    assert run(engine, in_use=frozenset({"old"})).unloaded == frozenset()
+    assert run(engine).unloaded == {"old"}
+
+
+def test_one_failure_does_not_stop_the_others_and_is_reported() -> None:
+    engine = Recorder("x-stuck", "y-old", refuses="a-bad", stuck="x-stuck")
+    result = run(engine, "a-bad", "b-good")
+    assert result.loaded == {"b-good"}
+    assert result.unloaded == {"y-old"}
+    assert {name: type(error) for name, error in result.failed.items()} == {
+        "a-bad": AdapterRefused,
+        "x-stuck": EngineUnavailable,
+    }
+
+
+def test_an_engine_that_does_not_answer_is_the_callers_business() -> None:
+    with pytest.raises(EngineUnavailable):
+        run(Recorder(down=True), "a")

@@ -1,0 +1,248 @@
+"""The starter model: corpus, assembly, held-out split, template, recognising answers, the shipped checkpoint."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.starter.__main__ import CHECKPOINT, SIZE_LIMIT_BYTES, main
+from alignment.starter.answers import classify_answer, recognise, templates_of
+from alignment.starter.corpus import CORPUS_FOLDER, MANNERS, Corpus, CorpusError, load_corpus
+from alignment.starter.dialogues import Sources, dialogue, filled, sources
+from alignment.starter.forms import expand, is_held_out
+from alignment.starter.noise import NoiseRates, add_typos, change_case, replace_synonyms, synonym_table
+from alignment.starter.slots import invented_name, is_held_out_number, order_number
+from alignment.starter.tokenizer import DialogueEncoder, chat_tokenizer, train_tokenizer
+
+shipped = pytest.mark.skipif(not CHECKPOINT.exists(), reason="the starter checkpoint is not in this checkout")
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    return load_corpus()
+
+
+@pytest.fixture(scope="module")
+def training(corpus: Corpus) -> Sources:
+    return sources(corpus, part="training", rates=NoiseRates())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus: Corpus) -> Any:
+    return train_tokenizer(corpus, seed=1)
+
+
+def test_corpus_has_every_manner_and_enough_forms_for_each_intent(corpus: Corpus) -> None:
+    assert len(corpus.intents) == 39
+    for intent in corpus.intents.values():
+        assert len(intent.questions) >= 50, intent.name
+        assert set(intent.answers.wordings) == set(MANNERS)
+        assert (intent.ask is None) == (intent.slot == "none")
+    assert (
+        len(corpus.groups) == 39 + 12 + 2 * 37 + 2
+    )  # answers, asks, follow-ups, off-topic and unknown product
+
+
+def test_a_broken_corpus_file_is_reported_with_file_field_and_fix(tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    shutil.copytree(CORPUS_FOLDER, folder)
+    path = folder / "intents" / "thanks.toml"
+    path.write_text(path.read_text().replace('slot = "none"', 'slot = "colour"'))
+    with pytest.raises(CorpusError, match=r"thanks\.toml: slot: found 'colour'; write"):
+        load_corpus(folder)
+
+
+def test_assembly_is_deterministic_and_follows_the_seed(training: Sources) -> None:
+    first = [dialogue(training, seed=1, number=number) for number in range(50)]
+    assert first == [dialogue(training, seed=1, number=number) for number in range(50)]
+    assert first != [dialogue(training, seed=2, number=number) for number in range(50)]
+
+
+def test_no_form_is_both_trained_on_and_held_out(corpus: Corpus, training: Sources) -> None:
+    unseen = sources(corpus, part="held_out", rates=NoiseRates())
+
+    def forms(found: Sources) -> set[str]:
+        tables = (found.questions, found.without_slot, found.follow_ups)
+        lists = [*(forms for table in tables for forms in table.values())]
+        return {form for forms in [*lists, found.subjects, found.frames, found.standalone] for form in forms}
+
+    assert not forms(training) & forms(unseen)
+    share = len(forms(unseen)) / (len(forms(unseen)) + len(forms(training)))
+    assert 0.12 < share < 0.18  # 15% are wanted
+    assert all(is_held_out(form) for form in forms(unseen))
+    assert all(unseen.questions.values()), "an intent without held-out forms cannot be measured"
+
+
+def test_held_out_order_numbers_are_never_trained_on() -> None:
+    rng = random.Random(0)
+    for _ in range(500):
+        assert not is_held_out_number(order_number(rng).removeprefix("KT-").removeprefix("#"))
+    assert is_held_out_number("48213") == ((4 + 8 + 2 + 1 + 3) % 7 == 3)
+
+
+def test_invented_names_are_words_that_can_be_said() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        name, kind = invented_name(rng, ("desk lamp",)).split(" ", 1)
+        assert kind == "desk lamp"
+        assert name.isalpha()
+        assert name == name.capitalize()
+
+
+def test_manner_is_constant_in_a_dialogue_and_equally_frequent(training: Sources) -> None:
+    found = [dialogue(training, seed=3, number=number) for number in range(2000)]
+    for manner in MANNERS:
+        share = sum(talk.manner == manner for talk in found) / len(found)
+        assert 0.16 < share < 0.24  # 0.2 with four standard errors of 0.009
+    for talk in found[:200]:
+        assert {classify_answer(turn.answer)[1] for turn in talk.turns} == {talk.manner}
+
+
+def test_no_placeholder_is_left_in_a_dialogue(training: Sources) -> None:
+    for number in range(1000):
+        for message in dialogue(training, seed=4, number=number).messages():
+            assert not set("{}[]|") & set(message["content"])
+
+
+def test_choices_expand_without_stray_spaces() -> None:
+    assert expand("[please|] stop it [now|now] .", random.Random(1)) in {
+        "please stop it now.",
+        "stop it now.",
+    }
+
+
+def test_noise_never_touches_a_slot() -> None:
+    rng = random.Random(5)
+    table = synonym_table([("order", "purchase")])
+    for _ in range(200):
+        text = replace_synonyms("Order {order} is late, really", table=table, rate=0.5, rng=rng)
+        assert "{order}" in change_case(add_typos(text, rng), rng, rates=NoiseRates(upper=0.5))
+
+
+def test_every_answer_of_the_corpus_is_recognised_as_itself(corpus: Corpus) -> None:
+    templates = templates_of(corpus)
+    product = corpus.products[0]
+    for group in corpus.groups.values():
+        for manner, texts in group.wordings.items():
+            for text in texts:
+                found = recognise(filled(text, order="KT-48213", product=product), templates=templates)
+                assert found is not None
+                assert (found.group, found.manner) == (group.key, manner)
+
+
+@pytest.mark.parametrize("text", ["", "asdf", "The weather is fine today.", "order order order order order"])
+def test_garbage_is_recognised_as_nothing(text: str) -> None:
+    assert classify_answer(text) == (None, None)
+
+
+def test_template_rendering_equals_the_training_encoding_and_is_prefix_stable(
+    training: Sources, tokenizer: Any
+) -> None:
+    chat, encoder = chat_tokenizer(tokenizer), DialogueEncoder(tokenizer)
+    for number in range(100):
+        messages = dialogue(training, seed=6, number=number).messages()
+        pieces: list[int] = []
+        for message in messages:
+            head, content = encoder.message(message["role"], message["content"])
+            pieces += [*head, *content, *encoder.line]
+        whole = chat.apply_chat_template(messages, return_dict=False)
+        assert whole == pieces
+        prompt = chat.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+        assert whole[: len(prompt)] == prompt
+        assert chat.decode(whole) == chat.apply_chat_template(messages, tokenize=False)
+
+
+def test_digits_are_single_tokens_and_end_is_not_padding(tokenizer: Any) -> None:
+    chat = chat_tokenizer(tokenizer)
+    assert chat.tokenize("48213") == list("48213")
+    assert chat.eos_token == "<|im_end|>"
+    assert chat.pad_token != chat.eos_token
+
+
+def test_training_forward_pass_equals_transformers(tokenizer: Any) -> None:
+    import torch
+
+    from alignment.starter.forward import hidden_states
+    from alignment.starter.training import Shape, new_model
+
+    torch.manual_seed(0)
+    model = new_model(
+        Shape(hidden=64, layers=2, heads=2, key_value_heads=1, feed_forward=64), tokenizer=tokenizer
+    )
+    ids = torch.randint(0, 2048, (3, 17))
+    with torch.no_grad():
+        expected = model.eval().model(ids).last_hidden_state
+        found = hidden_states(model, ids, dropout=0.0, dtype=torch.float32)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_muon_makes_updates_with_equal_singular_values() -> None:
+    import torch
+
+    from alignment.starter.muon import orthogonal
+
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonal(torch.randn(2, 64, 32)))
+    assert 0.6 < values.min() < values.max() < 1.3  # what five quintic iterations promise
+
+
+@pytest.mark.slow
+def test_interrupted_training_resumes_exactly(corpus: Corpus, tmp_path: Path) -> None:
+    import torch
+
+    from alignment.starter.examples import ExampleOptions
+    from alignment.starter.training import Shape, TrainingOptions, train
+
+    shape = Shape(hidden=64, layers=1, heads=1, key_value_heads=1, feed_forward=64)
+    options = TrainingOptions(
+        steps=4, shape=shape, threads=1, examples=ExampleOptions(chunk_dialogues=60, batch_tokens=1024)
+    )
+    train(corpus, options=options, out=tmp_path / "whole")
+    train(corpus, options=options, out=tmp_path / "parts", stop_after=2)
+    train(corpus, options=options, out=tmp_path / "parts", resume=True)
+    whole, parts = (torch.load(tmp_path / name / "training.pt")["model"] for name in ("whole", "parts"))
+    for name, value in whole.items():
+        assert torch.equal(value, parts[name]), name
+
+
+@pytest.mark.parametrize("command", ["train", "measure", "export"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert command in capsys.readouterr().out
+
+
+def test_exporting_a_folder_without_a_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(tmp_path), "--out", str(tmp_path / "checkpoint")]) == 2
+    assert "has no model.safetensors; train first" in capsys.readouterr().err
+
+
+@shipped
+def test_shipped_checkpoint_is_a_plain_folder_within_the_size_limit() -> None:
+    names = {path.name for path in CHECKPOINT.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert not any(name.endswith(".py") for name in names)
+    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) <= SIZE_LIMIT_BYTES
+
+
+@shipped
+@pytest.mark.xfail(
+    strict=True, reason="this checkpoint does not copy order numbers yet (see its card; the target is 98%)"
+)
+def test_shipped_checkpoint_answers_a_question_and_copies_the_order_number() -> None:
+    from alignment.starter.measure import generate, load_model
+    from alignment.starter.tokenizer import load_tokenizer
+
+    messages = [{"role": "user", "content": "Please cancel my order KT-48213."}]
+    answer = generate(
+        load_model(CHECKPOINT), load_tokenizer(CHECKPOINT), [messages], temperature=0.0, seed=1
+    )[0]
+    assert classify_answer(answer)[0] == "cancel_order"
+    assert "KT-48213" in answer
