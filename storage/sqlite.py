@@ -6,6 +6,7 @@ Every connection is made here, so none can miss foreign keys, the write-ahead lo
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from storage.errors import Busy, Conflict, CorruptData, InvalidField, KotaeError
 
 BUSY_TIMEOUT_S = 10.0
 """How long a writer waits for another. A write takes milliseconds: after ten seconds something is stuck."""
+
+WAIT_S = 0.01
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -29,7 +32,7 @@ def connect(path: Path) -> sqlite3.Connection:
             path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
         )
         connection.row_factory = sqlite3.Row
-        mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        mode = _write_ahead(connection)
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA recursive_triggers = ON")  # REPLACE then fires DELETE triggers too
@@ -38,6 +41,22 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.close()
         raise StorageUnavailable(f"{path} must lie on a local disk (SQLite answered {mode} instead of wal)")
     return connection
+
+
+def _write_ahead(connection: sqlite3.Connection) -> str:
+    """Switch to the write-ahead log and return the mode that holds now.
+
+    The first switch of a new file needs it alone for a moment, and SQLite does not wait for that as it does for
+    other locks: whoever opens the same new file meanwhile is refused at once.
+    """
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            return str(connection.execute("PRAGMA journal_mode = WAL").fetchone()[0])
+        except sqlite3.OperationalError as error:
+            if not error.sqlite_errorname.startswith("SQLITE_BUSY") or time.monotonic() > deadline:
+                raise
+            time.sleep(WAIT_S)
 
 
 @contextmanager

@@ -15,9 +15,16 @@ from running_server import Server
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     running = Server(tmp_path_factory.mktemp("server") / "data")
     try:
         yield running.start()
     finally:
         running.stop()
+
+
+@pytest.fixture
+def server(booted: Server) -> Server:
+    """Return the running server, serving the base model to everybody whatever tests before deployed."""
+    booted.serve_base()
+    return booted

@@ -16,7 +16,8 @@ from typing import Any
 
 import httpx
 
-from storage import conversations
+from storage import conversations, deployments
+from storage.records import Policy
 from storage.store import Store
 
 ROOT = Path(__file__).parent.parent
@@ -149,6 +150,29 @@ class Server:
                 return
             time.sleep(0.2)
         raise AssertionError(f"{last} answers instead of {policy_id}: {self.log[-2000:]}")
+
+    def serve_base(self) -> None:
+        """Give the base model all conversations, if it has not got them."""
+        store = Store(self.data)
+        try:
+            served = deployments.served(store)
+            assert served is not None
+            base = next(
+                policy for policy in store.all(Policy, order="seq DESC") if policy.adapter_sha256 is None
+            )
+            if served.stable.policy_id == base.id and served.canary is None:
+                return
+            deployments.deploy(
+                store,
+                policy_id=base.id,
+                role="stable",
+                share=1.0,
+                actor="system",
+                reason="as a test wants it",
+            )
+        finally:
+            store.close()
+        self.wait_until_served(base.id)
 
     def policy_of(self, turn_id: str) -> str:
         """Return which policy gave an answer, by the database."""

@@ -13,7 +13,7 @@ from running_server import Server
 from storage import deployments, feedback, people
 from storage.records import Turn
 from storage.store import Store
-from test_serving import add_candidate, back_to_base, world_of
+from test_serving import add_candidate, world_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -86,4 +86,3 @@ def test_chat_thumb_compare_approve_and_the_next_answer_comes_from_the_new_polic
     page.goto(f"{server.url}/")
     ask(page, "Where is my order 48213?")
     assert latest(store).policy_id == candidate.id
-    back_to_base(server, world)

@@ -162,20 +162,6 @@ def test_swaps_and_rollbacks_during_eight_streams_cut_nothing_and_name_the_right
     ]
     assert not wrong
     assert all(reason in ("stop", "length") for _, _, reason in finished)
-    release.rollback(world.store, actor=world.admin.id, reason="leave it as it was")
-    back_to_base(server, world)
-
-
-def back_to_base(server: Server, world: World) -> None:
-    deployments.deploy(
-        world.store,
-        policy_id=world.base.id,
-        role="stable",
-        share=1.0,
-        actor="system",
-        reason="as the test found it",
-    )
-    server.wait_until_served(world.base.id)
 
 
 def kill_group(pid_file: Path) -> None:
@@ -227,7 +213,6 @@ def test_kill_9_of_the_app_a_run_and_vllm_lose_nothing(server: Server, tmp_path:
     assert "died" in run.message
     done = run_app("audit", "verify", data=server.data)
     assert done.returncode == 0, done.stdout
-    back_to_base(server, world)
 
 
 def start_a_run_that_hangs(server: Server) -> str:
@@ -270,7 +255,6 @@ def test_vllm_killed_alone_comes_back_with_what_was_deployed(server: Server, tmp
     assert reply.status_code == 503, reply.text
     server.wait_ready()
     server.wait_until_served(policy.id)
-    back_to_base(server, world)
 
 
 def test_a_second_server_on_the_same_data_is_told_who_holds_it(server: Server) -> None:

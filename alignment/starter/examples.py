@@ -36,7 +36,7 @@ class ExampleOptions:
     early_chunks: int = 8
     short_tokens: int = 8  # what a short answer is cut to
     varied_share: float = 0.3  # questions without a product name, some of whose words are cut
-    batch_tokens: int = 2048  # padded
+    batch_tokens: int = 4096  # padded
     chunk_dialogues: int = 3000  # assembled at a time
 
 

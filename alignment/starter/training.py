@@ -51,12 +51,12 @@ class Shape:
 class TrainingOptions:
     """How the starter model is trained; values from short trials on two cores."""
 
-    steps: int = 3000
+    steps: int = 6500
     seed: int = 1
     threads: int = 2  # worker processes, one a core
-    muon_rate: float = 0.01  # Jordan et al. 2024, for matrices
+    muon_rate: float = 0.015  # Jordan et al. 2024, for matrices
     adam_rate: float = 3e-3  # for embeddings, norms and the group head
-    weight_decay: float = 0.2  # for matrices: keeps the blocks' outputs from drowning the embeddings
+    weight_decay: float = 0.15  # for matrices: keeps the blocks' outputs from drowning the embeddings
     adam_decay: float = 0.05
     warm_up_share: float = 0.03
     decay_share: float = 0.5  # of the steps at the end, linear to zero
