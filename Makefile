@@ -18,7 +18,7 @@ demo: setup  ## start Kotae, let simulated staff use it, and run one alignment
 test:  ## lint, types and every test, with real vLLM, SQLite and Chromium
 	@bash .ci/setup --dev
 	@$(MAKE) --no-print-directory lint
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-fast:  ## the tests that need neither vLLM nor a browser
 	@bash .ci/setup --dev
