@@ -233,9 +233,6 @@ def test_shipped_checkpoint_is_a_plain_folder_within_the_size_limit() -> None:
 
 
 @shipped
-@pytest.mark.xfail(
-    strict=True, reason="this checkpoint does not copy order numbers yet (see its card; the target is 98%)"
-)
 def test_shipped_checkpoint_answers_a_question_and_copies_the_order_number() -> None:
     from alignment.starter.measure import generate, load_model
     from alignment.starter.tokenizer import load_tokenizer

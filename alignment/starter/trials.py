@@ -160,8 +160,9 @@ def _catalogue(known: Sources, rng: random.Random) -> Iterator[Trial]:
         form = chosen(known.questions[intent.name], rng).replace("{product}", wanted.name)
         turn, _ = plain_turn(known, intent, form=form, context=_context(rng), rng=rng)
         fact = {"price": wanted.price, "size": wanted.size, "care": wanted.care, "stock": wanted.stock}
-        contains = (wanted.name, fact[intent.name.removeprefix("product_")])
-        yield Trial("catalogue names", _asked([turn]), intent.name, contains=contains)
+        known_fact = fact[intent.name.removeprefix("product_")]
+        yield Trial("catalogue names", _asked([turn]), intent.name, contains=(wanted.name,))
+        yield Trial("catalogue facts", _asked([turn]), intent.name, contains=(wanted.name, known_fact))
 
 
 def _invented(known: Sources, unseen: Sources, rng: random.Random) -> Iterator[Trial]:
