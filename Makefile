@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 
-.PHONY: help setup run test test-fast lint demo starter lock clean
+.PHONY: help setup run test test-fast lint demo starter parity bench-alignment lock clean
 
 help:  ## print what can be done
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,7 +18,7 @@ demo: setup  ## start Kotae, let simulated staff use it, and run one alignment
 test:  ## lint, types and every test, with real vLLM, SQLite and Chromium
 	@bash .ci/setup --dev
 	@$(MAKE) --no-print-directory lint
-	@$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-fast:  ## the tests that need neither vLLM nor a browser
 	@bash .ci/setup --dev
@@ -29,6 +29,16 @@ lint:  ## ruff and mypy --strict
 
 starter: setup  ## train the starter model again (resumable)
 	@$(PY) -m alignment.starter train --resume
+
+parity:  ## compare the training with TRL's, step by step (makes .venv-peers; not part of test)
+	@bash .ci/setup --dev
+	@bash .ci/peers
+	@KOTAE_PARITY=1 $(PY) -m pytest tests/parity $(ARGS)
+
+bench-alignment:  ## measure training cost beside TRL's (make bench-alignment ARGS="--method dpo --rounds 5")
+	@bash .ci/setup --dev
+	@bash .ci/peers
+	@$(PY) tests/benchmarks/against_trl.py $(ARGS)
 
 lock:  ## write requirements*.lock from what is installed in .venv
 	@$(PY) .ci/lock.py

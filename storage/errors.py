@@ -60,7 +60,12 @@ class StorageUnavailable(KotaeError):
 
 
 def shown(value: object) -> str:
-    """Return `value` as it stands in a message: quoted, printable everywhere, at most 80 characters."""
-    text = value[: SHOWN_CHARACTERS * 2] if isinstance(value, str) else value
-    words = repr(text).encode("utf-8", "backslashreplace").decode()
-    return words if len(words) <= SHOWN_CHARACTERS else words[: SHOWN_CHARACTERS - 1] + "…"
+    """Return `value` as it stands in a message: quoted, printable everywhere, at most 80 characters.
+
+    What is too long loses its middle: the end of a path says most.
+    """
+    half = SHOWN_CHARACTERS // 2
+    if isinstance(value, str) and len(value) > 2 * SHOWN_CHARACTERS:
+        value = value[:SHOWN_CHARACTERS] + value[-SHOWN_CHARACTERS:]
+    words = repr(value).encode("utf-8", "backslashreplace").decode()
+    return words if len(words) <= SHOWN_CHARACTERS else f"{words[: half - 1]}…{words[-half:]}"

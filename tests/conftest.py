@@ -14,11 +14,16 @@ import pytest
 from running_server import Server
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With two workers (`make test`) one takes the tests with vLLM, which mostly wait, the other all the files."""
+    """With two workers (`make test`) one begins with the tests of the one server, the other with everything else."""
     for item in items:
-        together = "vllm" if item.get_closest_marker("vllm") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(together))
+        item.add_marker(pytest.mark.xdist_group("server" if needs_server(item) else item.path.name))
+    items.sort(key=needs_server, reverse=True)
+
+
+def needs_server(item: pytest.Item) -> bool:
+    return "booted" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(scope="session")
