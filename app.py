@@ -232,7 +232,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_serve(_command(commands, "serve", serve))
     one = _command(commands, "align", align)
-    one.add_argument("--method", choices=("auto", "dpo"), help="default: the configuration's, auto")
+    one.add_argument(
+        "--method", choices=("auto", "dpo", "ppo", "kto"), help="default: the configuration's, auto"
+    )
     one.add_argument("--config", type=Path, help="TOML file, see docs/alignment.md")
     triggers = ("manual", "cron", "labels")
     one.add_argument("--trigger", default="manual", choices=triggers, help=argparse.SUPPRESS)

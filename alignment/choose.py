@@ -1,57 +1,41 @@
-"""Which method the data allows, and if none, what to collect: the rules of docs/alignment.md over plain statistics.
+"""Which method the data allow, and if none, what to collect: the rules of docs/alignment.md over plain statistics.
 
-Pure: the statistics are stored with the run, so that every choice can be checked later. The numbers leave
-room: 1 is PPO's, 3 KTO's, 5 that of corrections alone; those methods are not here.
+Pure: the statistics are stored with the run, so that every choice can be checked later. The first rule that applies
+decides. Rule 1 needs a trained reward model, so a choice may take two looks: the first says that it waits for one.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-from alignment.config import ChoiceConfig
-from alignment.intervals import Estimate, wilson
-from alignment.preferences import Preferences
-from alignment.rater_weights import CAP_SHARE, RATERS_FOR_CAP
-from storage.records import Json
+from alignment.config import ChoiceConfig, WantedMethod
+from alignment.data_statistics import DataStatistics, RewardEvidence, reward_evidence, statistics_of
+from alignment.rater_weights import RATERS_FOR_CAP
+from alignment.shortfalls import (
+    corrections_only,
+    too_doubtful,
+    too_few_corrections,
+    too_few_for_ppo,
+    too_few_thumbs,
+    too_little,
+    too_one_sided,
+    too_shifted,
+    too_weak,
+)
+from storage.errors import InvalidField
 
-Method = Literal["dpo"]
-ROUNDING = 1e-6
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataStatistics:
-    """What the choice of a method looks at."""
-
-    pairs: int
-    """Usable pairs, after deduplication; ties are none."""
-    effective_pairs: float
-    """Kish's effective number, (sum w)^2 / sum w^2: how many equally weighted pairs they are worth."""
-    prompts: int
-    """Different prompts among them."""
-    thumbs: int
-    corrections: int
-    raters: int
-    largest_rater_share: float
-    """Of the labels' weight, after the cap."""
-    agreement: Estimate | None
-    """Share of rater pairs that chose alike on the same two answers; None when nobody rated the same."""
-    on_policy_share: float
-    """Share of pairs whose answers come from the served policy or one of its recent ancestors."""
-    dropped: dict[str, int]
-    """Labels that could not be used, by reason."""
-
-    @property
-    def flip_rate(self) -> float:
-        """Probability that one rater's choice is wrong, from agreement a = (1 - e)^2 + e^2; 0 when unknown."""
-        if self.agreement is None:
-            return 0.0
-        return (1 - math.sqrt(max(0.0, 2 * self.agreement.value - 1))) / 2
-
-    def as_json(self) -> Json:
-        """Return the numbers as stored with the run."""
-        return {**asdict(self), "flip_rate": self.flip_rate}
+__all__ = [
+    "Choice",
+    "DataStatistics",
+    "Method",
+    "RewardEvidence",
+    "choose_method",
+    "reward_evidence",
+    "statistics_of",
+]
+Method = Literal["dpo", "ppo", "kto"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,104 +48,187 @@ class Choice:
     warnings: tuple[str, ...] = ()
     noisy_labels: bool = False
     """Labels flip often enough for a loss that allows for it (cDPO)."""
+    waits_for_reward_model: bool = False
+    """Undecided: train a reward model on the policy's part of the labels and choose again with its evidence."""
+    corrections_only: bool = False
+    """DPO learns from edited answers alone: add the supervised term `choice.corrections_nll_weight`."""
 
 
-def statistics_of(preferences: Preferences, *, corrections: int, on_policy_share: float) -> DataStatistics:
-    """Describe the snapshot's usable labels."""
-    pairs = [pair for pair in preferences.pairs if not pair.tie]
-    notes = preferences.notes
-    meetings = int(notes["agreement_meetings"])
-    weights = [pair.weight for pair in pairs]
-    squares = sum(weight * weight for weight in weights)
-    return DataStatistics(
-        pairs=len(pairs),
-        effective_pairs=sum(weights) ** 2 / squares if squares else 0.0,
-        prompts=len({pair.prompt_key for pair in pairs}),
-        thumbs=len(preferences.thumbs),
-        corrections=corrections,
-        raters=int(notes["raters"]),
-        largest_rater_share=float(notes["largest_rater_share"]),
-        agreement=wilson(float(notes["agreement"]) * meetings, meetings) if meetings else None,
-        on_policy_share=on_policy_share,
-        dropped=dict(notes["dropped"]),
+def choose_method(
+    data: DataStatistics,
+    config: ChoiceConfig,
+    *,
+    wanted: WantedMethod,
+    available: Sequence[Method] = ("dpo",),
+    reward: RewardEvidence | None = None,
+) -> Choice:
+    """Return the first rule that fires among those of the `available` methods.
+
+    A wanted method skips the rules on shift, agreement and the reward model, with a warning, but not those on too little
+    data. With `reward` None and enough shifted labels the choice waits for a reward model's evidence.
+
+    Raises:
+        InvalidField: the wanted method is not available.
+    """
+    look = _Look(data=data, config=config, available=tuple(available), reward=reward)
+    if wanted != "auto":
+        if wanted not in available:
+            raise InvalidField("method", wanted, f"use one of {', '.join(('auto', *available))}")
+        return _asked_for(wanted, look)
+    for rule in (_rule_0_amount, _rule_0_raters, _rule_1, _rule_2, _rule_3, _rule_4):
+        choice = rule(look)
+        if choice is not None:
+            return choice
+    return _rule_5(look)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Look:
+    """What a rule sees."""
+
+    data: DataStatistics
+    config: ChoiceConfig
+    available: tuple[Method, ...]
+    reward: RewardEvidence | None
+
+    @property
+    def pairs_short(self) -> str:
+        """What the pairs lack for DPO."""
+        only = corrections_only(self.data, self.config)
+        return (too_few_corrections if only else too_little)(self.data, self.config)
+
+    @property
+    def thumbs_short(self) -> str:
+        """What the thumbs lack for KTO."""
+        if "kto" not in self.available:
+            return "There is no training on single thumbs."
+        return too_few_thumbs(self.data, self.config) or too_one_sided(self.data, self.config)
+
+    def train(self, method: Method, rule: str, reason: str, *, ignored: Sequence[str] = ()) -> Choice:
+        """Return the choice of a method with the warnings that belong to it."""
+        data, config = self.data, self.config
+        return Choice(
+            method=method,
+            rule=rule,
+            reason=reason,
+            warnings=_warnings(method, data, config, ignored=ignored),
+            noisy_labels=method == "dpo"
+            and config.noisy_flip_rate_min <= data.flip_rate <= config.noisy_flip_rate_max,
+            corrections_only=method == "dpo" and corrections_only(data, config),
+        )
+
+
+def _rule_0_amount(look: _Look) -> Choice | None:
+    short, thumbs = look.pairs_short, look.thumbs_short
+    if not (short and thumbs):
+        return None
+    reason = f"{short} Or, for KTO: {thumbs}" if "kto" in look.available and look.data.thumbs else short
+    return Choice(method=None, rule="0: not enough data", reason=reason)
+
+
+def _rule_0_raters(look: _Look) -> Choice | None:
+    doubt = too_doubtful(look.data, look.config)
+    return Choice(method=None, rule="0: raters disagree", reason=doubt) if doubt else None
+
+
+def _rule_1(look: _Look) -> Choice | None:
+    """PPO on a good reward model: the answers that were compared are no longer those that are given."""
+    if "ppo" not in look.available or too_few_for_ppo(look.data, look.config):
+        return None
+    shifted = too_shifted(look.data, look.config)
+    if look.pairs_short or corrections_only(look.data, look.config) or not shifted:
+        return None
+    if look.reward is None:
+        return Choice(
+            method=None,
+            rule="1: waits for the reward model",
+            reason=f"{look.data.labels} labels of shifted answers: PPO if a reward model learns them well enough.",
+            waits_for_reward_model=True,
+        )
+    if too_weak(look.reward, look.config):
+        return None
+    found = look.reward
+    reason = (
+        f"{look.data.labels} labels, and a reward model that ranks {found.accuracy.value:.0%} of held-out pairs as people "
+        f"did (at least {found.accuracy.low:.2f}; length alone {found.length_only_accuracy:.0%}). {shifted}"
     )
+    return look.train("ppo", "1: shifted pairs, good reward model", reason)
 
 
-def choose_method(data: DataStatistics, config: ChoiceConfig, *, wanted: Literal["auto", "dpo"]) -> Choice:
-    """Return the first rule that fires. A wanted method skips the rules on shift and agreement, with a warning."""
-    missing = too_little(data, config)
-    if missing:
-        return Choice(method=None, rule="0: not enough data", reason=missing)
-    doubt = too_doubtful(data, config)
+def _rule_2(look: _Look) -> Choice | None:
+    """DPO on fresh pairs; below the published count of pairs, the published count of thumbs comes first."""
+    data, config = look.data, look.config
+    if look.pairs_short or corrections_only(data, config) or too_shifted(data, config):
+        return None
+    if data.pairs < config.full_pairs and not look.thumbs_short and data.thumbs >= config.full_thumbs:
+        return None
+    reason = f"{data.pairs} pairs over {data.prompts} prompts, {data.on_policy_share:.0%} of recent policies."
+    return look.train("dpo", "2: pairs of the served policy", reason)
+
+
+def _rule_3(look: _Look) -> Choice | None:
+    """KTO where thumbs are what people give."""
+    few_pairs = bool(look.pairs_short) or look.data.pairs < look.config.full_pairs
+    if look.thumbs_short or not few_pairs:
+        return None
+    return look.train("kto", "3: thumbs and few pairs", _thumbs_reason(look.data))
+
+
+def _rule_4(look: _Look) -> Choice | None:
+    data, config = look.data, look.config
     shifted = too_shifted(data, config)
-    if wanted == "auto" and doubt:
-        return Choice(method=None, rule="0: raters disagree", reason=doubt)
-    if wanted == "auto" and shifted:
-        return Choice(method=None, rule="4: shifted data", reason=shifted)
-    return Choice(
-        method="dpo",
-        rule="2: pairs of the served policy" if wanted == "auto" else "asked for",
-        reason=f"{data.pairs} pairs over {data.prompts} prompts, {data.on_policy_share:.0%} of recent policies.",
-        warnings=_warnings(data, config, ignored=[text for text in (doubt, shifted) if text]),
-        noisy_labels=config.noisy_flip_rate_min <= data.flip_rate <= config.noisy_flip_rate_max,
+    if corrections_only(data, config) or not shifted:
+        return None
+    weak = too_weak(look.reward, config) if look.reward else ""
+    if "ppo" in look.available and not look.reward:
+        weak = too_few_for_ppo(data, config)
+    return Choice(method=None, rule="4: shifted data", reason=f"{shifted} {weak}".strip())
+
+
+def _rule_5(look: _Look) -> Choice:
+    """What is left after rules 0 to 4: corrections alone."""
+    data = look.data
+    reason = (
+        f"{data.correction_pairs} corrections over {data.prompts} prompts, and few comparisons or thumbs."
     )
+    return look.train("dpo", "5: corrections", reason)
 
 
-def too_little(data: DataStatistics, config: ChoiceConfig) -> str:
-    """Return what to collect when there is too little to train and to judge on, else ""."""
-    if data.pairs < config.min_pairs:
-        return (
-            f"{data.pairs} usable pairs of {config.min_pairs} needed: collect {config.min_pairs - data.pairs} more "
-            "comparisons or corrections (ties and single thumbs are no pairs)."
-        )
-    if data.prompts < config.min_prompts:
-        return (
-            f"The {data.pairs} pairs are about {data.prompts} different questions ({config.min_prompts} needed): "
-            "collect comparisons on different questions."
-        )
-    if data.effective_pairs < config.min_effective_pairs:
-        return (
-            f"Weighted by their raters, the {data.pairs} pairs are worth {data.effective_pairs:.0f} "
-            f"({config.min_effective_pairs:.0f} needed): collect comparisons from more people."
-        )
-    return ""
+def _asked_for(wanted: Method, look: _Look) -> Choice:
+    data, config = look.data, look.config
+    few_thumbs = too_few_thumbs(data, config)
+    short = {"dpo": look.pairs_short, "kto": few_thumbs, "ppo": look.pairs_short and few_thumbs}[wanted]
+    if short:
+        return Choice(method=None, rule="0: not enough data", reason=short)
+    doubts = {
+        "dpo": "" if corrections_only(data, config) else too_shifted(data, config),
+        "kto": too_one_sided(data, config),
+        "ppo": too_few_for_ppo(data, config) or (too_weak(look.reward, config) if look.reward else ""),
+    }
+    ignored = [text for text in (too_doubtful(data, config), doubts[wanted]) if text]
+    reasons = {
+        "dpo": f"{data.pairs} pairs over {data.prompts} prompts, {data.on_policy_share:.0%} of recent policies.",
+        "kto": _thumbs_reason(data),
+        "ppo": f"{data.pairs} pairs and {data.thumbs} thumbs for the reward model.",
+    }
+    return look.train(wanted, "asked for", reasons[wanted], ignored=ignored)
 
 
-def too_doubtful(data: DataStatistics, config: ChoiceConfig) -> str:
-    """Return why the labels cannot be trusted, else "". Agreement over few double ratings counts as unknown."""
-    agreement = data.agreement
-    if agreement and agreement.n >= config.min_agreement_meetings:
-        if agreement.low <= config.agreement_low_min:
-            return (
-                f"Raters agree on {agreement.value:.0%} of what several of them judged (lower bound "
-                f"{agreement.low:.2f}, needed above {config.agreement_low_min}): settle the rubric, then compare again."
-            )
-        if agreement.value < config.agreement_min:
-            return f"Raters agree on {agreement.value:.0%} (needed {config.agreement_min:.0%}): settle the rubric first."
-    if data.raters >= RATERS_FOR_CAP and data.largest_rater_share > CAP_SHARE + ROUNDING:
-        return (
-            f"One of {data.raters} raters holds {data.largest_rater_share:.0%} of the weight (at most "
-            f"{CAP_SHARE:.0%}): collect comparisons from the others."
-        )
-    return ""
-
-
-def too_shifted(data: DataStatistics, config: ChoiceConfig) -> str:
-    """Return why the pairs say little about the served policy, else ""."""
-    if data.on_policy_share >= config.on_policy_share_min:
-        return ""
+def _thumbs_reason(data: DataStatistics) -> str:
     return (
-        f"Only {data.on_policy_share:.0%} of the pairs show answers of the served policy or a recent one (needed "
-        f"{config.on_policy_share_min:.0%}): collect fresh A/B answers from the policy served now."
+        f"{data.thumbs} thumbs over {data.thumb_prompts} prompts, {data.thumbs_up / max(1, data.thumbs):.0%} of them up; "
+        f"{data.pairs} pairs."
     )
 
 
-def _warnings(data: DataStatistics, config: ChoiceConfig, *, ignored: list[str]) -> tuple[str, ...]:
+def _warnings(
+    method: Method, data: DataStatistics, config: ChoiceConfig, *, ignored: Sequence[str]
+) -> tuple[str, ...]:
     told = [f"Trained although: {text}" for text in ignored]
-    if data.pairs < config.full_pairs:
-        told.append(
-            f"Trained on {data.pairs} pairs, fewer than the {config.full_pairs} that make the result dependable."
-        )
+    if method == "dpo" and data.pairs < config.full_pairs:
+        told.append(_few("pairs", data.pairs, config.full_pairs))
+    if method == "kto" and data.thumbs < config.full_thumbs:
+        told.append(_few("thumbs", data.thumbs, config.full_thumbs))
     if data.agreement is None:
         told.append("Agreement is unknown: nobody compared the same two answers as somebody else.")
     elif data.agreement.n < config.min_agreement_meetings:
@@ -169,3 +236,7 @@ def _warnings(data: DataStatistics, config: ChoiceConfig, *, ignored: list[str])
     if 1 < data.raters < RATERS_FOR_CAP and data.largest_rater_share > 0.5:
         told.append(f"One of {data.raters} raters gave {data.largest_rater_share:.0%} of the weight.")
     return tuple(told)
+
+
+def _few(what: str, found: int, full: int) -> str:
+    return f"Trained on {found} {what}, fewer than the {full} that make the result dependable."

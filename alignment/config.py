@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from alignment.training_config import DpoConfig, RewardConfig
+from alignment.ppo_config import PPO_LIMITS, PpoConfig
+from alignment.training_config import DpoConfig, KtoConfig, RewardConfig
 from storage.errors import InvalidField
 from storage.records import Json
 
-WantedMethod = Literal["auto", "dpo"]
+WantedMethod = Literal["auto", "dpo", "ppo", "kto"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,8 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceConfig:
-    """When the data allow DPO. The rules are numbered as in docs/alignment.md."""
+    """Which method the data allow. The rules are numbered as in docs/alignment.md; tests/benchmarks/choice_study.py
+    shows where the methods cross in a simulation."""
 
     min_pairs: int = 200
     """Pairs below which nothing is trained (rule 0)."""
@@ -59,6 +61,36 @@ class ChoiceConfig:
     """Share of pairs that must show answers of recent policies (rules 1 and 4; arXiv 2404.10719)."""
     recent_policies: int = 3
     """The served policy and its ancestors, this many in all, count as recent."""
+    effective_sample_share_min: float = 0.3
+    """Effective share of the answers under the served policy, (sum w)^2 / (n sum w^2) of importance weights w, below which
+    they count as shifted too, where it was measured (rule 1; arXiv 2404.10719: shift is what hurts DPO)."""
+    ppo_min_labels: int = 2000
+    """Pairs and thumbs together from which a reward model may be worth optimising (rule 1)."""
+    reward_accuracy_low_min: float = 0.65
+    """Lower end of the 95% interval of the reward model's accuracy on held-out pairs (rule 1)."""
+    reward_lead_min: float = 0.05
+    """By how much its accuracy must exceed that of betting on length alone (rule 1; arXiv 2310.03716: most of a PPO gain
+    can be length)."""
+    reward_calibration_error_max: float = 0.08
+    """Expected calibration error after temperature scaling that is tolerated (rule 1)."""
+    reward_spread_min: float = 0.0
+    """Mean distance of two answers' scores from their middle, in log-odds, that must be exceeded (rule 1): equal scores
+    give PPO nothing to follow."""
+    min_thumbs: int = 400
+    """Thumbs below which KTO is not trained (rule 0)."""
+    full_thumbs: int = 1000
+    """Thumbs from which rule 3 holds as published; below, a run trains and its report carries a warning."""
+    thumbs_minority_share_min: float = 0.1
+    """Share that the rarer of up and down must have (rule 3; KTO balances the classes down to about 10%: arXiv
+    2402.01306, section 4.3)."""
+    min_corrections: int = 100
+    """Corrections from which they train without comparisons (rule 5)."""
+    corrections_only_share: float = 0.9
+    """Share of the pairs from which they count as corrections only (rule 5): their better side is no policy's answer, so
+    agreement and shift say nothing about them."""
+    corrections_nll_weight: float = 1.0
+    """`dpo.nll_weight` of rule 5, the supervised term on the edited answers (arXiv 2404.19733: 1); DPOP is DPO's own
+    setting for corrections."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +173,8 @@ class AlignmentConfig:
     choice: ChoiceConfig = ChoiceConfig()
     reward: RewardConfig = field(default_factory=RewardConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
+    kto: KtoConfig = field(default_factory=KtoConfig)
+    ppo: PpoConfig = field(default_factory=PpoConfig)
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
 
@@ -157,6 +191,13 @@ LIMITS: dict[str, tuple[float, float]] = {
     "choice.min_prompts": (6, 1_000_000),
     "choice.min_agreement_meetings": (1, 1_000_000),
     "choice.recent_policies": (1, 1000),
+    "choice.ppo_min_labels": (10, 100_000_000),
+    "choice.reward_lead_min": (0, 0.5),
+    "choice.reward_calibration_error_max": (0, 1),
+    "choice.min_thumbs": (10, 1_000_000),
+    "choice.full_thumbs": (10, 1_000_000),
+    "choice.thumbs_minority_share_min": (0, 0.5),
+    "choice.min_corrections": (10, 1_000_000),
     "evaluation.prompts": (4, 10_000),
     "evaluation.samples_per_prompt": (1, 64),
     "evaluation.max_new_tokens": (1, 100_000),
@@ -176,6 +217,15 @@ LIMITS: dict[str, tuple[float, float]] = {
     "dpo.displacement_window": (1, 1000),
     "dpo.displacement_raises": (0, 100),
     "dpo.checkpoint_every": (1, 1_000_000),
+    "kto.beta": (1e-4, 100),
+    "kto.learning_rate": (1e-8, 1),
+    "kto.batch_thumbs": (2, 100_000),
+    "kto.min_class_thumbs": (1, 1_000_000),
+    "kto.kl_every": (1, 1_000_000),
+    "kto.displacement_window": (1, 1000),
+    "kto.displacement_raises": (0, 100),
+    "kto.checkpoint_every": (1, 1_000_000),
+    **PPO_LIMITS,
 }
 """(least, most) of a number, by key."""
 SHARED_LIMITS: dict[str, tuple[float, float]] = {

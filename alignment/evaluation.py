@@ -29,9 +29,10 @@ from alignment.intervals import (
 from alignment.length_control import controlled_win_rates, people_length_effect
 from alignment.logprobs import completion_logprobs
 from alignment.models import Base, has_adapter
-from alignment.preferences import Pair
+from alignment.preferences import Pair, Preferences
 from alignment.progress import Progress
 from alignment.questions import Question, ServedSampling
+from alignment.reward_metrics import thumb_metrics
 from alignment.reward_model import TrainedReward
 from alignment.safety import Suite, promises_too_much
 from storage.errors import InvalidField
@@ -47,7 +48,7 @@ class Trial:
     """Trained on labels that the candidate did not learn from."""
     questions: Sequence[Question]
     sampling: ServedSampling
-    held_out: Sequence[Pair]
+    held_out: Preferences
     people: Sequence[Pair]
     """All human pairs: how much length decides for people."""
     fixed: FixedQuestions
@@ -132,8 +133,10 @@ def _bounded(sampling: ServedSampling, config: EvaluationConfig) -> ServedSampli
 
 
 def judge_numbers(metrics: dict[str, float]) -> dict[str, Estimate]:
-    """Return what is known of the judge itself, from its held-out pairs."""
+    """Return what is known of the judge itself, from its held-out pairs, or from thumbs where there are no pairs."""
     n = int(metrics["reward/pairs"])
+    if n == 0 and metrics.get("reward/thumb_couples"):
+        return {"judge_accuracy": _of_thumbs(metrics)}
     accuracy = Estimate(
         value=metrics["reward/accuracy"],
         low=metrics["reward/accuracy_low"],
@@ -183,7 +186,9 @@ def _drift_numbers(trial: Trial, ours: Answers, progress: Progress) -> dict[str,
 
 def preference_accuracy(trial: Trial, progress: Progress) -> Estimate:
     """Return the share of held-out pairs whose implicit reward ranks as people did (arXiv 2305.18290, section 5)."""
-    pairs = [pair for pair in trial.held_out if not pair.tie]
+    pairs = [pair for pair in trial.held_out.pairs if not pair.tie]
+    if not pairs:
+        return _thumb_accuracy(trial, progress)
     rows = [(pair.prompt_ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     sums = [
         [sum(values) for values in completion_logprobs(trial.base, rows, adapter=adapter, progress=progress)]
@@ -192,6 +197,26 @@ def preference_accuracy(trial: Trial, progress: Progress) -> Estimate:
     ratios = (np.array(sums[0]) - np.array(sums[1])).reshape(-1, 2)  # (pairs, 2)
     h = ratios[:, 0] - ratios[:, 1]
     return wilson(float((h > 0).sum() + 0.5 * (h == 0).sum()), len(pairs))
+
+
+def _thumb_accuracy(trial: Trial, progress: Progress) -> Estimate:
+    """Return how often a liked answer has risen more than one that the same person did not like."""
+    thumbs = trial.held_out.thumbs
+    rows = [(thumb.prompt_ids, thumb.answer_ids) for thumb in thumbs]
+    sums = [
+        [sum(values) for values in completion_logprobs(trial.base, rows, adapter=adapter, progress=progress)]
+        for adapter in (CANDIDATE, INCUMBENT)
+    ]
+    return _of_thumbs(thumb_metrics(np.array(sums[0]) - np.array(sums[1]), thumbs))
+
+
+def _of_thumbs(metrics: dict[str, float]) -> Estimate:
+    return Estimate(
+        value=metrics["reward/thumb_accuracy"],
+        low=metrics["reward/thumb_accuracy_low"],
+        high=metrics["reward/thumb_accuracy_high"],
+        n=int(metrics["reward/thumb_couples"]),
+    )
 
 
 def form_numbers(

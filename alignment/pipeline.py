@@ -15,14 +15,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alignment.choose import Choice, DataStatistics, choose_method, statistics_of
+from alignment.choose import (
+    Choice,
+    DataStatistics,
+    Method,
+    RewardEvidence,
+    choose_method,
+    reward_evidence,
+    statistics_of,
+)
 from alignment.config import AlignmentConfig
 from alignment.gate import Verdict, judge
 from alignment.preferences import take_snapshot
 from alignment.progress import Interrupted
 from alignment.run_progress import RunProgress, check_stop, stopping_on_signals
 from alignment.run_record import Meter, new_run
-from alignment.training_data import most_pairs
+from alignment.training_data import may_suffice
 from storage import runs
 from storage.deployments import served
 from storage.errors import Conflict, KotaeError, NotFound
@@ -33,6 +41,7 @@ from storage.store import Store
 if TYPE_CHECKING:
     from alignment.stages import Work
 
+METHODS: tuple[Method, ...] = ("dpo", "kto", "ppo")
 OUTCOME_EXIT_CODES: Mapping[RunStatus, int] = {
     "passed": 0,
     "failed": 1,
@@ -109,7 +118,7 @@ def _carry_out(
     progress.stage("preparing", 3)
     # 1. what has been recorded
     snapshot = take_snapshot(store, run_id=run.id)
-    if most_pairs(snapshot) < config.choice.min_pairs:
+    if not may_suffice(snapshot, config.choice, thumbs_train=True):
         return _too_few_labels(snapshot, run, config)
     progress.step(1, f"{sum(snapshot.counts.values())} labels")
     # 2. the served policy, and the labels as its tokens
@@ -122,16 +131,26 @@ def _carry_out(
     statistics = statistics_of(
         prepared.preferences, corrections=corrections, on_policy_share=prepared.on_policy_share
     )
-    choice = choose_method(statistics, config.choice, wanted=config.method)
-    _keep_choice(store, run, folder, statistics, choice)
-    if choice.method is None:
-        message = f"{choice.reason} (rule {choice.rule})"
-        return Outcome(status="not_enough_data", message=message, run_id=run.id)
-    config = _adapted(config, choice, statistics)
     work = stages.Work(
         store=store, run=run, config=config, folder=folder, prepared=prepared, progress=progress
     )
+    choice = _choose(work, statistics, reward=None)
+    if choice.method is None and not choice.waits_for_reward_model:
+        return _not_enough(run, choice)
     return _make_candidate(work, statistics, choice, meter)
+
+
+def _choose(work: Work, statistics: DataStatistics, *, reward: RewardEvidence | None) -> Choice:
+    """Apply the rules and keep what they said."""
+    config = work.config
+    choice = choose_method(statistics, config.choice, wanted=config.method, available=METHODS, reward=reward)
+    _keep_choice(work.store, work.run, work.folder, statistics, choice)
+    return choice
+
+
+def _not_enough(run: Run, choice: Choice) -> Outcome:
+    message = f"{choice.reason} (rule {choice.rule})"
+    return Outcome(status="not_enough_data", message=message, run_id=run.id)
 
 
 def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, meter: Meter) -> Outcome:
@@ -139,17 +158,26 @@ def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, mete
     from alignment import stages
 
     # 4. the judge, on labels that the policy does not see
-    scorer = stages.train_judge(work)
+    judging = stages.train_judge(work)
     check_stop(work.progress)
-    # 5. the candidate
-    trained = stages.update_policy(work)
+    # 5. the reward model that PPO optimises, which must be another than the judge; it may decide the method
+    scorer = None
+    if choice.method == "ppo" or choice.waits_for_reward_model:
+        scorer = stages.train_scorer(work)
+        check_stop(work.progress)
+        choice = _choose(work, statistics, reward=reward_evidence(scorer.metrics))
+    if choice.method is None:
+        return _not_enough(work.run, choice)
+    # 6. the candidate
+    work = replace(work, config=_adapted(work.config, choice, statistics))
+    trained = stages.update_policy(work, choice.method, scorer)
     check_stop(work.progress)
-    # 6. the evidence
-    evidence = stages.evaluate_candidate(work, scorer)
+    # 7. the evidence
+    evidence = stages.evaluate_candidate(work, judging)
     check_stop(work.progress)
-    # 7. the gate
+    # 8. the gate
     verdict = judge(evidence.numbers, work.config.gate)
-    # 8. the report, and then the candidate becomes known, with its evidence
+    # 9. the report, and then the candidate becomes known, with its evidence
     work.progress.stage("report", 1)
     candidate = stages.name_candidate(work)
     cost = meter.cost(stage_seconds=work.progress.stage_seconds)
@@ -187,9 +215,10 @@ def _judged(run: Run, candidate: Policy, verdict: Verdict) -> Outcome:
 def _too_few_labels(snapshot: Snapshot, run: Run, config: AlignmentConfig) -> Outcome:
     """End before the model is loaded: not even if every label were usable would there be enough."""
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(snapshot.counts.items()))
+    needed = config.choice
     message = (
-        f"{counts} can make at most {most_pairs(snapshot)} pairs of {config.choice.min_pairs} needed: collect "
-        "comparisons or corrections (rule 0: not enough data)"
+        f"{counts} are too few: collect {needed.min_pairs} comparisons, {needed.min_corrections} corrections or "
+        f"{needed.min_thumbs} thumbs (rule 0: not enough data)"
     )
     return Outcome(status="not_enough_data", message=message, run_id=run.id)
 
@@ -207,10 +236,13 @@ def _keep_choice(store: Store, run: Run, folder: Path, statistics: DataStatistic
 
 
 def _adapted(config: AlignmentConfig, choice: Choice, statistics: DataStatistics) -> AlignmentConfig:
-    """Use cDPO with the measured flip rate where labels are noisy and plain DPO was configured."""
-    if not (choice.noisy_labels and config.dpo.loss == "dpo"):
-        return config
-    return replace(config, dpo=replace(config.dpo, loss="cdpo", flip_rate=min(0.45, statistics.flip_rate)))
+    """Use cDPO with the measured flip rate where labels are noisy, and the supervised term where all are corrections."""
+    dpo = config.dpo
+    if choice.noisy_labels and dpo.loss == "dpo":
+        dpo = replace(dpo, loss="cdpo", flip_rate=min(0.45, statistics.flip_rate))
+    if choice.corrections_only:
+        dpo = replace(dpo, nll_weight=max(dpo.nll_weight, config.choice.corrections_nll_weight))
+    return replace(config, dpo=dpo)
 
 
 def _failure(store: Store, run: Run, error: Exception) -> Outcome:

@@ -20,9 +20,25 @@ from storage.records import Json, Policy, Run
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 CARD = "report.md"
 PLOTS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
-    "loss.png": ("Training loss", "loss", ("reward/loss", "dpo/loss")),
-    "reward.png": ("Implicit reward of the policy", "nats or share", ("dpo/h_nats", "dpo/accuracy")),
-    "kl.png": ("How far preferred answers moved", "nats per token", ("dpo/chosen_change_nats_per_token",)),
+    "loss.png": (
+        "Training loss",
+        "loss",
+        ("reward/loss", "dpo/loss", "kto/loss", "policy/loss", "value/loss"),
+    ),
+    "reward.png": (
+        "Implicit reward of the policy",
+        "nats or share",
+        ("dpo/h_nats", "dpo/accuracy", "kto/accuracy", "objective/score"),
+    ),
+    "kl.png": (
+        "How far the policy moved",
+        "nats",
+        (
+            "dpo/chosen_change_nats_per_token",
+            "kto/up_change_nats_per_token",
+            "objective/kl_per_response_nats",
+        ),
+    ),
 }
 """File: (title, vertical axis, curves)."""
 SHOWN_SAMPLES = 10
@@ -146,19 +162,35 @@ def _data(card: Card) -> str:
 
 
 def _training(card: Card) -> str:
-    dpo = card.config.dpo
     cost = card.cost
     ends = ", ".join(f"{name} {_number(value)}" for name, value in card.training.items())
     return "\n".join(
         [
             "## Training",
             "",
-            f"{dpo.loss}, beta {dpo.beta}, learning rate {dpo.learning_rate}, {dpo.epochs} epochs of "
-            f"{dpo.batch_pairs} pairs a step, LoRA rank {dpo.lora.rank}, seed {card.config.seed}. At the end: {ends}.",
+            f"{_recipe(card)}, seed {card.config.seed}. At the end: {ends}.",
             "",
             f"Cost so far: {cost['wall_s']:.0f} s ({cost['cpu_s']:.0f} CPU seconds) on {cost['device']}, "
             f"{cost['peak_memory_bytes'] / 1e6:.0f} MB at most, code {card.run.code_version}.",
         ]
+    )
+
+
+def _recipe(card: Card) -> str:
+    dpo, kto, ppo = card.config.dpo, card.config.kto, card.config.ppo
+    if card.choice.method == "ppo":
+        return (
+            f"ppo, beta {ppo.beta} at first, KL target {ppo.kl_target_nats} nats, learning rate {ppo.learning_rate}, "
+            f"{ppo.steps} steps of {ppo.prompts_per_step * ppo.answers_per_prompt} answers, LoRA rank {ppo.lora.rank}"
+        )
+    if card.choice.method == "kto":
+        return (
+            f"{kto.loss}, beta {kto.beta}, learning rate {kto.learning_rate}, at most {kto.epochs} epochs of "
+            f"{kto.batch_thumbs} thumbs a step, LoRA rank {kto.lora.rank}"
+        )
+    return (
+        f"{dpo.loss}, beta {dpo.beta}, learning rate {dpo.learning_rate}, at most {dpo.epochs} epochs of "
+        f"{dpo.batch_pairs} pairs a step, LoRA rank {dpo.lora.rank}"
     )
 
 

@@ -1,4 +1,4 @@
-"""How well scores predict people: pure numpy on held-out pairs. Letters: P pairs, M members."""
+"""How well scores predict people: pure numpy. Letters: P pairs, U thumbs, C answers, M members."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
+from numpy.typing import NDArray
 
-from alignment.intervals import Floats, wilson
-from alignment.preferences import Pair
+from alignment.intervals import Estimate, Floats, wilson
+from alignment.preferences import Pair, Thumb
 
 FEWEST_PAIRS_A_BIN = 20
 MOST_BINS = 10
@@ -16,7 +17,12 @@ TEMPERATURES = np.geomspace(0.05, 20.0, 241)
 
 
 def held_out_metrics(
-    members: Floats, pairs: Sequence[Pair], *, seen_raters: set[str], longer_wins: bool
+    members: Floats,
+    pairs: Sequence[Pair],
+    *,
+    seen_raters: set[str],
+    longer_wins: bool,
+    plain_members: Floats | None = None,
 ) -> dict[str, float]:
     """Return the figures of the report, all under `reward/`.
 
@@ -25,6 +31,7 @@ def held_out_metrics(
         pairs: the P held-out pairs with a winner.
         seen_raters: raters of the training pairs.
         longer_wins: the side that length alone would bet on, from the training pairs.
+        plain_members: (P, 2, M) scores before length was taken out of them; None when it was not.
     """
     scores = members.mean(axis=2)  # (P, 2)
     leads = scores[:, 0] - scores[:, 1]
@@ -35,22 +42,72 @@ def held_out_metrics(
     accuracy = wilson(float(right.sum()), len(pairs))
     length_lead = (lengths[:, 0] - lengths[:, 1]) * (1 if longer_wins else -1)
     new = [i for i, pair in enumerate(pairs) if pair.rater not in seen_raters]
+    plain = members if plain_members is None else plain_members
     result = {
         "pairs": float(len(pairs)),
-        "accuracy": accuracy.value,
-        "accuracy_low": accuracy.low,
-        "accuracy_high": accuracy.high,
+        **_interval("accuracy", accuracy),
         "temperature": fit_temperature(leads),
-        "calibration_error": crossed_calibration_error(leads),
+        "calibration_error": crossed_calibration_error(leads, prompt_halves(pairs)),
+        "calibration_error_before": calibration_error(leads, temperature=1.0),
         "length_only_accuracy": float(_right(length_lead).mean()) if len(pairs) else 0.5,
         "score_length_correlation": _correlation(scores.ravel(), lengths.ravel()),
+        "score_length_correlation_before": _correlation(plain.mean(axis=2).ravel(), lengths.ravel()),
         "within_prompt_spread": float(np.abs(leads).mean() / 2) if len(pairs) else 0.0,
         "member_correlation": member_correlation(members),
+        "member_error_correlation": member_error_correlation(members),
         "unseen_rater_pairs": float(len(new)),
     }
     if new:
-        result["unseen_rater_accuracy"] = float(right[new].mean())
+        result |= _interval("unseen_rater_accuracy", wilson(float(right[new].sum()), len(new)))
     return {f"reward/{name}": value for name, value in result.items()}
+
+
+def thumb_metrics(scores: Floats, thumbs: Sequence[Thumb]) -> dict[str, float]:
+    """Return how often an answer with a thumb up scores above one with a thumb down of the same rater, `reward/thumb_...`.
+
+    Raters are compared with themselves only, so leniency does not count. The interval is Wilson's for as many
+    observations as separate couples can be formed: the mean over all couples varies no more than over those (Hoeffding
+    1948). Thumbs of raters with one kind alone say nothing here.
+
+    Args:
+        scores: (U,) of the thumbs' answers.
+        thumbs: the U held-out thumbs.
+    """
+    couples, wins, separate = 0, 0.0, 0
+    for rater in sorted({thumb.rater for thumb in thumbs}):
+        ups = np.array([s for s, t in zip(scores, thumbs, strict=True) if t.rater == rater and t.up])
+        downs = np.array([s for s, t in zip(scores, thumbs, strict=True) if t.rater == rater and not t.up])
+        couples += len(ups) * len(downs)
+        wins += float(_right(ups[:, None] - downs[None, :]).sum())
+        separate += min(len(ups), len(downs))
+    accuracy = wilson(wins / max(1, couples) * separate, separate)
+    found = {"thumbs": float(len(thumbs)), "thumb_couples": float(separate)}
+    found |= _interval("thumb_accuracy", accuracy)
+    return {f"reward/{name}": value for name, value in found.items()}
+
+
+def new_rater_metrics(new_raters: Floats, all_raters: Floats) -> dict[str, float]:
+    """Return the accuracy on raters that were left out, beside that of the same quick fit with everybody in it.
+
+    Args:
+        new_raters: (P,) leads of held-out pairs whose raters gave none of the training labels.
+        all_raters: (P,) leads of the same pairs when every rater's training labels were used.
+    """
+    found = wilson(float(_right(new_raters).sum()), len(new_raters))
+    known = wilson(float(_right(all_raters).sum()), len(all_raters))
+    result = {"left_out_rater_pairs": float(len(new_raters)), **_interval("left_out_rater_accuracy", found)}
+    result["left_in_rater_accuracy"] = known.value
+    return {f"reward/{name}": value for name, value in result.items()}
+
+
+def _interval(name: str, estimate: Estimate) -> dict[str, float]:
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+
+
+def prompt_halves(pairs: Sequence[Pair]) -> NDArray[np.bool_]:
+    """Return (P,) bool: every second prompt's pairs, so that the pairs of a prompt are on one side."""
+    order = {key: number for number, key in enumerate(dict.fromkeys(pair.prompt_key for pair in pairs))}
+    return np.array([order[pair.prompt_key] % 2 == 0 for pair in pairs], dtype=bool)
 
 
 def _right(leads: Floats) -> Floats:
@@ -81,12 +138,17 @@ def calibration_error(leads: Floats, *, temperature: float) -> float:
     return float(sum(gaps) / len(leads))
 
 
-def crossed_calibration_error(leads: Floats) -> float:
-    """Return the mean of both halves' error, each at the temperature fitted on the other half."""
-    even, odd = leads[::2], leads[1::2]
-    one = calibration_error(even, temperature=fit_temperature(odd))
-    other = calibration_error(odd, temperature=fit_temperature(even))
-    return (len(even) * one + len(odd) * other) / max(1, len(leads))
+def crossed_calibration_error(leads: Floats, first_half: NDArray[np.bool_]) -> float:
+    """Return the mean of both halves' error, each at the temperature fitted on the other half.
+
+    So no temperature is judged on what it was fitted to.
+    """
+    one, other = leads[first_half], leads[~first_half]
+    errors = (
+        len(part) * calibration_error(part, temperature=fit_temperature(rest))
+        for part, rest in ((one, other), (other, one))
+    )
+    return sum(errors) / max(1, len(leads))
 
 
 def member_correlation(members: Floats) -> float:
@@ -94,6 +156,36 @@ def member_correlation(members: Floats) -> float:
     leads = members[:, 0] - members[:, 1]  # (P, M)
     pairs = list(combinations(range(leads.shape[1]), 2))
     return float(np.mean([_correlation(leads[:, i], leads[:, j]) for i, j in pairs])) if pairs else 1.0
+
+
+def member_error_correlation(members: Floats) -> float:
+    """Return the mean correlation of two members' mistakes: near 1 they fail on the same pairs and a mean hides it.
+
+    A mistake is 1, a lead 0, a draw 0.5. Members that make none, or nothing but mistakes, count as uncorrelated.
+    """
+    wrong = 1 - _right(members[:, 0] - members[:, 1])  # (P, M)
+    pairs = list(combinations(range(wrong.shape[1]), 2))
+    return float(np.mean([_correlation(wrong[:, i], wrong[:, j]) for i, j in pairs])) if pairs else 1.0
+
+
+def length_slopes(members: Floats, lengths: Floats, groups: NDArray[np.int64]) -> Floats:
+    """Return (M,) how much each member's score grows a token, within groups: sum(l s) / sum(l^2) of centred l and s.
+
+    Args:
+        members: (C, M) scores of answers.
+        lengths: (C,) tokens.
+        groups: (C,) number of the group an answer is compared in: the two of a pair, or all thumbs together.
+    """
+    counts = np.bincount(groups).astype(np.float64)
+    mean_length = np.bincount(groups, weights=lengths) / np.maximum(counts, 1)
+    means = [np.bincount(groups, weights=column) / np.maximum(counts, 1) for column in members.T]
+    apart = lengths - mean_length[groups]
+    total = float((apart * apart).sum())
+    if total == 0:
+        return np.zeros(members.shape[1])
+    centred = members - np.stack([mean[groups] for mean in means], axis=1)
+    slopes: Floats = apart @ centred / total
+    return slopes
 
 
 def _correlation(x: Floats, y: Floats) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -36,11 +37,15 @@ FIT_ITERATIONS = 200
 """Of L-BFGS; the fit of some hundred items is done in fewer."""
 
 
-def new_parameters(base: Base, items: Items, config: RewardConfig, *, seed: int) -> Parameters:
-    """Heads from N(0, 1 / (D + 1)) (arXiv 2403.17031, detail 8), slopes of 1, biases of 0."""
+def new_parameters(
+    base: Base, items: Items, config: RewardConfig, *, seed: int, former: torch.Tensor | None = None
+) -> Parameters:
+    """Heads from N(0, 1 / (D + 1)) (arXiv 2403.17031, detail 8) or the `former` (M, D) ones, slopes of 1, biases of 0."""
     size = int(base.model.config.hidden_size)
     generator = torch.Generator().manual_seed(seed)
     heads = torch.randn(config.members, size, generator=generator) / math.sqrt(size + 1)
+    if former is not None:
+        heads = former.clone()
     raters = int(items.raters.max()) + 1 if len(items.thumbs) else 0
     start = {
         "heads": heads,
@@ -51,7 +56,7 @@ def new_parameters(base: Base, items: Items, config: RewardConfig, *, seed: int)
 
 
 def last_states(
-    base: Base, name: str, trees: Sequence[Tree], *, batch_tokens: int, progress: Progress
+    base: Base, name: str | None, trees: Sequence[Tree], *, batch_tokens: int, progress: Progress
 ) -> torch.Tensor:
     """Return (C, D) float32 hidden states of each answer's last token, tree by tree."""
     share = base.share_prefixes and pays_to_share(trees)
@@ -105,11 +110,21 @@ def fit_heads(states: torch.Tensor, own: Parameters, items: Items, config: Rewar
 
 
 def train_member_heads(
-    base: Base, name: str, items: Items, config: RewardConfig, *, seed: int, progress: Progress
+    base: Base,
+    name: str,
+    items: Items,
+    config: RewardConfig,
+    *,
+    seed: int,
+    progress: Progress,
+    former: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, str | None]:
-    """Train one adapter and its heads; return the heads (M, D) and why it stopped early."""
+    """Train one adapter and its heads; return the heads (M, D) and why it stopped early.
+
+    With `former`, the heads of a warm start, the fit is pulled to them instead of to random ones.
+    """
     adapter = adapter_parameters(base, name)
-    own = new_parameters(base, items, config, seed=seed)
+    own = new_parameters(base, items, config, seed=seed, former=former)
     progress.stage("reward heads", 1)
     states = last_states(base, name, items.trees, batch_tokens=config.batch_tokens, progress=progress)
     fit_heads(states, own, items, config)
@@ -134,6 +149,16 @@ def train_member_heads(
             optimiser.step()
             progress.step(step + 1, f"loss {loss:.3f}", **{"reward/loss": loss, "reward/gradient_norm": norm})
     return own["heads"].detach(), None
+
+
+def fitted_head(
+    base: Base, states: torch.Tensor, items: Items, config: RewardConfig, *, seed: int
+) -> torch.Tensor:
+    """Return one head (D,) fitted to the items' `states` (C, D) alone: what `fit_heads` learns, without an ensemble."""
+    one = replace(config, members=1)
+    own = new_parameters(base, items, one, seed=seed)
+    fit_heads(states, own, items, one)
+    return own["heads"].detach()[0]
 
 
 def add_gradients(

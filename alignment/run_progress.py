@@ -29,6 +29,8 @@ STAGE_SHARES: Mapping[str, float] = {
     "report": 0.02,
 }
 """Part of a run's time that each stage usually takes, in their order (measured on the starter model)."""
+SAME_SHARE: Mapping[str, str] = {"kto": "dpo", "ppo": "dpo"}
+"""Stages that stand in the place of another."""
 LEAST_FRACTION_TO_ESTIMATE = 0.02
 """Below this fraction an estimate of the time left is not shown."""
 
@@ -84,7 +86,9 @@ class RunProgress:
 
     def fraction(self) -> float:
         """Return the finished part of the run, 0 to 1; it never goes back."""
-        own = STAGE_SHARES.get(self._stage, 0.0) * min(1.0, self._done / self._steps)
+        own = STAGE_SHARES.get(SAME_SHARE.get(self._stage, self._stage), 0.0) * min(
+            1.0, self._done / self._steps
+        )
         return min(1.0, self._before + own)
 
     def _close_stage(self) -> None:
@@ -93,8 +97,9 @@ class RunProgress:
         spent = time.monotonic() - self._stage_began
         self.stage_seconds[self._stage] = self.stage_seconds.get(self._stage, 0.0) + spent
         names = list(STAGE_SHARES)
-        if self._stage in names:
-            through = names[: names.index(self._stage) + 1]
+        place = SAME_SHARE.get(self._stage, self._stage)
+        if place in names:
+            through = names[: names.index(place) + 1]
             self._before = max(self._before, sum(STAGE_SHARES[name] for name in through))
         self._stage_began = time.monotonic()
 

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import torch
 
-from alignment.choose import Choice, DataStatistics
+from alignment.choose import Choice, DataStatistics, Method
 from alignment.config import AlignmentConfig
-from alignment.dpo import DpoResult, train_dpo
+from alignment.dpo import train_dpo
 from alignment.evaluation import Evidence, Trial, evaluate
 from alignment.fixed_questions import FixedQuestions
 from alignment.gate import Verdict
 from alignment.golden import golden_file, load_golden
+from alignment.kto import train_kto
 from alignment.models import Base, add_policy, answer_ids, load_base, save_adapter
+from alignment.policy_training import PolicyResult
+from alignment.ppo import PpoResult, ppo_fingerprint, train_ppo
 from alignment.preferences import Preferences, load_preferences
 from alignment.questions import choose_questions, recent_turns, served_sampling
 from alignment.reference_cache import ReferenceCache, reference_identity
@@ -32,6 +35,7 @@ from storage.errors import CorruptData, KotaeError
 from storage.records import Evaluation, Json, Policy, RewardModel, Run, Snapshot, new_id, now
 from storage.store import Store
 
+Trained = PolicyResult | PpoResult
 CHECKPOINTS_KEPT_S = 7 * 24 * 3600
 """A checkpoint that nobody resumed in a week is removed."""
 
@@ -88,7 +92,8 @@ def prepare(
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // 2))
     base = load_base(incumbent.base_path, device=config.device)
     start = Path(incumbent.adapter_path) if incumbent.adapter_path else None
-    add_policy(base, config.dpo.lora, seed=config.seed, start_from=start)
+    loras = {"ppo": config.ppo.lora, "kto": config.kto.lora}
+    add_policy(base, loras.get(config.method, config.dpo.lora), seed=config.seed, start_from=start)
     progress.step(2, "model loaded")
     preferences = load_preferences(
         store,
@@ -125,10 +130,7 @@ def train_judge(work: Work) -> TrainedReward:
         seed=config.seed,
         progress=work.progress,
     )
-    if scorer.stopped_because:
-        raise TrainingStopped(
-            f"the judge's training stopped: {scorer.stopped_because}; lower reward.learning_rate"
-        )
+    _sound(scorer, "the judge's")
     target = work.folder / "reward_model"
     scorer.save(target)
     files = {str(f.relative_to(target)): file_sha256(f) for f in sorted(target.rglob("*")) if f.is_file()}
@@ -144,53 +146,115 @@ def train_judge(work: Work) -> TrainedReward:
     return scorer
 
 
-def update_policy(work: Work) -> DpoResult:
+def train_scorer(work: Work) -> TrainedReward:
+    """Train the reward model that PPO optimises, on the policy's part of the labels.
+
+    Raises:
+        TrainingStopped: its numbers were not finite.
+        Interrupted: the run was stopped.
+    """
+    parts, config = work.prepared.parts, work.config
+    scorer = train_reward_model(
+        work.prepared.base,
+        parts.policy,
+        parts.held_out,
+        config.reward,
+        seed=config.seed + 1,
+        progress=work.progress,
+    )
+    return _sound(scorer, "the reward model's")
+
+
+def _sound(scorer: TrainedReward, whose: str) -> TrainedReward:
+    if scorer.stopped_because:
+        raise TrainingStopped(
+            f"{whose} training stopped: {scorer.stopped_because}; lower reward.learning_rate"
+        )
+    return scorer
+
+
+def update_policy(work: Work, method: Method, scorer: TrainedReward | None) -> Trained:
     """Train the adapter "policy" and write it to the run's folder; interrupted training of the same data resumes.
+
+    Args:
+        scorer: the reward model, for PPO.
 
     Raises:
         TrainingStopped: it stopped itself; the last good adapter is in the run's folder.
         Interrupted: the run was stopped; the checkpoint is kept.
     """
-    base, incumbent, config = work.prepared.base, work.prepared.incumbent, work.config
-    identity = reference_identity(
-        base, base_sha256=incumbent.base_sha256, reference_sha256=incumbent.adapter_sha256
-    )
-    checkpoint = _checkpoint(work)
-    result = train_dpo(
-        base,
-        work.prepared.parts.policy.pairs,
-        config.dpo,
-        seed=config.seed,
-        progress=work.progress,
-        cache=ReferenceCache(work.store.data / "cache", identity=identity),
-        checkpoint=checkpoint,
-    )
+    checkpoint = _checkpoint(work, method, scorer)
+    result = _trained(work, method, scorer, checkpoint)
     adapter = work.folder / "adapter"
-    save_adapter(base, "policy", adapter)
+    save_adapter(work.prepared.base, "policy", adapter)
     checkpoint.unlink(missing_ok=True)
     if result.stopped_because:
         raise TrainingStopped(
             f"training stopped itself after {result.steps} steps: {result.stopped_because}. The last good adapter "
-            f"is in {adapter}; lower dpo.learning_rate or raise dpo.beta"
+            f"is in {adapter}; lower {method}.learning_rate or raise {method}.beta"
         )
     return result
 
 
-def _checkpoint(work: Work) -> Path:
+def _trained(work: Work, method: Method, scorer: TrainedReward | None, checkpoint: Path) -> Trained:
+    base, incumbent, config = work.prepared.base, work.prepared.incumbent, work.config
+    labels, seed, progress = work.prepared.parts.policy, config.seed, work.progress
+    if method == "ppo":
+        assert scorer is not None
+        return train_ppo(
+            base,
+            _prompts(work),
+            scorer,
+            config.ppo,
+            seed=seed,
+            progress=progress,
+            checkpoint=checkpoint,
+        )
+    identity = reference_identity(
+        base, base_sha256=incumbent.base_sha256, reference_sha256=incumbent.adapter_sha256
+    )
+    cache = ReferenceCache(work.store.data / "cache", identity=identity)
+    if method == "kto":
+        return train_kto(
+            base,
+            labels.thumbs,
+            config.kto,
+            seed=seed,
+            progress=progress,
+            cache=cache,
+            checkpoint=checkpoint,
+        )
+    return train_dpo(
+        base, labels.pairs, config.dpo, seed=seed, progress=progress, cache=cache, checkpoint=checkpoint
+    )
+
+
+def _prompts(work: Work) -> list[tuple[int, ...]]:
+    """Return the different prompts of the policy's part of the labels: PPO answers them itself."""
+    labels = work.prepared.parts.policy
+    room = work.prepared.base.max_positions - work.config.ppo.max_new_tokens
+    found = dict.fromkeys(
+        [pair.prompt_ids for pair in labels.pairs] + [thumb.prompt_ids for thumb in labels.thumbs]
+    )
+    return [prompt for prompt in found if len(prompt) <= room]
+
+
+def _checkpoint(work: Work, method: Method, scorer: TrainedReward | None) -> Path:
     """Return the checkpoint's file, named by everything the training depends on; drop forgotten ones."""
     folder = work.store.data / "cache" / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob("*.pt"):
         if time.time() - file.stat().st_mtime > CHECKPOINTS_KEPT_S:
             file.unlink(missing_ok=True)
-    incumbent = work.prepared.incumbent
-    identity = [
-        incumbent.base_sha256,
-        incumbent.adapter_sha256,
-        asdict(work.config.dpo),
-        work.config.seed,
-        [asdict(pair) for pair in work.prepared.parts.policy.pairs],
-    ]
+    incumbent, config, labels = work.prepared.incumbent, work.config, work.prepared.parts.policy
+    if method == "ppo":
+        assert scorer is not None
+        training: object = ppo_fingerprint(_prompts(work), scorer, config.ppo, seed=config.seed)
+    elif method == "kto":
+        training = [asdict(config.kto), config.seed, [asdict(thumb) for thumb in labels.thumbs]]
+    else:
+        training = [asdict(config.dpo), config.seed, [asdict(pair) for pair in labels.pairs]]
+    identity = [incumbent.base_sha256, incumbent.adapter_sha256, method, training]
     return folder / f"{sha256_of(identity)[:32]}.pt"
 
 
@@ -214,7 +278,7 @@ def evaluate_candidate(work: Work, scorer: TrainedReward) -> Evidence:
         judge=scorer,
         questions=questions,
         sampling=sampling,
-        held_out=work.prepared.parts.held_out.pairs,
+        held_out=work.prepared.parts.held_out,
         people=work.prepared.preferences.pairs,
         fixed=FixedQuestions(
             golden=load_golden(file) if file else (),
@@ -266,7 +330,7 @@ def write_report(
     *,
     statistics: DataStatistics,
     choice: Choice,
-    trained: DpoResult,
+    trained: Trained,
     evidence: Evidence,
     verdict: Verdict,
     cost: Json,

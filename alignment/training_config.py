@@ -54,6 +54,11 @@ class RewardConfig:
     """Weight of a thumb's term against a pair's: a thumb says less, and its rater's mood more."""
     rater_bias_penalty: float = 0.05
     """Weight of b^2 and (a - 1)^2, so that a rater with few thumbs stays near no bias and the slope is finite."""
+    length_debias: bool = False
+    """Take the part of a score that follows the answer's length out of it (measured within training prompts;
+    arXiv 2310.03716). Off: it also takes away a taste for short answers that people really have."""
+    rater_folds: int = 5
+    """Groups of raters left out in turn to measure accuracy on people who gave no label; below 2: not measured."""
     gradient_clip: float = 1.0
     batch_tokens: int = 0
     """Token budget of a micro-batch, 0: by device. Changes speed and memory, never the result."""
@@ -104,6 +109,63 @@ class DpoConfig:
     """Share of pairs whose log pi(chosen) falls that counts as displacement (arXiv 2410.08847)."""
     falling_floor_nats_per_token: float = 0.01
     """A smaller fall of one pair is noise and does not count into the share."""
+    displacement_window: int = 4
+    """Optimiser steps over which both are averaged."""
+    displacement_nll_weight: float = 0.5
+    """What the watch raises `nll_weight` to at first; it doubles it after that."""
+    displacement_raises: int = 3
+    """How often it may raise before it stops the run."""
+    batch_tokens: int = 0
+    """Token budget of a micro-batch, 0: by device. Changes speed and memory, never the result."""
+    checkpoint_every: int = 5
+    """Optimiser steps between checkpoints."""
+
+
+KtoLoss = Literal["kto", "apo_zero_unpaired"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KtoConfig:
+    """How the policy is trained on single thumbs. Defaults that name no source are `DpoConfig`'s."""
+
+    lora: LoraSpec = LoraSpec()
+    loss: KtoLoss = "kto"
+    """kto (arXiv 2402.01306 eq. 7) or apo_zero_unpaired (arXiv 2408.06266 eq. 7, unpaired as in TRL): the same with
+    z0 = 0, which saves the mismatched rows."""
+    beta: float = 0.1
+    """Per nat (arXiv 2402.01306, section 4.1)."""
+    desirable_weight: float = 0.0
+    """lambda_D, the factor on thumbs up. 0: automatic, so that lambda_D n_D / (lambda_U n_U), with n the thumbs' weights
+    together, is kept in [1, 4/3] (arXiv 2402.01306 eq. 8) by raising the class that has too little."""
+    undesirable_weight: float = 0.0
+    """lambda_U, the factor on thumbs down. 0: automatic. Two given weights are used as they are."""
+    min_class_thumbs: int = 20
+    """Thumbs of each class below which nothing is trained: automatic weights would make a few people's labels as loud
+    as everybody's. A floor only: the choice of a method asks for 10% of 1,000."""
+    learning_rate: float = 5e-4
+    epochs: int = 8
+    """At most: the KL budget ends a training sooner."""
+    batch_thumbs: int = 16
+    """Thumbs an optimiser step, at least 2: z0 needs answers to other prompts (arXiv 2402.01306 uses 32)."""
+    kl_budget_nats: float = 0.4
+    """Mean KL of an answer from the reference at which training ends; 0 for no budget."""
+    kl_every: int = 2
+    """Optimiser steps between two measurements of it."""
+    kl_prompts: int = 48
+    """Prompts answered for one measurement."""
+    warmup_share: float = 0.1
+    """Part of the steps with a rising rate; cosine to zero after it."""
+    weight_decay: float = 0.0
+    gradient_clip: float = 1.0
+    """Global norm."""
+    nll_weight: float = 0.0
+    """Weight of -log pi(answer) / |y| of thumbs up (arXiv 2404.19733); the displacement watch may raise it."""
+    displacement_cap_nats_per_token: float = 0.1
+    """Mean fall of log pi(answer) a token of thumbs up that counts as displacement (arXiv 2410.08847)."""
+    displacement_share_cap: float = 0.6
+    """Share of thumbs up whose log pi(answer) falls that counts as displacement (arXiv 2410.08847)."""
+    falling_floor_nats_per_token: float = 0.01
+    """A smaller fall of one answer is noise and does not count into the share."""
     displacement_window: int = 4
     """Optimiser steps over which both are averaged."""
     displacement_nll_weight: float = 0.5

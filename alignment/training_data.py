@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from alignment.config import AlignmentConfig, DataConfig
+from alignment.config import AlignmentConfig, ChoiceConfig, DataConfig
 from alignment.preferences import Preferences, split_by_prompt
 from storage import policies
-from storage.records import Comparison, Correction, Policy, Rating, Snapshot, Turn
+from storage.records import Comparison, Correction, Json, Policy, Rating, Snapshot, Turn
 from storage.store import Store
+
+Answered = tuple[Sequence[int], Sequence[int]]
+"""(prompt ids, answer ids)"""
+MOST_LOG_RATIO_NATS = 20.0
+"""A larger importance weight is cut off: one answer then outweighs everything anyhow, and no sum overflows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +50,21 @@ def most_pairs(snapshot: Snapshot) -> int:
     return int(counts.get("comparisons", 0)) + int(counts.get("corrections", 0)) + thumbs * thumbs // 4
 
 
+def may_suffice(snapshot: Snapshot, config: ChoiceConfig, *, thumbs_train: bool = False) -> bool:
+    """Return whether the labels could allow training if all were usable; thumbs alone only where KTO is available."""
+    counts = snapshot.counts
+    return (
+        most_pairs(snapshot) >= config.min_pairs
+        or int(counts.get("corrections", 0)) >= config.min_corrections
+        or (thumbs_train and _most_thumbs(counts) >= config.min_thumbs)
+    )
+
+
+def _most_thumbs(counts: Json) -> int:
+    """A comparison of two bad answers makes two."""
+    return int(counts.get("ratings", 0)) + 2 * int(counts.get("comparisons", 0))
+
+
 def recent_policies(store: Store, incumbent: Policy, config: AlignmentConfig) -> frozenset[str]:
     """Return the ids of the served policy and its ancestors, `choice.recent_policies` in all."""
     found: list[str] = []
@@ -56,16 +77,59 @@ def recent_policies(store: Store, incumbent: Policy, config: AlignmentConfig) ->
 
 def on_policy_share(store: Store, preferences: Preferences, recent: frozenset[str]) -> float:
     """Return the share of pairs whose answers all come from the policies `recent`; 0 without pairs."""
-    turns_of = _turns_of_labels(store)
     answered_by: dict[str, str] = {}
+    shown = _turns_of_pairs(store, preferences)
+    ours = sum(_all_recent(store, turns, recent, answered_by) for turns in shown)
+    return ours / len(shown) if shown else 0.0
+
+
+def answers_by_policy(store: Store, preferences: Preferences) -> dict[str, list[Answered]]:
+    """Return the served answers behind the pairs, each once, by the policy that gave them."""
+    found: dict[str, list[Answered]] = {}
+    for turn_id in dict.fromkeys(turn for turns in _turns_of_pairs(store, preferences) for turn in turns):
+        turn = store.get(Turn, turn_id)
+        found.setdefault(turn.policy_id, []).append((turn.prompt_token_ids, turn.answer_token_ids))
+    return found
+
+
+def effective_sample_share(
+    answers: Mapping[str, Sequence[Answered]],
+    *,
+    served: str,
+    log_ratios: Callable[[str, Sequence[Answered]], Sequence[float]],
+) -> float | None:
+    """Return (sum w)^2 / (n sum w^2) of the n answers' importance weights w = pi_served / pi_answered; None without any.
+
+    Kish's effective sample size as a share (Kong 1992): 1 when every answer is the served policy's own, small when few of
+    them are what it would say.
+
+    Args:
+        answers: by policy id (`answers_by_policy`).
+        served: id of the served policy, whose own answers weigh 1.
+        log_ratios: (policy id, its answers) to log pi_served - log pi_policy of each answer in nats, summed over its
+            tokens. Only asked about other policies.
+    """
+    logs: list[float] = []
+    for policy, given in answers.items():
+        logs += [0.0] * len(given) if policy == served else list(log_ratios(policy, given))
+    return ess_share(logs)
+
+
+def ess_share(log_weights: Sequence[float]) -> float | None:
+    """Return the effective share of weights given by their logs, sums kept in range; None without any."""
+    if not log_weights:
+        return None
+    cut = [min(max(value, -MOST_LOG_RATIO_NATS), MOST_LOG_RATIO_NATS) for value in log_weights]
+    most = max(cut)
+    weights = [math.exp(value - most) for value in cut]
+    return sum(weights) ** 2 / (len(weights) * sum(weight * weight for weight in weights))
+
+
+def _turns_of_pairs(store: Store, preferences: Preferences) -> list[list[str]]:
+    """Return the turns that each pair with a winner shows."""
+    turns_of = _turns_of_labels(store)
     pairs = [pair for pair in preferences.pairs if not pair.tie]
-    ours = sum(
-        _all_recent(
-            store, [turn for label in pair.id.split("+") for turn in turns_of[label]], recent, answered_by
-        )
-        for pair in pairs
-    )
-    return ours / len(pairs) if pairs else 0.0
+    return [[turn for label in pair.id.split("+") for turn in turns_of[label]] for pair in pairs]
 
 
 def _turns_of_labels(store: Store) -> dict[str, tuple[str, ...]]:

@@ -65,9 +65,28 @@ def _word(number: int) -> str:
     return "".join("abcdefghij"[int(digit)] for digit in str(number))
 
 
+def add_answers(filled: Filled, tokenizer: Any, count: int, answers: tuple[str, ...]) -> list[Turn]:
+    """Add `count` questions with one answer each, the `answers` in turn."""
+    return [
+        _turn(filled, tokenizer, f"When will it come, asks customer {_word(number)}?", answer)
+        for number, answer in enumerate(answers[number % len(answers)] for number in range(count))
+    ]
+
+
+def _turn(filled: Filled, tokenizer: Any, question: str, answer: str) -> Turn:
+    return _turns(filled, tokenizer, question, (answer,), filled.deployment)[0]
+
+
 def _two_turns(
     filled: Filled, tokenizer: Any, question: str, answers: tuple[str, str], deployment: Deployment
 ) -> tuple[Turn, Turn]:
+    first, second = _turns(filled, tokenizer, question, answers, deployment)
+    return first, second
+
+
+def _turns(
+    filled: Filled, tokenizer: Any, question: str, answers: tuple[str, ...], deployment: Deployment
+) -> list[Turn]:
     conversation = conversations.create_conversation(filled.store, person_id=filled.person.id)
     messages = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -94,4 +113,4 @@ def _two_turns(
         )
         conversations.record_turn(filled.store, turn)
         turns.append(turn)
-    return turns[0], turns[1]
+    return turns

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from alignment.choose import DataStatistics, choose_method, statistics_of
+from alignment.choose import (
+    Choice,
+    DataStatistics,
+    Method,
+    RewardEvidence,
+    choose_method,
+    reward_evidence,
+    statistics_of,
+)
 from alignment.config import ChoiceConfig, DataConfig
 from alignment.intervals import wilson
 from alignment.preferences import Pair, Preferences
-from alignment.training_data import divide, prompts_of
+from alignment.training_data import (
+    answers_by_policy,
+    divide,
+    effective_sample_share,
+    ess_share,
+    may_suffice,
+    on_policy_share,
+    prompts_of,
+)
+from learning_fixtures import make_thumbs
+from storage import conversations, feedback
+from storage.errors import InvalidField
+from storage.records import Comparison, Snapshot
+from storage_fixtures import add_candidate, approve, deploy, make_turn, make_world, start_conversation
 
 RULES = ChoiceConfig()
 GOOD = DataStatistics(
@@ -25,6 +50,22 @@ GOOD = DataStatistics(
     on_policy_share=0.9,
     dropped={},
 )
+ALL: tuple[Method, ...] = ("dpo", "ppo", "kto")
+SHIFTED = replace(GOOD, pairs=2000, effective_pairs=2000.0, on_policy_share=0.2)
+TRUSTED = RewardEvidence(
+    accuracy=wilson(300, 400), length_only_accuracy=0.55, calibration_error=0.04, within_prompt_spread=0.8
+)
+"""75% right over 400 held-out pairs: a lower bound of 0.705."""
+THUMBS = replace(
+    GOOD, pairs=40, effective_pairs=40.0, prompts=40, thumbs=1200, thumb_prompts=900, thumbs_up=900
+)
+EDITS = replace(
+    GOOD, pairs=120, effective_pairs=120.0, prompts=90, corrections=120, correction_pairs=118, agreement=None
+)
+
+
+def auto(data: DataStatistics, reward: RewardEvidence | None = None) -> Choice:
+    return choose_method(data, RULES, wanted="auto", available=ALL, reward=reward)
 
 
 def test_enough_pairs_of_the_served_policy_by_raters_who_agree_give_dpo() -> None:
@@ -94,6 +135,244 @@ def test_labels_that_flip_often_ask_for_a_loss_that_allows_for_it() -> None:
     assert choose_method(noisy, RULES, wanted="auto").noisy_labels
     clean = replace(GOOD, agreement=wilson(950, 1000))
     assert not choose_method(clean, RULES, wanted="auto").noisy_labels
+
+
+def test_many_labels_of_shifted_answers_wait_for_the_reward_model_and_then_give_ppo() -> None:
+    first = auto(SHIFTED)
+    assert (first.method, first.waits_for_reward_model) == (None, True)
+    second = auto(SHIFTED, TRUSTED)
+    assert (second.method, second.rule) == ("ppo", "1: shifted pairs, good reward model")
+    assert not second.waits_for_reward_model
+    assert "ranks 75% of held-out pairs" in second.reason
+    assert "length alone 55%" in second.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"accuracy": wilson(268, 400)}, "lower bound 0.62, needed 0.65"),
+        ({"length_only_accuracy": 0.71}, "hardly better than betting on length (75% against 71%)"),
+        ({"calibration_error": 0.09}, "badly calibrated (error 0.09, at most 0.08)"),
+        ({"within_prompt_spread": 0.0}, "the same score"),
+        ({"within_prompt_spread": math.nan}, "the same score"),
+        ({"calibration_error": math.nan}, "badly calibrated"),
+    ],
+)
+def test_a_weak_reward_model_asks_for_fresh_answers_and_says_why(
+    changes: dict[str, object], words: str
+) -> None:
+    choice = auto(SHIFTED, replace(TRUSTED, **changes))  # type: ignore[arg-type]
+    assert (choice.method, choice.rule) == (None, "4: shifted data")
+    assert "fresh A/B answers" in choice.reason
+    assert words in choice.reason
+
+
+def test_fresh_pairs_give_dpo_however_good_the_reward_model() -> None:
+    fresh = replace(SHIFTED, on_policy_share=0.9)
+    assert auto(fresh).method == auto(fresh, TRUSTED).method == "dpo"
+
+
+def test_a_small_effective_sample_counts_as_shift_even_among_recent_policies() -> None:
+    stale = replace(SHIFTED, on_policy_share=1.0, effective_sample_share=0.29)
+    assert auto(stale).waits_for_reward_model
+    assert auto(replace(stale, pairs=600), TRUSTED).rule == "4: shifted data"
+    assert "worth 29% of their number" in auto(replace(stale, pairs=600)).reason
+    assert auto(replace(stale, effective_sample_share=0.3)).method == "dpo"
+
+
+def test_too_few_labels_for_ppo_ask_for_fresh_answers_with_their_number() -> None:
+    # 20% of 1900 are recent; (380 + x) / (1900 + x) = 0.5 needs x = 1140
+    choice = auto(replace(SHIFTED, pairs=1900, thumbs=99))
+    assert choice.rule == "4: shifted data"
+    assert "at least 1140 comparisons" in choice.reason
+    assert "1999 labels are too few for PPO (2000 needed)" in choice.reason
+    assert auto(replace(SHIFTED, pairs=1900, thumbs=100)).waits_for_reward_model
+
+
+def test_thumbs_with_few_pairs_give_kto() -> None:
+    choice = auto(THUMBS)
+    assert (choice.method, choice.rule) == ("kto", "3: thumbs and few pairs")
+    assert "1200 thumbs over 900 prompts, 75% of them up" in choice.reason
+    assert choice.warnings == ()
+
+
+def test_fewer_thumbs_train_with_a_warning_and_pairs_go_before_them() -> None:
+    some = replace(THUMBS, thumbs=500, thumbs_up=300)
+    assert any("500 thumbs, fewer than the 1000" in warning for warning in auto(some).warnings)
+    both = replace(GOOD, pairs=300, effective_pairs=300.0, thumbs=500, thumb_prompts=400, thumbs_up=300)
+    assert auto(both).method == "dpo"
+    # the published counts go first: 1000 thumbs before 300 pairs, 500 pairs before any thumbs
+    assert auto(replace(both, thumbs=1000)).method == "kto"
+    assert auto(replace(both, thumbs=9000, thumbs_up=5000, pairs=500)).method == "dpo"
+    # shifted pairs leave the thumbs
+    assert auto(replace(both, on_policy_share=0.1)).method == "kto"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"thumbs": 399, "thumbs_up": 300}, "399 usable thumbs of 400 needed: collect 1 more"),
+        ({"thumb_prompts": 29}, "29 different questions"),
+        # (60 + x) / (1200 + x) = 0.1 needs x = 66.7
+        ({"thumbs_up": 1140}, "Only 60 of 1200 thumbs point down (10% needed)"),
+        ({"thumbs_up": 1140}, "at least 67 more"),
+        ({"thumbs_up": 10}, "Only 10 of 1200 thumbs point up"),
+    ],
+)
+def test_thumbs_that_do_not_suffice_name_pairs_and_thumbs_to_collect(
+    changes: dict[str, object], words: str
+) -> None:
+    choice = auto(replace(THUMBS, **changes))  # type: ignore[arg-type]
+    assert (choice.method, choice.rule) == (None, "0: not enough data")
+    assert "40 usable pairs of 200 needed" in choice.reason
+    assert words in choice.reason
+
+
+def test_corrections_alone_give_dpo_with_a_supervised_term() -> None:
+    choice = auto(EDITS)
+    assert (choice.method, choice.rule, choice.corrections_only) == ("dpo", "5: corrections", True)
+    # shift says nothing about answers that a person wrote
+    assert auto(replace(EDITS, on_policy_share=0.0)).rule == "5: corrections"
+    assert auto(replace(EDITS, pairs=3000, correction_pairs=2900)).rule == "5: corrections"
+    assert not auto(GOOD).corrections_only
+    few = auto(replace(EDITS, pairs=99, correction_pairs=99))
+    assert few.rule == "0: not enough data"
+    assert "99 usable corrections of 100 needed: collect 1 more, or 200 comparisons" in few.reason
+    assert "different questions" in auto(replace(EDITS, prompts=29)).reason
+
+
+def test_methods_that_cannot_run_are_never_chosen() -> None:
+    for data, reward in ((THUMBS, None), (SHIFTED, None), (SHIFTED, TRUSTED)):
+        assert choose_method(data, RULES, wanted="auto", reward=reward).method is None
+        assert not choose_method(data, RULES, wanted="auto", reward=reward).waits_for_reward_model
+    with pytest.raises(InvalidField, match="method: got 'ppo'; use one of auto, dpo"):
+        choose_method(SHIFTED, RULES, wanted="ppo")
+
+
+def test_wanted_ppo_and_kto_skip_their_rules_with_warnings_but_need_labels() -> None:
+    ppo = choose_method(GOOD, RULES, wanted="ppo", available=ALL)
+    assert (ppo.method, ppo.rule) == ("ppo", "asked for")
+    assert any("640 labels are too few for PPO" in warning for warning in ppo.warnings)
+    weak = replace(TRUSTED, within_prompt_spread=0.0)
+    told = choose_method(SHIFTED, RULES, wanted="ppo", available=ALL, reward=weak).warnings
+    assert any("too weak for PPO" in warning for warning in told)
+    one_sided = replace(THUMBS, thumbs_up=1190)
+    kto = choose_method(one_sided, RULES, wanted="kto", available=ALL)
+    assert kto.method == "kto"
+    assert any("Only 10 of 1200" in warning for warning in kto.warnings)
+    for method in ("ppo", "kto"):
+        nothing = replace(GOOD, pairs=10, thumbs=10)
+        assert choose_method(nothing, RULES, wanted=method, available=ALL).method is None  # type: ignore[arg-type]
+
+
+def test_every_combination_of_data_gets_a_rule_and_what_it_trains_on_is_there() -> None:
+    """No gap between the rules: whatever is there, a method has its labels or the message says what to collect."""
+    for pairs, edits, thumbs, up, recent, with_reward in itertools.product(
+        (0, 150, 250, 600, 2500), (0.0, 0.95), (0, 500, 1500), (0.5, 0.95), (0.1, 0.9), (True, False)
+    ):
+        data = replace(
+            GOOD,
+            pairs=pairs,
+            effective_pairs=float(pairs),
+            prompts=pairs,
+            correction_pairs=round(edits * pairs),
+            thumbs=thumbs,
+            thumb_prompts=thumbs,
+            thumbs_up=round(up * thumbs),
+            on_policy_share=recent,
+        )
+        choice = auto(data, TRUSTED if with_reward else None)
+        enough = {
+            "dpo": pairs >= (RULES.min_corrections if choice.corrections_only else RULES.min_pairs),
+            "kto": thumbs >= RULES.min_thumbs and data.thumbs_minority_share >= 0.1,
+            "ppo": pairs + thumbs >= RULES.ppo_min_labels,
+        }
+        assert choice.method is None or enough[choice.method], data
+        if choice.method is None and not choice.waits_for_reward_model:
+            assert "collect" in choice.reason, choice
+
+
+def test_reward_evidence_reads_the_report_of_a_reward_model() -> None:
+    numbers = {"pairs": 40, "accuracy": 0.7, "accuracy_low": 0.55, "accuracy_high": 0.82}
+    numbers |= {"length_only_accuracy": 0.5, "calibration_error": 0.05, "within_prompt_spread": 0.4}
+    found = reward_evidence({f"reward/{name}": value for name, value in numbers.items()})
+    assert (found.accuracy.low, found.accuracy.n, found.within_prompt_spread) == (0.55, 40, 0.4)
+
+
+def test_statistics_are_json_with_the_thumbs_and_corrections_in_them() -> None:
+    edited = replace(pair(1), source="correction")
+    thumbs = tuple(make_thumbs(5))  # up, down, up, down, up
+    data = Preferences(pairs=(edited, pair(2)), thumbs=thumbs, notes=NOTES)
+    found = statistics_of(data, corrections=1, on_policy_share=1.0, effective_sample_share=0.7)
+    assert (found.correction_pairs, found.thumbs_up, found.thumb_prompts) == (1, 3, 5)
+    assert found.thumbs_minority_share == 0.4
+    assert json.loads(json.dumps(found.as_json()))["effective_sample_share"] == 0.7
+
+
+def test_the_effective_share_equals_kishs_formula_and_stays_finite() -> None:
+    # weights 1, 1, e: (2 + e)^2 / (3 (2 + e^2))
+    assert ess_share([0.0, 0.0, 1.0]) == pytest.approx((2 + math.e) ** 2 / (3 * (2 + math.e**2)), rel=1e-14)
+    assert ess_share([3.0] * 5) == pytest.approx(1)
+    assert ess_share([-5000.0, 5000.0]) == pytest.approx(0.5)
+    assert ess_share([]) is None
+
+
+def test_answers_are_weighed_once_and_the_served_policys_own_weigh_one(tmp_path: Path) -> None:
+    world = make_world(tmp_path)
+    old = add_candidate(world)
+    approve(world, old)
+    deployments = (world.deployment, deploy(world, old))
+    for deployment, ids in zip(deployments, (([4, 9], [5, 9]), ([6, 9], [7, 9])), strict=True):
+        conversation = start_conversation(world)
+        by = {"policy_id": deployment.policy_id, "deployment_id": deployment.id}
+        left, right = (make_turn(world, conversation, answer_token_ids=answer, **by) for answer in ids)
+        for turn in (left, right):
+            conversations.record_turn(world.store, turn)
+        for person in (world.staff, world.admin):
+            feedback.compare(
+                world.store,
+                left_turn_id=left.id,
+                right_turn_id=right.id,
+                person_id=person.id,
+                choice="left",
+                strength=None,
+            )
+    pairs = tuple(replace(pair(n), id=label.id) for n, label in enumerate(world.store.all(Comparison)))
+    preferences = Preferences(pairs=pairs, thumbs=(), notes=NOTES)
+    answers = answers_by_policy(world.store, preferences)
+    assert [answer for _, answer in answers[old.id]] == [[6, 9], [7, 9]]
+    assert len(answers[world.base.id]) == 2
+    assert on_policy_share(world.store, preferences, frozenset({world.base.id})) == 0.5
+    asked = []
+
+    def log_ratios(policy: str, given: object) -> list[float]:
+        asked.append(policy)
+        return [0.0, math.log(3)]
+
+    # weights 1, 1, 1, 3: 36 / (4 * 12)
+    share = effective_sample_share(answers, served=world.base.id, log_ratios=log_ratios)
+    assert share == pytest.approx(0.75)
+    assert asked == [old.id]
+
+
+def test_a_run_without_enough_labels_ends_before_a_model_is_loaded() -> None:
+    def suffices(thumbs_train: bool = False, **counts: int) -> bool:
+        snapshot = Snapshot(
+            id="s", run_id="r", sha256="", cut_off=0.0, item_ids={}, counts=counts, created_at=0.0
+        )
+        return may_suffice(snapshot, RULES, thumbs_train=thumbs_train)
+
+    assert suffices(comparisons=200)
+    assert suffices(corrections=100)
+    assert not suffices(comparisons=100, corrections=99)
+    assert not suffices(ratings=0)
+    assert suffices(comparisons=199, ratings=2, thumbs_train=True)
+    strict = replace(RULES, min_pairs=10**6)
+    snapshot = Snapshot(
+        id="s", run_id="r", sha256="", cut_off=0.0, item_ids={}, counts={"ratings": 400}, created_at=0.0
+    )
+    assert may_suffice(snapshot, strict, thumbs_train=True)
+    assert not may_suffice(snapshot, strict)
 
 
 def pair(number: int, *, weight: float = 1.0, tie: bool = False, key: str | None = None) -> Pair:

@@ -39,7 +39,7 @@ def test_what_is_kept_with_a_run_reads_back_as_the_same_configuration() -> None:
     ("table", "message"),
     [
         ({"methd": "dpo"}, "methd: got 'dpo'; use one of "),
-        ({"method": "ppo"}, "method: got 'ppo'; use one of auto, dpo"),
+        ({"method": "sft"}, "method: got 'sft'; use one of auto, dpo, ppo, kto"),
         ({"gate": {"win_rat": 1}}, "gate.win_rat: got 1; use one of "),
         ({"gate": 1}, "gate: got 1; make it a table"),
         ({"dpo": {"beta": "big"}}, "dpo.beta: got 'big'; use a number"),

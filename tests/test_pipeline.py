@@ -189,7 +189,7 @@ def test_too_few_labels_end_the_run_before_a_model_is_loaded(
     add_comparisons(made, tokenizer, 10)
     outcome = align(made.store, AlignmentConfig())
     assert (outcome.status, outcome.exit_code) == ("not_enough_data", 4)
-    assert "at most 10 pairs of 200 needed" in outcome.message
+    assert "10 comparisons, 0 corrections, 0 ratings are too few: collect 200 comparisons" in outcome.message
     assert adapters(made.store) == []
     made.store.close()
 

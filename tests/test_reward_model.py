@@ -21,9 +21,14 @@ from alignment.reward_metrics import (
     crossed_calibration_error,
     fit_temperature,
     held_out_metrics,
+    length_slopes,
     member_correlation,
+    member_error_correlation,
+    prompt_halves,
+    thumb_metrics,
 )
-from alignment.reward_model import RewardConfig, load_reward_model, train_reward_model
+from alignment.reward_model import RewardConfig, Scores, load_reward_model, train_reward_model
+from alignment.reward_raters import rater_folds
 from alignment.reward_training import add_gradients, new_parameters
 from learning_fixtures import StopAfter, make_pairs, make_thumbs, randomise
 from storage.errors import InvalidField
@@ -275,7 +280,7 @@ def test_the_temperature_is_the_one_the_winners_were_drawn_with() -> None:
     assert fit_temperature(outcome) == pytest.approx(3, rel=0.1)
     assert calibration_error(outcome, temperature=3) < 0.03
     assert calibration_error(outcome, temperature=0.1) > 0.15
-    assert crossed_calibration_error(outcome) < 0.03
+    assert crossed_calibration_error(outcome, np.arange(4000) % 2 == 0) < 0.03
 
 
 def test_members_that_agree_correlate() -> None:
@@ -285,3 +290,219 @@ def test_members_that_agree_correlate() -> None:
     apart = np.stack([rng.normal(size=(500, 2)), np.zeros((500, 2))], axis=1)
     assert member_correlation(same) == pytest.approx(1)
     assert abs(member_correlation(apart)) < 0.15
+
+
+def test_no_temperature_is_judged_on_the_prompts_it_was_fitted_to() -> None:
+    # first half: sure and always right, so a small t; second half: sure and right in half of the cases, so the largest t
+    good, bad = np.full(40, 2.0), np.tile([2.0, -2.0], 20)
+    leads, first = np.concatenate([good, bad]), np.arange(80) < 40
+    cold = calibration_error(bad, temperature=fit_temperature(good))
+    warm = calibration_error(good, temperature=fit_temperature(bad))
+    assert crossed_calibration_error(leads, first) == pytest.approx((cold + warm) / 2, rel=1e-12)
+    assert crossed_calibration_error(leads, first) > 0.4
+    assert crossed_calibration_error(np.zeros(0), np.zeros(0, dtype=bool)) == 0
+
+
+def test_the_halves_of_the_calibration_share_no_prompt() -> None:
+    pairs = [replace(pair, prompt_key=key) for pair, key in zip(make_pairs(6), "abacba", strict=True)]
+    # a, c on one side and b on the other
+    assert prompt_halves(pairs).tolist() == [True, False, True, True, False, True]
+
+
+def test_members_that_err_on_the_same_pairs_correlate_whatever_their_leads() -> None:
+    # three members over four pairs: 0 and 1 err on the first, 2 on the second
+    leads = np.array([[-1.0, -9.0, 1.0], [1.0, 2.0, -1.0], [1.0, 1.0, 1.0], [2.0, 1.0, 5.0]])
+    members = np.stack([leads, np.zeros((4, 3))], axis=1)
+    # errors (1,0,0,0) and (0,1,0,0): r = (0 - 4 / 16) / (3 / 4) = -1/3; three pairs of members: 1, -1/3, -1/3
+    assert member_error_correlation(members) == pytest.approx((1 - 1 / 3 - 1 / 3) / 3, rel=1e-12)
+    assert member_error_correlation(members[:, :, :1]) == 1
+
+
+def test_length_slopes_equal_a_plain_loop_within_groups() -> None:
+    rng = np.random.default_rng(0)
+    groups = np.array([0, 0, 1, 1, 2, 2, 2, 2])
+    lengths, members = rng.integers(1, 30, 8).astype(float), rng.normal(size=(8, 3))
+    for member in range(3):
+        top = bottom = 0.0
+        for group in range(3):
+            rows = [i for i in range(8) if groups[i] == group]
+            mean_l = sum(lengths[i] for i in rows) / len(rows)
+            mean_s = sum(members[i, member] for i in rows) / len(rows)
+            top += sum((lengths[i] - mean_l) * (members[i, member] - mean_s) for i in rows)
+            bottom += sum((lengths[i] - mean_l) ** 2 for i in rows)
+        assert length_slopes(members, lengths, groups)[member] == pytest.approx(top / bottom, rel=1e-12)
+    same = np.array([3.0, 3.0, 5.0, 5.0, 4.0, 4.0, 4.0, 4.0])
+    assert length_slopes(members, same, groups).tolist() == [0, 0, 0]
+
+
+def test_length_taken_out_leaves_no_slope_on_the_training_answers_and_is_saved(
+    model: Path, tmp_path: Path
+) -> None:
+    pairs = [replace(p, chosen_ids=p.chosen_ids + (50,) * 12) for p in make_pairs(40)]
+    held = Preferences(
+        pairs=tuple(replace(p, chosen_ids=p.chosen_ids + (50,) * 12) for p in make_pairs(20, seed=5)),
+        thumbs=(),
+    )
+    config = replace(QUICK, length_debias=True)
+    found = trained(load_base(str(model)), pairs, config=config, held_out=held)
+    metrics, rows = found.metrics, rows_of(pairs)
+    before, after = (abs(metrics[f"reward/score_length_correlation{end}"]) for end in ("_before", ""))
+    assert before > 0.5
+    assert (
+        after < before - 0.05
+    )  # not to zero: what else marks the chosen answers here goes with their length
+    lengths = np.array([float(len(answer)) for _, answer in rows])
+    slopes = length_slopes(found.score(rows).members, lengths, np.arange(80) // 2)
+    assert slopes == pytest.approx(np.zeros(3), abs=1e-6)
+    found.save(tmp_path)
+    loaded = load_reward_model(load_base(str(model)), tmp_path)
+    assert loaded.score(rows).members == pytest.approx(found.score(rows).members, abs=1e-5)
+    off = trained(load_base(str(model)), pairs, config=QUICK, held_out=held).metrics
+    assert off["reward/score_length_correlation"] == off["reward/score_length_correlation_before"]
+    assert off["reward/score_length_correlation"] == pytest.approx(
+        metrics["reward/score_length_correlation_before"], abs=1e-6
+    )
+
+
+def test_the_conservative_score_takes_the_members_disagreement_off() -> None:
+    members = np.array([[1.0, 3.0], [2.0, 2.0]])
+    scores = Scores(mean=members.mean(axis=1), std=members.std(axis=1), members=members)
+    assert scores.conservative(penalty=0.5).tolist() == [1.5, 2.0]
+    assert scores.conservative(penalty=0.0).tolist() == [2.0, 2.0]
+
+
+def test_thumbs_are_ranked_within_a_rater_and_count_by_separate_couples() -> None:
+    marks = [("kind", True), ("kind", True), ("kind", False), ("stern", True), ("stern", False), ("up", True)]
+    thumbs = [
+        replace(thumb, rater=rater, up=up) for thumb, (rater, up) in zip(make_thumbs(6), marks, strict=True)
+    ]
+    # kind: 5 > 4, 3 < 4; stern: 1 = 1 counts half; nobody to compare "up" with: 1.5 of 3 couples, 2 of them separate
+    found = thumb_metrics(np.array([5.0, 3.0, 4.0, 1.0, 1.0, 99.0]), thumbs)
+    assert found["reward/thumb_accuracy"] == 0.5
+    assert (found["reward/thumbs"], found["reward/thumb_couples"]) == (6, 2)
+    nothing = thumb_metrics(np.zeros(1), thumbs[:1])
+    assert (nothing["reward/thumb_accuracy_low"], nothing["reward/thumb_accuracy_high"]) == (0.0, 1.0)
+
+
+def test_raters_are_dealt_into_groups_and_two_of_them_say_nothing() -> None:
+    assert rater_folds(["a", "b", "c", "d", "e"], 2) == [{"a", "c", "e"}, {"b", "d"}]
+    assert rater_folds(["a", "b", "c"], 5) == [{"a"}, {"b"}, {"c"}]
+    assert rater_folds(["a", "b"], 5) == rater_folds(["a", "b", "c"], 1) == []
+
+
+def opposed(count: int, *, seed: int) -> list[Pair]:
+    """Return pairs on which rater-0 likes what the others do not."""
+    return [
+        replace(p, chosen_ids=p.rejected_ids, rejected_ids=p.chosen_ids) if p.rater == "rater-0" else p
+        for p in with_taste(count, seed=seed)
+    ]
+
+
+def test_raters_left_out_are_predicted_by_the_others_alone(model: Path) -> None:
+    held = Preferences(pairs=tuple(with_taste(90, seed=2)), thumbs=())
+    config = replace(CONFIG, epochs=0, members=1)
+    alike = trained(load_base(str(model)), with_taste(150, seed=1), config=config, held_out=held).metrics
+    assert alike["reward/left_out_rater_pairs"] == 90
+    assert alike["reward/left_out_rater_accuracy_low"] > 0.5
+    assert alike["reward/left_in_rater_accuracy"] > 0.6
+    # the two who agree outvote rater-0, whose 30 pairs they get wrong
+    apart = trained(
+        load_base(str(model)),
+        opposed(150, seed=1),
+        config=config,
+        held_out=Preferences(pairs=tuple(p for p in opposed(90, seed=2) if p.rater == "rater-0"), thumbs=()),
+    ).metrics
+    assert "reward/left_out_rater_accuracy" not in apart  # one rater held out: too few to say
+    wrong = trained(
+        load_base(str(model)),
+        opposed(150, seed=1),
+        config=config,
+        held_out=Preferences(pairs=tuple(opposed(90, seed=2)), thumbs=()),
+    ).metrics
+    assert wrong["reward/left_out_rater_accuracy"] < alike["reward/left_out_rater_accuracy"] - 0.1
+
+
+def test_a_warm_start_begins_where_the_former_model_ended(model: Path, tmp_path: Path) -> None:
+    former = trained(load_base(str(model)), with_taste(96, seed=1), config=QUICK)
+    former.save(tmp_path)
+    few = with_taste(24, seed=3)
+    fresh = Preferences(
+        pairs=tuple(replace(p, prompt_key=f"fresh-{p.id}") for p in with_taste(60, seed=2)), thumbs=()
+    )
+    config = replace(QUICK, epochs=0)
+    cold = trained(load_base(str(model)), few, config=config, held_out=fresh)
+    warm = trained(load_base(str(model)), few, config=config, held_out=fresh, start_from=tmp_path)
+    assert warm.metrics["reward/accuracy"] > cold.metrics["reward/accuracy"] + 0.1
+    assert (warm.metrics["reward/pairs"], warm.metrics["reward/seen_before"]) == (60, 0)
+    assert {p.prompt_key for p in few} <= warm.seen_prompts
+
+
+def test_a_warm_start_is_not_measured_on_what_the_former_model_learnt(model: Path, tmp_path: Path) -> None:
+    old, new = make_pairs(12), [replace(p, prompt_key=f"new-{p.prompt_key}") for p in make_pairs(12, seed=4)]
+    trained(load_base(str(model)), old, config=replace(CONFIG, epochs=0)).save(tmp_path)
+    held = Preferences(pairs=(*old[:5], *new[:4]), thumbs=())
+    found = trained(
+        load_base(str(model)), new[4:], config=replace(CONFIG, epochs=0), held_out=held, start_from=tmp_path
+    )
+    assert found.metrics["reward/pairs"] == 4
+    assert found.metrics["reward/seen_before"] == 5
+
+
+def test_a_warm_start_refuses_another_base_another_shape_and_no_model(model: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, epochs=0)
+    pairs = make_pairs(8)
+    trained(load_base(str(model)), pairs, config=config).save(tmp_path / "reward")
+    other = load_base(str(make_tiny_model(tmp_path / "other", seed=9)))
+    with pytest.raises(InvalidField, match="same base"):
+        trained(other, pairs, config=config, start_from=tmp_path / "reward")
+    with pytest.raises(InvalidField, match="same base"):
+        load_reward_model(other, tmp_path / "reward")
+    with pytest.raises(InvalidField, match=r"reward.members: got 2; use 3"):
+        trained(
+            load_base(str(model)),
+            pairs,
+            config=replace(config, members=2),
+            start_from=tmp_path / "reward",
+        )
+    with pytest.raises(InvalidField, match="saved reward model"):
+        trained(load_base(str(model)), pairs, config=config, start_from=tmp_path)
+
+
+@pytest.mark.parametrize("up", [True, False])
+def test_one_kind_of_thumb_alone_trains_and_claims_little(model: Path, up: bool) -> None:
+    thumbs = tuple(replace(thumb, up=up) for thumb in make_thumbs(40))
+    fresh = Preferences(pairs=tuple(with_taste(30, seed=2)), thumbs=tuple(make_thumbs(8, seed=2)))
+    found = trained(load_base(str(model)), [], thumbs, held_out=fresh)
+    assert found.stopped_because is None
+    assert np.isfinite(found.score(rows_of(list(fresh.pairs))).members).all()
+    assert found.metrics["reward/accuracy_low"] < 0.6
+    assert found.metrics["reward/thumbs"] == 8
+
+
+def test_ties_alone_teach_that_nothing_is_better(model: Path) -> None:
+    ties = [replace(pair, tie=True) for pair in make_pairs(40)]
+    config = replace(CONFIG, epochs=0, head_penalty=1e-4)
+    found = trained(
+        load_base(str(model)), ties, config=config, held_out=Preferences(pairs=tuple(ties), thumbs=())
+    )
+    assert found.metrics["reward/pairs"] == 0  # a tie has no winner to rank
+    scores = found.score(rows_of(ties)).members
+    assert np.abs(scores[0::2] - scores[1::2]).mean() < 0.2
+
+
+def test_a_rater_with_one_kind_of_thumb_gets_a_finite_bias(model: Path) -> None:
+    thumbs = tuple(
+        replace(thumb, rater="always-up" if number % 2 else "both", up=bool(number % 4))
+        for number, thumb in enumerate(make_thumbs(40))
+    )
+    found = trained(load_base(str(model)), [], thumbs)
+    assert found.stopped_because is None
+    rows = [(thumb.prompt_ids, thumb.answer_ids) for thumb in thumbs]
+    assert np.abs(found.score(rows).members).max() < 50
+
+
+def test_an_answer_without_tokens_is_refused_before_anything_is_added(model: Path) -> None:
+    base = load_base(str(model))
+    with pytest.raises(InvalidField, match="answer_ids"):
+        trained(base, [replace(make_pairs(1)[0], rejected_ids=())])
+    assert trained(base, make_pairs(8), config=replace(CONFIG, epochs=0)).adapters == ("reward_0",)

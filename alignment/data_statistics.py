@@ -1,0 +1,126 @@
+"""What a snapshot's labels are like, in numbers: what the choice of a method looks at. Pure; stored with the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from alignment.intervals import Estimate, wilson
+from alignment.preferences import Preferences
+from storage.records import Json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataStatistics:
+    """What the choice of a method looks at."""
+
+    pairs: int
+    """Usable pairs, after deduplication; ties are none."""
+    effective_pairs: float
+    """Kish's effective number, (sum w)^2 / sum w^2: how many equally weighted pairs they are worth."""
+    prompts: int
+    """Different prompts among them."""
+    thumbs: int
+    corrections: int
+    raters: int
+    largest_rater_share: float
+    """Of the labels' weight, after the cap."""
+    agreement: Estimate | None
+    """Share of rater pairs that chose alike on the same two answers; None when nobody rated the same."""
+    on_policy_share: float
+    """Share of pairs whose answers come from the served policy or one of its recent ancestors."""
+    dropped: dict[str, int]
+    """Labels that could not be used, by reason."""
+    correction_pairs: int = 0
+    """Pairs whose better side is an edited answer."""
+    thumb_prompts: int = 0
+    """Different prompts among the thumbs."""
+    thumbs_up: int = 0
+    effective_sample_share: float | None = None
+    """What the pairs' answers are worth under the served policy, as a share of them; None when not measured."""
+
+    @property
+    def labels(self) -> int:
+        """Pairs and thumbs."""
+        return self.pairs + self.thumbs
+
+    @property
+    def flip_rate(self) -> float:
+        """Probability that one rater's choice is wrong, from agreement a = (1 - e)^2 + e^2; 0 when unknown."""
+        if self.agreement is None:
+            return 0.0
+        return (1 - math.sqrt(max(0.0, 2 * self.agreement.value - 1))) / 2
+
+    @property
+    def thumbs_minority_share(self) -> float:
+        """Share of the rarer of up and down; 0 without thumbs."""
+        return min(self.thumbs_up, self.thumbs - self.thumbs_up) / self.thumbs if self.thumbs else 0.0
+
+    def as_json(self) -> Json:
+        """Return the numbers as stored with the run."""
+        return {
+            **asdict(self),
+            "flip_rate": self.flip_rate,
+            "thumbs_minority_share": self.thumbs_minority_share,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardEvidence:
+    """What rule 1 asks of the reward model, on held-out pairs."""
+
+    accuracy: Estimate
+    length_only_accuracy: float
+    calibration_error: float
+    within_prompt_spread: float
+
+
+def statistics_of(
+    preferences: Preferences,
+    *,
+    corrections: int,
+    on_policy_share: float,
+    effective_sample_share: float | None = None,
+) -> DataStatistics:
+    """Describe the snapshot's usable labels."""
+    pairs = [pair for pair in preferences.pairs if not pair.tie]
+    notes = preferences.notes
+    meetings = int(notes["agreement_meetings"])
+    return DataStatistics(
+        pairs=len(pairs),
+        effective_pairs=kish([pair.weight for pair in pairs]),
+        prompts=len({pair.prompt_key for pair in pairs}),
+        thumbs=len(preferences.thumbs),
+        corrections=corrections,
+        raters=int(notes["raters"]),
+        largest_rater_share=float(notes["largest_rater_share"]),
+        agreement=wilson(float(notes["agreement"]) * meetings, meetings) if meetings else None,
+        on_policy_share=on_policy_share,
+        dropped=dict(notes["dropped"]),
+        correction_pairs=sum(pair.source == "correction" for pair in pairs),
+        thumb_prompts=len({thumb.prompt_key for thumb in preferences.thumbs}),
+        thumbs_up=sum(thumb.up for thumb in preferences.thumbs),
+        effective_sample_share=effective_sample_share,
+    )
+
+
+def kish(weights: Sequence[float]) -> float:
+    """Return the effective number of weighted things, (sum w)^2 / sum w^2; 0 without any."""
+    squares = sum(weight * weight for weight in weights)
+    return sum(weights) ** 2 / squares if squares else 0.0
+
+
+def reward_evidence(metrics: Mapping[str, float]) -> RewardEvidence:
+    """Read a trained reward model's held-out figures (`TrainedReward.metrics`)."""
+    return RewardEvidence(
+        accuracy=Estimate(
+            value=metrics["reward/accuracy"],
+            low=metrics["reward/accuracy_low"],
+            high=metrics["reward/accuracy_high"],
+            n=int(metrics["reward/pairs"]),
+        ),
+        length_only_accuracy=metrics["reward/length_only_accuracy"],
+        calibration_error=metrics["reward/calibration_error"],
+        within_prompt_spread=metrics["reward/within_prompt_spread"],
+    )

@@ -1,0 +1,282 @@
+"""Kahneman-Tversky optimisation: trains the adapter "policy" on single thumbs, against the adapter "reference".
+
+Equal to TRL 1.16's KTOTrainer on the same ids, weights and order, as long as an optimiser step is one of its batches
+(`per_device_train_batch_size`, no accumulation) and every thumb has weight 1. What differs, on purpose:
+
+- the mismatched rows and z0 are the whole optimiser batch's; TRL's are each micro-batch's own, so that there
+  accumulation changes the result;
+- every thumb has a weight, and sums divide by the batch's weight; z0, which no label enters, is a plain mean;
+- lambda_D and lambda_U are balanced from the data unless both are given; TRL uses 1 and warns;
+- an answer to somebody else's prompt is cut where the model's context ends; TRL cuts every row at `max_length`;
+- batches mix both classes and come in another order each epoch; TRL takes the data set's order every time;
+- the loss may have an NLL term on liked answers, which the displacement watch raises.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from alignment.batching import Batch, collate, group_by_prompt, make_tree, micro_batches, pays_to_share
+from alignment.displacement import Change
+from alignment.kto_losses import balanced_weights, reference_point, thumb_losses
+from alignment.labels import Thumb
+from alignment.logprobs import Row, completion_logprobs, completion_sums, token_logprobs
+from alignment.models import Base, active, has_adapter
+from alignment.policy_training import Method, PolicyResult, train_policy
+from alignment.progress import Progress
+from alignment.reference_cache import ReferenceCache, reference_logprobs
+from alignment.training_config import KtoConfig
+from storage.digests import sha256_of
+from storage.errors import InvalidField
+
+__all__ = ["KtoConfig", "KtoResult", "thumb_batches", "train_kto"]
+
+KtoResult = PolicyResult
+FEWEST_IN_A_BATCH = 3
+"""On average: so that rounding leaves no batch of one, whose only mismatched row would be its own answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """The thumbs in their order: I thumbs."""
+
+    rows: list[Row]
+    mismatched: list[Row]
+    """Each prompt with the answer of the thumb before it in its batch; empty when the loss has no z0."""
+    reference: torch.Tensor  # (I,) nats
+    mismatched_reference: torch.Tensor  # (I,) nats, or (0,)
+    weights: torch.Tensor  # (I,)
+    ups: torch.Tensor  # (I,) bool
+    class_weights: tuple[float, float]
+    """lambda_D, lambda_U"""
+
+
+def train_kto(
+    base: Base,
+    thumbs: Sequence[Thumb],
+    config: KtoConfig,
+    *,
+    seed: int,
+    progress: Progress,
+    cache: ReferenceCache | None = None,
+    checkpoint: Path | None = None,
+) -> KtoResult:
+    """Train the adapter "policy" (`models.add_policy`) on the thumbs.
+
+    The order of thumbs inside an optimiser batch decides which answer follows which prompt in z0, and nothing else.
+    It stops itself, with a reason, on numbers that are not finite and on displacement of the liked answers that a
+    raised NLL term does not cure. With `checkpoint`, a file, an interrupted run resumes to the same weights.
+
+    Raises:
+        InvalidField: too few thumbs of a class, one that cannot be used, no adapter "policy", or a setting out
+            of range.
+        Interrupted: `progress` asked to stop; the checkpoint is written.
+        CorruptData: the checkpoint belongs to another run.
+    """
+    _check_settings(base, config)
+    _check_thumbs(base, thumbs, config)
+    ups = [thumb.up for thumb in thumbs]
+    batches = thumb_batches(ups, size=config.batch_thumbs, epochs=config.epochs, seed=seed)
+    data = _prepare(base, thumbs, batches, config, cache=cache, progress=progress)
+    method = Method(
+        name="kto",
+        gradients=lambda numbers, nll_weight: _gradients(base, data, numbers, config, nll_weight=nll_weight),
+        batches=batches,
+        kl_prompts=list(dict.fromkeys(tuple(thumb.prompt_ids) for thumb in thumbs))[: config.kl_prompts],
+        accuracy_says="of answers on their thumb's side",
+        fingerprint=sha256_of(["kto", asdict(config), seed, [asdict(thumb) for thumb in thumbs]]),
+    )
+    return train_policy(base, method, config, progress=progress, checkpoint=checkpoint)
+
+
+def thumb_batches(ups: Sequence[bool], *, size: int, epochs: int, seed: int) -> list[list[int]]:
+    """Return the thumbs of each optimiser step: batches of about `size`, drawn once, in a fresh order each epoch.
+
+    Every batch has thumbs of both classes when there are at least as many of each as batches. The batches stay
+    the same so that the reference scores one mismatched row a thumb, not one a thumb and epoch.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    steps = max(1, min(round(len(ups) / size), len(ups) // FEWEST_IN_A_BATCH))
+    drawn: list[list[int]] = [[] for _ in range(steps)]
+    for up in (True, False):
+        members = [number for number, other in enumerate(ups) if other == up]
+        order = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
+        bounds = [step * len(members) // steps for step in range(steps + 1)]
+        for batch, (start, end) in zip(drawn, pairwise(bounds), strict=True):
+            batch += order[start:end]
+    batches = [
+        [batch[i] for i in torch.randperm(len(batch), generator=generator).tolist()] for batch in drawn
+    ]
+    orders = [torch.randperm(steps, generator=generator).tolist() for _ in range(epochs)]
+    return [batches[step] for order in orders for step in order]
+
+
+def _check_settings(base: Base, config: KtoConfig) -> None:
+    if not has_adapter(base, "policy"):
+        raise InvalidField("adapter", "policy", "call add_policy first")
+    if not 0 < config.beta < math.inf:
+        raise InvalidField("kto.beta", config.beta, "use a number above 0")
+    weights = {"desirable": config.desirable_weight, "undesirable": config.undesirable_weight}
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise InvalidField(f"kto.{name}_weight", weight, "use a number above 0, or 0 for automatic")
+    if config.batch_thumbs < 2:
+        raise InvalidField("kto.batch_thumbs", config.batch_thumbs, "use 2 or more: z0 needs other answers")
+    if config.epochs < 1:
+        raise InvalidField("kto.epochs", config.epochs, "use 1 or more")
+    if config.min_class_thumbs < 1:
+        raise InvalidField("kto.min_class_thumbs", config.min_class_thumbs, "use 1 or more")
+
+
+def _check_thumbs(base: Base, thumbs: Sequence[Thumb], config: KtoConfig) -> None:
+    if not thumbs:
+        raise InvalidField("thumbs", 0, "collect thumbs up and thumbs down first")
+    for up, name in ((True, "up"), (False, "down")):
+        count = sum(thumb.up == up for thumb in thumbs)
+        if count < config.min_class_thumbs:
+            fix = f"collect {config.min_class_thumbs - count} more (kto.min_class_thumbs is {config.min_class_thumbs})"
+            raise InvalidField(f"thumbs {name}", count, fix)
+    for thumb in thumbs:
+        if not thumb.prompt_ids or not thumb.answer_ids:
+            fix = "leave it out: its prompt or its answer has no tokens"
+            raise InvalidField("thumb", thumb.id, fix)
+        if len(thumb.prompt_ids) + len(thumb.answer_ids) > base.max_positions:
+            fix = f"leave it out: it has more than the model's {base.max_positions} tokens"
+            raise InvalidField("thumb", thumb.id, fix)
+        if not 0 < thumb.weight < math.inf:
+            raise InvalidField(f"weight of thumb {thumb.id}", thumb.weight, "use a number above 0")
+
+
+def _prepare(
+    base: Base,
+    thumbs: Sequence[Thumb],
+    batches: Sequence[Sequence[int]],
+    config: KtoConfig,
+    *,
+    cache: ReferenceCache | None,
+    progress: Progress,
+) -> _Data:
+    """Make the mismatched rows and score everything under the reference; rows of one prompt share it there."""
+    rows: list[Row] = [(thumb.prompt_ids, thumb.answer_ids) for thumb in thumbs]
+    mismatched = _mismatched(rows, batches, longest=base.max_positions) if config.loss == "kto" else []
+    progress.stage("reference", 1)
+    scored = reference_logprobs(
+        base, rows + mismatched, cache=cache, batch_tokens=config.batch_tokens, progress=progress
+    )
+    progress.step(1)
+    sums = torch.tensor([float(values.sum(dtype="float64")) for values in scored], device=base.device)
+    weights = torch.tensor([thumb.weight for thumb in thumbs], device=base.device)
+    ups = torch.tensor([thumb.up for thumb in thumbs], device=base.device)
+    return _Data(
+        rows=rows,
+        mismatched=mismatched,
+        reference=sums[: len(rows)],
+        mismatched_reference=sums[len(rows) :],
+        weights=weights,
+        ups=ups,
+        class_weights=balanced_weights(
+            math.fsum(thumb.weight for thumb in thumbs if thumb.up),
+            math.fsum(thumb.weight for thumb in thumbs if not thumb.up),
+            desirable=config.desirable_weight,
+            undesirable=config.undesirable_weight,
+        ),
+    )
+
+
+def _mismatched(rows: Sequence[Row], batches: Sequence[Sequence[int]], *, longest: int) -> list[Row]:
+    """Return each prompt with the answer before it in its batch (the first with the last), as TRL shifts them."""
+    before = {number: batch[place - 1] for batch in batches for place, number in enumerate(batch)}
+    return [
+        (prompt, rows[before[number]][1][: longest - len(prompt)]) for number, (prompt, _) in enumerate(rows)
+    ]
+
+
+def _gradients(
+    base: Base, data: _Data, numbers: Sequence[int], config: KtoConfig, *, nll_weight: float
+) -> tuple[dict[str, float], Change | None]:
+    """Add the gradients of the thumbs' weighted mean loss; return the step's curves and how the liked answers moved.
+
+    z0 comes first, from all mismatched rows, because every answer's gradient depends on it. Every micro-batch
+    divides by the whole batch's weight, so the split changes nothing.
+    """
+    point = _point(base, data, numbers, config)
+    everyone = torch.tensor(numbers, device=base.device)  # (I,)
+    lengths = torch.tensor([len(data.rows[number][1]) for number in numbers], device=base.device)
+    ratios = torch.zeros(len(numbers), device=base.device)
+    total_loss = torch.zeros((), device=base.device)
+    total = data.weights[everyone].sum()
+    with active(base, "policy", trainable=True):
+        for places, batch in _layouts(base, [data.rows[number] for number in numbers], config):
+            own = everyone[places]
+            policy = completion_sums(token_logprobs(base, batch), batch)
+            losses = thumb_losses(
+                policy,
+                data.reference[own],
+                lengths[places],
+                ups=data.ups[own],
+                point=point,
+                class_weights=data.class_weights,
+                nll_weight=nll_weight,
+                beta=config.beta,
+            )
+            loss = (data.weights[own] * losses).sum() / total
+            loss.backward()  # type: ignore[no-untyped-call]
+            total_loss += loss.detach()
+            ratios[places] = policy.detach() - data.reference[own]
+    point, ratios, lengths, ups = point.cpu(), ratios.cpu(), lengths.cpu(), data.ups[everyone].cpu()
+    curves = {"kto/loss": float(total_loss), "kto/nll_weight": nll_weight}
+    if config.loss == "kto":
+        curves["kto/kl_nats"] = float(point)
+    moved, change = _moved(ratios, lengths, ups, point=point, config=config)
+    return curves | moved, change
+
+
+def _point(base: Base, data: _Data, numbers: Sequence[int], config: KtoConfig) -> torch.Tensor:
+    """Return z0 of the batch, in nats."""
+    if config.loss != "kto":
+        return torch.zeros((), device=base.device)
+    rows = [data.mismatched[number] for number in numbers]
+    scored = completion_logprobs(base, rows, adapter="policy", batch_tokens=config.batch_tokens)
+    policy = torch.tensor([math.fsum(values) for values in scored], device=base.device)
+    return reference_point(policy, data.mismatched_reference[list(numbers)])
+
+
+def _layouts(base: Base, rows: Sequence[Row], config: KtoConfig) -> Iterator[tuple[list[int], Batch]]:
+    """Yield micro-batches and which rows each holds; rows of one prompt share it where that pays."""
+    trees, groups = group_by_prompt(rows)
+    share = base.share_prefixes and pays_to_share(trees)
+    if not share:
+        trees, groups = (
+            [make_tree(prompt, (answer,)) for prompt, answer in rows],
+            [[i] for i in range(len(rows))],
+        )
+    budget = config.batch_tokens or base.batch_tokens
+    for plan in micro_batches(trees, budget_tokens=budget, share=share):
+        batch = collate([trees[i] for i in plan], share=share, pad_id=base.pad_id, device=base.device)
+        yield [place for i in plan for place in groups[i]], batch
+
+
+def _moved(
+    ratios: torch.Tensor, lengths: torch.Tensor, ups: torch.Tensor, *, point: torch.Tensor, config: KtoConfig
+) -> tuple[dict[str, float], Change | None]:
+    """Return the curves of (I,) log-ratios in nats, those of a class only when the batch has it."""
+    above = torch.where(ups, ratios - point, point - ratios)
+    right = (above > 0).float() + 0.5 * (above == 0).float()
+    curves = {"kto/accuracy": float(right.mean())}
+    if bool((~ups).any()):
+        curves["kto/down_nats"] = float(ratios[~ups].mean())
+    if not bool(ups.any()):
+        return curves, None
+    changes = ratios[ups] / lengths[ups]
+    falling = (changes < -config.falling_floor_nats_per_token).float()
+    change = Change(nats_per_token=float(changes.mean()), falling_share=float(falling.mean()))
+    curves["kto/up_nats"] = float(ratios[ups].mean())
+    curves["kto/up_change_nats_per_token"] = change.nats_per_token
+    curves["kto/up_falling_share"] = change.falling_share
+    return curves, change

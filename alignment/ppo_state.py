@@ -1,0 +1,180 @@
+"""What a PPO training keeps: its parts, the state a resumed run must know, and the checkpoint.
+
+Letters: C answers, T tokens of the longest one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from alignment.critic import CRITIC, add_critic, critic_parameters
+from alignment.ema import MOVING, add_moving_reference
+from alignment.models import Base, adapter_parameters, remove_adapter
+from alignment.ppo_config import PpoConfig
+from alignment.ppo_losses import Moments
+from alignment.ppo_rollouts import Sampler
+from alignment.ppo_update import Learner
+from alignment.ppo_watch import Start
+from alignment.reward_model import TrainedReward
+from alignment.training import (
+    Weights,
+    adamw,
+    copy_weights,
+    read_checkpoint,
+    restore_weights,
+    write_checkpoint,
+)
+from storage.digests import sha256_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One answer worth showing."""
+
+    step: int
+    """Batches the policy had learnt from."""
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    score: float
+    kl_nats: float
+    """k1 of this answer from the penalty's reference."""
+
+
+@dataclass(slots=True)
+class State:
+    """Everything besides weights and optimiser that a resumed run must know; random numbers follow from `step`."""
+
+    beta: float
+    step: int = 0
+    """Batches of answers learnt from."""
+    scores: Moments = field(default_factory=Moments)
+    start: Start | None = None
+    curves: dict[str, float] = field(default_factory=dict)
+    """The latest of each."""
+    first_samples: list[Sample] = field(default_factory=list)
+    last_samples: list[Sample] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Training:
+    """One training under way."""
+
+    learner: Learner
+    scorer: TrainedReward
+    prompts: Sequence[Sequence[int]]
+    sampler: Sampler | None
+    good: Weights
+    """The last weights of the policy whose answers were fine."""
+    state: State
+    seed: int
+    checkpoint: Path | None
+    fingerprint: str
+
+
+def ppo_fingerprint(
+    prompts: Sequence[Sequence[int]], scorer: TrainedReward, config: PpoConfig, *, seed: int
+) -> str:
+    """Name everything a checkpoint depends on besides base and starting adapter."""
+    heads: list[object] = scorer.heads.double().cpu().tolist()
+    return sha256_of([asdict(config), seed, [list(prompt) for prompt in prompts], heads])
+
+
+def start_training(
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    scorer: TrainedReward,
+    config: PpoConfig,
+    *,
+    seed: int,
+    checkpoint: Path | None,
+    sampler: Sampler | None,
+) -> Training:
+    """Add critic and moving reference, set up the optimiser, and go on from the checkpoint if there is one.
+
+    Raises:
+        CorruptData: the checkpoint belongs to another run.
+    """
+    remove_adapter(base, CRITIC)
+    critic = add_critic(base, scorer)
+    if config.reference == "moving":
+        add_moving_reference(base, rank=config.reference_rank)
+    policy, value = adapter_parameters(base, "policy"), critic_parameters(base, critic)
+    learner = Learner(
+        base=base,
+        critic=critic,
+        policy_parameters=policy,
+        critic_parameters=value,
+        optimiser=_optimiser(policy, value, config),
+        config=config,
+    )
+    training = Training(
+        learner=learner,
+        scorer=scorer,
+        prompts=prompts,
+        sampler=sampler,
+        good=copy_weights(policy),
+        state=State(beta=config.beta),
+        seed=seed,
+        checkpoint=checkpoint,
+        fingerprint=ppo_fingerprint(prompts, scorer, config, seed=seed),
+    )
+    _resume(training)
+    return training
+
+
+def _optimiser(
+    policy: dict[str, torch.nn.Parameter], value: dict[str, torch.nn.Parameter], config: PpoConfig
+) -> torch.optim.Optimizer:
+    groups = [
+        (list(policy.values()), config.learning_rate),
+        (list(value.values()), config.critic_learning_rate),
+    ]
+    optimiser = adamw(groups, weight_decay=config.weight_decay)
+    for group in optimiser.param_groups:
+        group["eps"] = config.adam_epsilon
+    return optimiser
+
+
+def all_weights(training: Training) -> dict[str, torch.nn.Parameter]:
+    """Return policy, critic and moving reference by name."""
+    learner = training.learner
+    moving = adapter_parameters(learner.base, MOVING)
+    return {**learner.policy_parameters, **learner.critic_parameters, **moving}
+
+
+def save(training: Training) -> None:
+    """Write the checkpoint, if one was asked for."""
+    if training.checkpoint is not None:
+        content = {
+            "fingerprint": training.fingerprint,
+            "weights": copy_weights(all_weights(training)),
+            "good": training.good,
+            "optimiser": training.learner.optimiser.state_dict(),
+            "state": asdict(training.state),
+        }
+        write_checkpoint(training.checkpoint, content)
+
+
+def _resume(training: Training) -> None:
+    if training.checkpoint is None:
+        return
+    saved = read_checkpoint(training.checkpoint, fingerprint=training.fingerprint)
+    if saved is None:
+        return
+    device, state = training.learner.base.device, saved["state"]
+    restore_weights(all_weights(training), saved["weights"])
+    training.learner.optimiser.load_state_dict(saved["optimiser"])
+    training.good = {name: weight.to(device) for name, weight in saved["good"].items()}
+    training.state = State(
+        beta=state["beta"],
+        step=state["step"],
+        scores=Moments(**state["scores"]),
+        start=Start(**state["start"]) if state["start"] else None,
+        curves=state["curves"],
+        first_samples=[Sample(**sample) for sample in state["first_samples"]],
+        last_samples=[Sample(**sample) for sample in state["last_samples"]],
+    )

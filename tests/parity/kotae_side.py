@@ -1,0 +1,131 @@
+"""Carry out jobs with Kotae's own training functions. Usage: python -m parity.kotae_side JOB.json ..."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from safetensors.torch import save_file
+
+from alignment import reward_training
+from alignment.dpo import train_dpo
+from alignment.kto import train_kto
+from alignment.models import Base, adapter_parameters, load_adapter, load_base
+from alignment.ppo import PpoConfig, train_ppo
+from alignment.preferences import Pair, Thumb
+from alignment.progress import Silent
+from alignment.reward_items import make_items
+from alignment.reward_model import TrainedReward
+from alignment.training_config import DpoConfig, KtoConfig, RewardConfig
+from parity.jobs import Job, output, write_result
+from parity.usage import Meter
+
+Json = dict[str, Any]
+NAMES = {"dpo": "policy", "kto": "policy", "reward": "reward_0", "ppo": "policy"}
+
+
+class Losses(Silent):
+    """Keeps the loss of every optimiser step."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.values: list[float] = []
+
+    def step(self, done: int, message: str = "", **metrics: float) -> None:
+        if self._name in metrics:
+            self.values.append(metrics[self._name])
+
+
+def pairs_of(job: Job) -> list[Pair]:
+    """Return the job's pairs as Kotae's training takes them."""
+    return [
+        Pair(
+            id=f"pair-{number}",
+            prompt_ids=tuple(item["prompt"]),
+            chosen_ids=tuple(item["chosen"]),
+            rejected_ids=tuple(item["rejected"]),
+            weight=1.0,
+            margin=item["margin"],
+            source="comparison",
+            prompt_key=f"prompt-{number}",
+            rater="rater",
+        )
+        for number, item in enumerate(job.items)
+    ]
+
+
+def thumbs_of(job: Job) -> list[Thumb]:
+    """Return the job's thumbs as Kotae's training takes them."""
+    return [
+        Thumb(
+            id=f"thumb-{number}",
+            prompt_ids=tuple(item["prompt"]),
+            answer_ids=tuple(item["answer"]),
+            up=item["up"],
+            weight=1.0,
+            prompt_key=f"prompt-{number}",
+            rater="rater",
+        )
+        for number, item in enumerate(job.items)
+    ]
+
+
+def train(base: Base, job: Job, losses: Losses) -> dict[str, torch.Tensor]:
+    """Carry out the job; return the head, if there is one."""
+    if job.method == "dpo":
+        train_dpo(base, pairs_of(job), DpoConfig(**job.settings), seed=job.seed, progress=losses)
+        return {}
+    if job.method == "kto":
+        train_kto(base, thumbs_of(job), KtoConfig(**job.settings), seed=job.seed, progress=losses)
+        return {}
+    if job.method == "ppo":
+        prompts = [item["prompt"] for item in job.items]
+        train_ppo(base, prompts, scorer(base, job), PpoConfig(**job.settings), seed=job.seed, progress=losses)
+        return {}
+    config = RewardConfig(**job.settings)
+    items = make_items(base, pairs_of(job), [], config, seed=job.seed)
+    fit = reward_training.fit_heads if job.fit_heads else mock.Mock()
+    with mock.patch.object(reward_training, "fit_heads", fit):
+        heads, _ = reward_training.train_member_heads(
+            base, NAMES["reward"], items, config, seed=job.seed, progress=losses
+        )
+    return {"head": heads}
+
+
+def scorer(base: Base, job: Job) -> TrainedReward:
+    """Return a reward model of one member: the job's adapter and head."""
+    load_adapter(base, "reward_0", Path(job.adapter), trainable=False)
+    heads = torch.tensor([[job.head]])  # (1, 1, D)
+    return TrainedReward(
+        base=base, adapters=("reward_0",), heads=heads, metrics={}, config=RewardConfig(members=1)
+    )
+
+
+def carry_out(path: Path) -> None:
+    """Read a job, train, and write what came out."""
+    job = Job(**json.loads(path.read_text()))
+    torch.set_num_threads(job.threads)
+    name = NAMES[job.method]
+    base = load_base(job.model, device="cpu")
+    load_adapter(base, name, Path(job.adapter), trainable=True)
+    losses = Losses("policy/loss" if job.method == "ppo" else f"{job.method}/loss")
+    meter = Meter()
+    head = train(base, job, losses)
+    write_result(path, "kotae", losses=losses.values, usage=meter.read())
+    factors = {
+        key.split("layers.", 1)[1].replace(f".{name}.", "."): value.detach()
+        for key, value in adapter_parameters(base, name).items()
+    }
+    save_file(
+        {key: value.contiguous() for key, value in {**factors, **head}.items()},
+        output(path, "kotae", "safetensors"),
+    )
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        carry_out(Path(argument))

@@ -1,0 +1,129 @@
+"""A whole run by each method that is not DPO on comparisons: thumbs, PPO, corrections alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.config import AlignmentConfig, config_of
+from alignment.pipeline import Outcome, align, run_folder
+from alignment_fixtures import CURT, KIND, Filled, add_answers, add_comparisons, open_store
+from storage import deployments, feedback, people, policies, runs
+from storage.errors import InvalidField
+from storage.people import SYSTEM
+from storage.store import Store
+from test_pipeline import OPEN_GATE, SMALL
+from tiny_models import make_tiny_model
+
+LABELS = 48
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
+@pytest.fixture
+def filled(tmp_path: Path, model: Path) -> Iterator[Filled]:
+    made = open_store(tmp_path / "data", model)
+    yield made
+    made.store.close()
+
+
+def config(**tables: Any) -> AlignmentConfig:
+    choice = {**SMALL["choice"], "min_thumbs": 40, "min_corrections": 20, **tables.pop("choice", {})}
+    kto = {"batch_thumbs": 8, "epochs": 1, "kl_budget_nats": 0.0, "min_class_thumbs": 4}
+    ppo = {"steps": 2, "prompts_per_step": 8, "max_new_tokens": 8, "minibatches": 1, "epochs": 1}
+    return config_of({**SMALL, "gate": OPEN_GATE, "choice": choice, "kto": kto, "ppo": ppo, **tables})
+
+
+def chosen(store: Store, outcome: Outcome) -> dict[str, Any]:
+    kept = json.loads((run_folder(store, outcome.run_id) / "choice.json").read_text())
+    return dict(kept["choice"])
+
+
+def curves(store: Store, outcome: Outcome) -> set[str]:
+    return set(runs.metrics(store, outcome.run_id))
+
+
+def test_thumbs_alone_train_by_kto_and_are_judged_by_thumbs(filled: Filled, tokenizer: Any) -> None:
+    for number, turn in enumerate(add_answers(filled, tokenizer, LABELS, (KIND, CURT))):
+        feedback.rate(
+            filled.store,
+            turn_id=turn.id,
+            person_id=filled.person.id,
+            verdict="up" if number % 2 == 0 else "down",
+        )
+    outcome = align(filled.store, config())
+    assert outcome.status == "passed", outcome.message
+    assert chosen(filled.store, outcome)["rule"].startswith("3")
+    assert {"kto/loss", "kto/accuracy", "kto/kl_nats"} <= curves(filled.store, outcome)
+    assert outcome.policy_id is not None
+    evaluation = policies.evaluation_of(filled.store, outcome.policy_id)
+    assert evaluation is not None
+    for name in ("judge_accuracy", "preference_accuracy"):
+        assert evaluation.numbers[name]["n"] > 0
+    assert "kto, beta 0.1" in (run_folder(filled.store, outcome.run_id) / "report.md").read_text()
+
+
+def test_ppo_optimises_a_reward_model_that_is_not_the_judge(filled: Filled, tokenizer: Any) -> None:
+    add_comparisons(filled, tokenizer, LABELS)
+    outcome = align(filled.store, config(method="ppo"))
+    assert outcome.status == "passed", outcome.message
+    assert {"objective/score", "ppo/beta", "value/loss"} <= curves(filled.store, outcome)
+    assert "ppo, beta 0.05" in (run_folder(filled.store, outcome.run_id) / "report.md").read_text()
+
+
+def test_labels_on_a_former_policy_wait_for_a_reward_model_that_is_good_enough(
+    filled: Filled, tokenizer: Any
+) -> None:
+    add_comparisons(filled, tokenizer, LABELS)
+    first = align(filled.store, config())
+    serve(filled, str(first.policy_id))
+    former = {"recent_policies": 1, "ppo_min_labels": 20}
+    weak = align(filled.store, config(choice={**former, "reward_accuracy_low_min": 1.0}))
+    assert (weak.status, weak.exit_code) == ("not_enough_data", 4)
+    assert "The reward model is too weak for PPO" in weak.message
+    assert "collect fresh A/B answers" in weak.message
+    assert chosen(filled.store, weak)["rule"].startswith("4")
+    trusted = {"reward_accuracy_low_min": 0.0, "reward_lead_min": 0.0, "reward_calibration_error_max": 1.0}
+    good = align(filled.store, config(choice={**former, **trusted}))
+    assert good.status == "passed", good.message
+    assert chosen(filled.store, good)["rule"].startswith("1")
+    assert "objective/score" in curves(filled.store, good)
+
+
+def serve(filled: Filled, policy_id: str) -> None:
+    operator = people.add_person(filled.store, name="op", role="operator", actor=SYSTEM)
+    policies.decide(
+        filled.store, policy_id=policy_id, person_id=operator.id, decision="approve", reason="better"
+    )
+    deployments.deploy(
+        filled.store, policy_id=policy_id, role="stable", share=1, actor=SYSTEM, reason="approved"
+    )
+
+
+def test_corrections_alone_train_with_a_supervised_term(filled: Filled, tokenizer: Any) -> None:
+    for turn in add_answers(filled, tokenizer, LABELS, (CURT,)):
+        feedback.correct(filled.store, turn_id=turn.id, person_id=filled.person.id, edited=KIND)
+    outcome = align(filled.store, config())
+    assert outcome.status == "passed", outcome.message
+    assert chosen(filled.store, outcome)["rule"].startswith("5")
+    nll = runs.metrics(filled.store, outcome.run_id)["dpo/nll_weight"]
+    assert {value for _, value in nll} == {1.0}
+
+
+def test_a_method_that_does_not_exist_is_named() -> None:
+    with pytest.raises(InvalidField, match="method: got 'sft'"):
+        config(method="sft")
