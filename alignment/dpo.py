@@ -13,6 +13,7 @@ import torch
 
 from alignment.batching import Tree, collate, make_tree, micro_batches, pays_to_share
 from alignment.displacement import Change
+from alignment.distributed import ALONE, Crew
 from alignment.dpo_losses import pair_losses
 from alignment.logprobs import completion_sums, token_logprobs
 from alignment.models import Base, active, has_adapter
@@ -50,6 +51,7 @@ def train_dpo(
     progress: Progress,
     cache: ReferenceCache | None = None,
     checkpoint: Path | None = None,
+    crew: Crew = ALONE,
 ) -> DpoResult:
     """Train the adapter "policy" (`models.add_policy`) on the pairs; ties teach it nothing and are left out.
 
@@ -66,13 +68,15 @@ def train_dpo(
     data = _prepare(base, pairs, config, cache=cache, progress=progress)
     method = Method(
         name="dpo",
-        gradients=lambda numbers, nll_weight: _gradients(base, data, numbers, config, nll_weight=nll_weight),
+        gradients=lambda numbers, nll_weight: _gradients(
+            base, data, numbers, config, nll_weight=nll_weight, crew=crew
+        ),
         batches=epoch_batches(len(pairs), size=config.batch_pairs, epochs=config.epochs, seed=seed),
         kl_prompts=list(dict.fromkeys(tuple(pair.prompt_ids) for pair in pairs))[: config.kl_prompts],
         accuracy_says="of pairs ranked as people did",
         fingerprint=sha256_of([asdict(config), seed, [asdict(pair) for pair in pairs]]),
     )
-    return train_policy(base, method, config, progress=progress, checkpoint=checkpoint)
+    return train_policy(base, method, config, progress=progress, checkpoint=checkpoint, crew=crew)
 
 
 def _check(base: Base, pairs: Sequence[Pair], config: DpoConfig) -> None:
@@ -106,7 +110,7 @@ def _prepare(
 
 
 def _gradients(
-    base: Base, data: _Data, numbers: Sequence[int], config: DpoConfig, *, nll_weight: float
+    base: Base, data: _Data, numbers: Sequence[int], config: DpoConfig, *, nll_weight: float, crew: Crew
 ) -> tuple[dict[str, float], Change]:
     """Add the gradients of the pairs' weighted mean loss; return the step's curves and how the chosen answers moved.
 
@@ -116,8 +120,9 @@ def _gradients(
     share = base.share_prefixes and pays_to_share(trees)
     total = data.weights[list(numbers)].sum()
     sums = torch.zeros(5, device=base.device)
+    plans = micro_batches(trees, budget_tokens=config.batch_tokens or base.batch_tokens, share=share)
     with active(base, "policy", trainable=True):
-        for plan in micro_batches(trees, budget_tokens=config.batch_tokens or base.batch_tokens, share=share):
+        for plan in crew.share(plans):
             batch = collate([trees[i] for i in plan], share=share, pad_id=base.pad_id, device=base.device)
             own = torch.tensor([numbers[i] for i in plan], device=base.device)
             policy = completion_sums(token_logprobs(base, batch), batch).view(-1, 2)  # (P, 2)
@@ -133,19 +138,19 @@ def _gradients(
             )
             loss = (data.weights[own] * losses).sum() / total
             loss.backward()  # type: ignore[no-untyped-call]
-            sums += _step_sums(policy.detach() - data.reference[own], lengths, loss.detach(), config)
+            moved = _step_sums(policy.detach() - data.reference[own], lengths, config)
+            sums += torch.cat([loss.detach().view(1), moved])
+    crew.sum(sums)
     means = (sums / torch.tensor([1.0, *[len(numbers)] * 4], device=base.device)).tolist()
     names = ("loss", "accuracy", "h_nats", "chosen_change_nats_per_token", "chosen_falling_share")
     curves = {f"dpo/{name}": value for name, value in zip(names, means, strict=True)}
     return {**curves, "dpo/nll_weight": nll_weight}, Change(nats_per_token=means[3], falling_share=means[4])
 
 
-def _step_sums(
-    ratios: torch.Tensor, lengths: torch.Tensor, loss: torch.Tensor, config: DpoConfig
-) -> torch.Tensor:
-    """Return (5,): the loss and, over pairs, how many are ranked right, h, the chosen's change, how many fell."""
+def _step_sums(ratios: torch.Tensor, lengths: torch.Tensor, config: DpoConfig) -> torch.Tensor:
+    """Return (4,): over pairs, how many are ranked right, h, the chosen's change, how many fell."""
     h = ratios[:, 0] - ratios[:, 1]
     change = ratios[:, 0] / lengths[:, 0]
     falling = change < -config.falling_floor_nats_per_token
     right = (h > 0).to(h.dtype) + 0.5 * (h == 0).to(h.dtype)
-    return torch.stack([loss, right.sum(), h.sum(), change.sum(), falling.to(h.dtype).sum()])
+    return torch.stack([right.sum(), h.sum(), change.sum(), falling.to(h.dtype).sum()])

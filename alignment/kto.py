@@ -24,6 +24,7 @@ import torch
 
 from alignment.batching import Batch, collate, group_by_prompt, make_tree, micro_batches, pays_to_share
 from alignment.displacement import Change
+from alignment.distributed import ALONE, Crew
 from alignment.kto_losses import balanced_weights, reference_point, thumb_losses
 from alignment.labels import Thumb
 from alignment.logprobs import Row, completion_logprobs, completion_sums, token_logprobs
@@ -66,6 +67,7 @@ def train_kto(
     progress: Progress,
     cache: ReferenceCache | None = None,
     checkpoint: Path | None = None,
+    crew: Crew = ALONE,
 ) -> KtoResult:
     """Train the adapter "policy" (`models.add_policy`) on the thumbs.
 
@@ -86,13 +88,15 @@ def train_kto(
     data = _prepare(base, thumbs, batches, config, cache=cache, progress=progress)
     method = Method(
         name="kto",
-        gradients=lambda numbers, nll_weight: _gradients(base, data, numbers, config, nll_weight=nll_weight),
+        gradients=lambda numbers, nll_weight: _gradients(
+            base, data, numbers, config, nll_weight=nll_weight, crew=crew
+        ),
         batches=batches,
         kl_prompts=list(dict.fromkeys(tuple(thumb.prompt_ids) for thumb in thumbs))[: config.kl_prompts],
         accuracy_says="of answers on their thumb's side",
         fingerprint=sha256_of(["kto", asdict(config), seed, [asdict(thumb) for thumb in thumbs]]),
     )
-    return train_policy(base, method, config, progress=progress, checkpoint=checkpoint)
+    return train_policy(base, method, config, progress=progress, checkpoint=checkpoint, crew=crew)
 
 
 def thumb_batches(ups: Sequence[bool], *, size: int, epochs: int, seed: int) -> list[list[int]]:
@@ -198,7 +202,7 @@ def _mismatched(rows: Sequence[Row], batches: Sequence[Sequence[int]], *, longes
 
 
 def _gradients(
-    base: Base, data: _Data, numbers: Sequence[int], config: KtoConfig, *, nll_weight: float
+    base: Base, data: _Data, numbers: Sequence[int], config: KtoConfig, *, nll_weight: float, crew: Crew
 ) -> tuple[dict[str, float], Change | None]:
     """Add the gradients of the thumbs' weighted mean loss; return the step's curves and how the liked answers moved.
 
@@ -212,7 +216,8 @@ def _gradients(
     total_loss = torch.zeros((), device=base.device)
     total = data.weights[everyone].sum()
     with active(base, "policy", trainable=True):
-        for places, batch in _layouts(base, [data.rows[number] for number in numbers], config):
+        layouts = list(_layouts(base, [data.rows[number] for number in numbers], config))
+        for places, batch in crew.share(layouts):
             own = everyone[places]
             policy = completion_sums(token_logprobs(base, batch), batch)
             losses = thumb_losses(
@@ -229,6 +234,7 @@ def _gradients(
             loss.backward()  # type: ignore[no-untyped-call]
             total_loss += loss.detach()
             ratios[places] = policy.detach() - data.reference[own]
+    crew.sum(total_loss, ratios)
     point, ratios, lengths, ups = point.cpu(), ratios.cpu(), lengths.cpu(), data.ups[everyone].cpu()
     curves = {"kto/loss": float(total_loss), "kto/nll_weight": nll_weight}
     if config.loss == "kto":

@@ -10,11 +10,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import cast
 
 import torch
 
 from alignment.displacement import Change, displacement, raised_nll_weight
+from alignment.distributed import Crew
 from alignment.kl_budget import kl_per_response
 from alignment.models import Base, adapter_parameters
 from alignment.progress import Interrupted, Progress
@@ -94,7 +94,13 @@ class _Training:
 
 
 def train_policy(
-    base: Base, method: Method, config: PolicyConfig, *, progress: Progress, checkpoint: Path | None
+    base: Base,
+    method: Method,
+    config: PolicyConfig,
+    *,
+    progress: Progress,
+    checkpoint: Path | None,
+    crew: Crew,
 ) -> PolicyResult:
     """Train the adapter "policy" to the end of the batches or of the KL budget.
 
@@ -107,7 +113,7 @@ def train_policy(
     """
     training = _start(base, method, config, checkpoint=checkpoint)
     progress.stage(method.name, len(method.batches))
-    stopped_because = _train(base, method, config, training, progress)
+    stopped_because = _train(base, method, config, training, progress, crew)
     if stopped_because is None and not all_finite(training.parameters):
         stopped_because = "a weight of the adapter is not finite"
     if stopped_because is not None:
@@ -152,19 +158,25 @@ def _save(training: _Training) -> None:
 
 
 def _train(
-    base: Base, method: Method, config: PolicyConfig, training: _Training, progress: Progress
+    base: Base,
+    method: Method,
+    config: PolicyConfig,
+    training: _Training,
+    progress: Progress,
+    crew: Crew,
 ) -> str | None:
     """Take the optimiser steps that are left; return why it stopped early."""
     state, name, steps = training.state, method.name, len(method.batches)
     while state.step < steps:
-        stop = progress.should_stop()
-        if stop or (state.step and state.step % config.checkpoint_every == 0):
+        stop = crew.any(progress.should_stop())
+        if crew.rank == 0 and (stop or (state.step and state.step % config.checkpoint_every == 0)):
             _save(training)
         if stop:
             raise Interrupted(f"training was stopped on request after {state.step} of {steps} steps")
         # 1. gradients of the whole batch, summed over its micro-batches
         training.optimiser.zero_grad(set_to_none=True)
         curves, change = method.gradients(method.batches[state.step], state.nll_weight)
+        crew.sum_gradients(list(training.parameters.values()))
         norm = clip_gradients(list(training.parameters.values()), config.gradient_clip)
         curves[f"{name}/gradient_norm"] = norm
         # 2. is it still learning what it should?
@@ -205,15 +217,14 @@ def _watch(
     state = training.state
     if change is not None:
         state.window.append(change)
-    limits = cast(DpoConfig, config)  # the watch reads what both have
-    reason = displacement(state.window, limits)
+    reason = displacement(state.window, config)
     if reason is None:
         if state.raises == 0 or len(state.window) >= config.displacement_window:
             training.good = copy_weights(training.parameters)
         return None
     if state.raises == config.displacement_raises:
         return f"{reason}, also with an NLL term of {state.nll_weight:g}"
-    state.nll_weight = raised_nll_weight(state.nll_weight, limits)
+    state.nll_weight = raised_nll_weight(state.nll_weight, config)
     state.raises += 1
     state.window = []
     return None

@@ -408,7 +408,8 @@ def test_thumbs_that_cannot_be_used_are_named(model: Path) -> None:
     )
     refused([*thumbs, replace(thumbs[0], answer_ids=())], "thumb-0.*no tokens")
     refused([*thumbs, replace(thumbs[0], answer_ids=(9,) * base.max_positions)], "thumb-0.*more than")
-    refused([*thumbs, replace(thumbs[0], weight=math.nan)], "weight of thumb thumb-0")
+    for weight in (0.0, math.nan):
+        refused([*thumbs, replace(thumbs[0], weight=weight)], "weight of thumb thumb-0")
 
 
 def test_settings_out_of_range_are_named(model: Path) -> None:
