@@ -4,7 +4,7 @@ PY := .venv/bin/python
 .PHONY: help setup run test test-fast lint demo starter parity bench-alignment lock clean
 
 help:  ## print what can be done
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup:  ## install everything needed to run (done by the others too)
 	@bash .ci/setup
@@ -18,7 +18,7 @@ demo: setup  ## start Kotae, let simulated staff use it, and run one alignment
 test:  ## lint, types and every test, with real vLLM, SQLite and Chromium
 	@bash .ci/setup --dev
 	@$(MAKE) --no-print-directory lint
-	@$(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 test-fast:  ## the tests that need neither vLLM nor a browser
 	@bash .ci/setup --dev
@@ -44,4 +44,4 @@ lock:  ## write requirements*.lock from what is installed in .venv
 	@$(PY) .ci/lock.py
 
 clean:  ## remove the virtual environment and caches, never data/
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-peers build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 # Before torch is imported: its threads spin while they wait, and on two cores beside vLLM and Chromium a minute
 # becomes ten. Programs that the tests start as their users would get neither (running_server.py).
 os.environ.update({"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"})
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from running_server import Server
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+class ByFile(LoadScopeScheduling):
+    """Gives whole files to the two workers of `make test`; those that share the one server go to one of them.
+
+    pytest-xdist's own `--dist loadgroup` has no effect under pytest 9.2.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = Path(nodeid.split("::")[0]).name
+        return "server" if file.startswith(("test_loop", "test_serving")) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With two workers (`make test`) one begins with the tests of the one server, the other with everything else."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("server" if needs_server(item) else item.path.name))
-    items.sort(key=needs_server, reverse=True)
-
-
-def needs_server(item: pytest.Item) -> bool:
-    return "booted" in getattr(item, "fixturenames", ())
+    """Let the longest work begin first."""
+    items.sort(key=lambda item: "booted" in getattr(item, "fixturenames", ()), reverse=True)
 
 
 @pytest.fixture(scope="session")

@@ -71,11 +71,12 @@ def trained(method: str, model: Path, out: Path, processes: int) -> list[dict[st
             )
         )
     for process in started:
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=500)
         assert process.returncode == 0, errors[-3000:]
     return [load_file(out / str(rank) / "adapter_model.safetensors") for rank in range(processes)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_two_processes_train_what_one_trains(method: str, model: Path, tmp_path: Path) -> None:
     (alone,) = trained(method, model, tmp_path / "alone", 1)
