@@ -121,16 +121,7 @@ def train_judge(work: Work) -> TrainedReward:
         TrainingStopped: its numbers were not finite.
         Interrupted: the run was stopped.
     """
-    parts, config = work.prepared.parts, work.config
-    scorer = train_reward_model(
-        work.prepared.base,
-        parts.judge,
-        parts.held_out,
-        config.reward,
-        seed=config.seed,
-        progress=work.progress,
-    )
-    _sound(scorer, "the judge's")
+    scorer = _reward_model(work, work.prepared.parts.judge, seed=work.config.seed)
     target = work.folder / "reward_model"
     scorer.save(target)
     files = {str(f.relative_to(target)): file_sha256(f) for f in sorted(target.rglob("*")) if f.is_file()}
@@ -153,22 +144,21 @@ def train_scorer(work: Work) -> TrainedReward:
         TrainingStopped: its numbers were not finite.
         Interrupted: the run was stopped.
     """
-    parts, config = work.prepared.parts, work.config
+    return _reward_model(work, work.prepared.parts.policy, seed=work.config.seed + 1)
+
+
+def _reward_model(work: Work, labels: Preferences, *, seed: int) -> TrainedReward:
     scorer = train_reward_model(
         work.prepared.base,
-        parts.policy,
-        parts.held_out,
-        config.reward,
-        seed=config.seed + 1,
+        labels,
+        work.prepared.parts.held_out,
+        work.config.reward,
+        seed=seed,
         progress=work.progress,
     )
-    return _sound(scorer, "the reward model's")
-
-
-def _sound(scorer: TrainedReward, whose: str) -> TrainedReward:
     if scorer.stopped_because:
         raise TrainingStopped(
-            f"{whose} training stopped: {scorer.stopped_because}; lower reward.learning_rate"
+            f"the reward model's training stopped: {scorer.stopped_because}; lower reward.learning_rate"
         )
     return scorer
 
