@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,24 +130,26 @@ class Corpus:
         return {group.key: group for group in found}
 
 
-def load_corpus(folder: Path = CORPUS_FOLDER) -> Corpus:
-    """Reads the corpus folder.
+def load_corpus(folder: Path = CORPUS_FOLDER, *, grown: bool = True) -> Corpus:
+    """Reads the corpus folder; ``grown`` False leaves out the forms of its ``growth`` folder.
 
     Raises:
         CorpusError: a file is missing, is not TOML, or a field is missing or malformed.
     """
-    topics = _read(folder / "topics.toml")
+    read = partial(_grown, folder / "growth" if grown else None)
+    topics = read(folder / "topics.toml")
     lexicon = _read(folder / "synonyms.toml")
     catalogue = _read(folder / "catalogue.toml")
     paths = sorted((folder / "intents").glob("*.toml"))
     if not paths:
         raise CorpusError(folder / "intents", "*.toml", "no intent file", "write at least one")
     intents = [
-        _intent(path, topics=topics.get(path.stem, []), synonyms=lexicon.get(path.stem, [])) for path in paths
+        _intent(path, read(path), topics=topics.get(path.stem, []), synonyms=lexicon.get(path.stem, []))
+        for path in paths
     ]
     return Corpus(
         intents={intent.name: intent for intent in intents},
-        off_topic=_off_topic(folder / "off_topic.toml"),
+        off_topic=_off_topic(folder / "off_topic.toml", read(folder / "off_topic.toml")),
         products=tuple(_product(folder / "catalogue.toml", entry) for entry in catalogue.get("products", [])),
         invented=_texts(folder / "catalogue.toml", catalogue, "invented"),
         unknown_product=_group(
@@ -166,6 +168,23 @@ def _read(path: Path) -> dict[str, Any]:
         raise CorpusError(path, "file", "not found", "put it into the corpus folder") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise CorpusError(path, "file", str(error), "write ASCII TOML") from error
+
+
+def _grown(growth: Path | None, path: Path) -> dict[str, Any]:
+    """A file's table with the lists of the file of the same name in ``growth`` appended to its own."""
+    table = _read(path)
+    if growth is None or not (growth / path.name).exists():
+        return table
+    for field, more in _read(growth / path.name).items():
+        if field != "follow_ups":
+            table[field] = [*table.get(field, []), *more]
+            continue
+        by_subject = {entry.get("about"): entry for entry in table["follow_ups"]}
+        for entry in more:
+            if entry["about"] not in by_subject:
+                raise CorpusError(growth / path.name, "about", f"found {entry['about']!r}", f"as in {path}")
+            by_subject[entry["about"]]["questions"] += entry["questions"]
+    return table
 
 
 def _texts(path: Path, table: Mapping[str, Any], field: str, *, required: bool = True) -> tuple[str, ...]:
@@ -210,8 +229,7 @@ def _group(path: Path, table: Mapping[str, Any], field: str, *, key: str, intent
     return AnswerGroup(key=key, intent=intent, wordings=wordings)
 
 
-def _intent(path: Path, *, topics: list[str], synonyms: list[str]) -> Intent:
-    table = _read(path)
+def _intent(path: Path, table: Mapping[str, Any], *, topics: list[str], synonyms: list[str]) -> Intent:
     name, slot = table.get("intent"), table.get("slot")
     if name != path.stem:
         raise CorpusError(path, "intent", f"found {name!r}", f"write {path.stem!r}")
@@ -254,8 +272,7 @@ def _product(path: Path, entry: Mapping[str, Any]) -> Product:
     return Product(**{field: str(entry[field]) for field in ("name", *PRODUCT_FACTS)})
 
 
-def _off_topic(path: Path) -> OffTopic:
-    table = _read(path)
+def _off_topic(path: Path, table: Mapping[str, Any]) -> OffTopic:
     return OffTopic(
         subjects=_texts(path, table, "subjects"),
         frames=_questions(path, table, "frames", slots=frozenset({"subject"})),

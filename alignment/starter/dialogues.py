@@ -9,15 +9,23 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from alignment.starter.corpus import MANNERS, OFF_TOPIC, UNKNOWN_PRODUCT, Corpus, Intent, Product
+from alignment.starter.corpus import (
+    MANNERS,
+    OFF_TOPIC,
+    PRODUCT_FACTS,
+    UNKNOWN_PRODUCT,
+    Corpus,
+    Intent,
+    Product,
+)
 from alignment.starter.forms import Split, chosen, expand, split
 from alignment.starter.noise import Noise, NoiseRates, Synonyms, noisy, synonym_table
 from alignment.starter.slots import Part, invented_name, order_number, product_kinds, spoken_name
 
 TURNS = (1, 2, 3, 4, 5)
-TURN_WEIGHTS = (66, 20, 8, 4, 2)  # how many questions a dialogue has
+TURN_WEIGHTS = (54, 28, 10, 5, 3)  # how many questions a dialogue has
 OFF_TOPIC_SHARE = 0.14
-UNKNOWN_PRODUCT_SHARE = 0.3  # of the products asked about
+UNKNOWN_PRODUCT_SHARE = 0.2  # of the products asked about
 TOPIC_SHARE = 0.2  # of an intent's questions: a topic in one of the frames off-topic subjects come in
 SYSTEM_SHARE = 0.1
 SMALL_TALK = ("greeting", "thanks")  # an opener or closer around them would make them ambiguous
@@ -27,13 +35,13 @@ SMALL_TALK = ("greeting", "thanks")  # an opener or closer around them would mak
 class Turn:
     """A question, the answer in the dialogue's manner, and the key of the answer's group.
 
-    ``copied`` is the order number or product name that the answer repeats, "" if none.
+    ``exact`` are the order number, the product name and the facts in the answer, of which no letter may be wrong.
     """
 
     question: str
     answer: str
     group: str
-    copied: str = ""
+    exact: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +174,8 @@ def plain_turn(
     group = intent.answers if known or intent.ask is None else intent.ask
     answer = worded(found, group.key, context=context, rng=rng)
     asked = intent.name if group is intent.ask else None
-    copied = _copied(intent, context) if group is intent.answers else ""
-    return Turn(question, answer, group.key, copied), replace(context, intent=intent.name, asked=asked)
+    exact = _exact(intent, context) if group is intent.answers else ()
+    return Turn(question, answer, group.key, exact), replace(context, intent=intent.name, asked=asked)
 
 
 def order_turn(
@@ -179,7 +187,7 @@ def order_turn(
     question = noisy(form, _noise(found, intent.name), rng)
     typed = order.lower() if question == question.lower() and rng.random() < 0.5 else order
     answer = worded(found, intent.answers.key, context=context, rng=rng)
-    return Turn(question.replace("{order}", typed), answer, intent.answers.key, order), context
+    return Turn(question.replace("{order}", typed), answer, intent.answers.key, (order,)), context
 
 
 def product_turn(
@@ -195,7 +203,8 @@ def product_turn(
     if question == question.lower() and rng.random() < 0.8:
         typed = typed.lower()
     answer = worded(found, intent.answers.key, context=context, rng=rng)
-    return Turn(question.replace("{product}", typed), answer, intent.answers.key, product.name), context
+    turn = Turn(question.replace("{product}", typed), answer, intent.answers.key, _exact(intent, context))
+    return turn, context
 
 
 def unknown_product_turn(
@@ -213,7 +222,7 @@ def unknown_product_turn(
     question = noisy(form, _noise(found, intent.name), rng)
     typed = name.lower() if question == question.lower() and rng.random() < 0.5 else name
     text = rng.choice(found.corpus.unknown_product.wordings[context.manner]).replace("{product}", typed)
-    turn = Turn(question.replace("{product}", typed), text, UNKNOWN_PRODUCT, typed)
+    turn = Turn(question.replace("{product}", typed), text, UNKNOWN_PRODUCT, (typed,))
     return turn, replace(context, intent=None, asked=None)
 
 
@@ -257,10 +266,10 @@ def _noise(found: Sources, intent: str) -> Noise:
     return Noise(rates=rates, wrappers=found.corpus.wrappers, synonyms=found.synonyms[intent])
 
 
-def _copied(intent: Intent, context: Context) -> str:
+def _exact(intent: Intent, context: Context) -> tuple[str, ...]:
     if intent.slot == "product" and context.product:
-        return context.product.name
-    return context.order or "" if intent.slot == "order" else ""
+        return tuple(str(getattr(context.product, field)) for field in ("name", *PRODUCT_FACTS))
+    return (context.order,) if intent.slot == "order" and context.order else ()
 
 
 def worded(found: Sources, key: str, *, context: Context, rng: random.Random) -> str:

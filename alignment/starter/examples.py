@@ -23,7 +23,7 @@ class Stage:
     short_share: (
         float  # of the dialogues, whose last answer is cut: its start alone shows what was understood
     )
-    copy_weight: float  # loss weight of a token of an order number or product name, against 1
+    exact_weight: float  # loss weight of a token of an order number, product name or fact, against 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,11 @@ class ExampleOptions:
     """How dialogues become examples; shares are probabilities."""
 
     question_weight: float = 0.15  # loss weight of a token the customer wrote, against 1 of the assistant's
-    early: Stage = Stage(short_share=0.85, copy_weight=4.0)  # first understand ...
-    later: Stage = Stage(short_share=0.25, copy_weight=4.0)  # ... then recite
+    first_weight: float = 2.0  # loss weight of an answer's first tokens, where its subject is decided
+    first_tokens: int = 8
+    bottleneck_share: float = 0.5  # of the answers that copy nothing: they do not see the question
+    early: Stage = Stage(short_share=0.85, exact_weight=4.0)  # first understand ...
+    later: Stage = Stage(short_share=0.25, exact_weight=4.0)  # ... then recite
     early_chunks: int = 8
     short_tokens: int = 8  # what a short answer is cut to
     varied_share: float = 0.3  # questions without a product name, some of whose words are cut
@@ -42,20 +45,22 @@ class ExampleOptions:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids, the loss weight of predicting each, and per position the answer group to recognise there."""
+    """Token ids, the loss weight of predicting each, the answer group to recognise at each, the first visible."""
 
     ids: list[int]
     weights: list[float]
     groups: list[int]
+    visible_from: list[int]  # the position before which this one's attention sees nothing
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded examples: ids (B, T) int64, weights (B, T) float32, groups (B, T) int64 or IGNORED."""
+    """Right-padded examples: ids, groups (or IGNORED) and visible_from (B, T) int64, weights (B, T) float32."""
 
     ids: torch.Tensor
     weights: torch.Tensor
     groups: torch.Tensor
+    visible_from: torch.Tensor
 
 
 def example(
@@ -68,11 +73,13 @@ def example(
     copying: frozenset[str],
     rng: random.Random,
 ) -> Example:
-    """Encodes a dialogue; answers and their end tokens weigh 1, questions a little.
+    """Encodes a dialogue; answers and their end tokens weigh 1 or more, questions a little.
 
-    Answers of the groups in ``copying`` are never cut, as the copied value may stand late in them.
+    Answers of the groups in ``copying`` are never cut, as the copied value may stand late in them. Of the others
+    a share sees nothing before its own head, so that the head learns to hold all that was understood (gist
+    tokens: Mu et al. 2023, arXiv 2304.08467): later tokens of an answer then stay with its subject.
     """
-    built = Example(ids=[], weights=[], groups=[])
+    built = Example(ids=[], weights=[], groups=[], visible_from=[])
     if talk.system:
         head, content = encoder.message("system", talk.system)
         _append(built, [*head, *content, *encoder.line], weight=0.0)
@@ -81,12 +88,17 @@ def example(
         _append_question(built, turn, encoder=encoder, options=options, rng=rng)
         _append(built, encoder.head("assistant"), weight=0.0)
         built.groups[-1] = group_numbers[turn.group]
-        content, copied = encoder.answer(turn.answer, copied=turn.copied)
-        if last and turn.group not in copying and rng.random() < stage.short_share:
-            content = content[: options.short_tokens]
-        _append(built, content, weight=1.0)
-        for back, is_copied in enumerate(reversed(copied[: len(content)]), start=1):
-            built.weights[-back] = stage.copy_weight if is_copied else 1.0
+        content, exact = encoder.answer(turn.answer, exact=turn.exact)
+        start = 0
+        if turn.group not in copying:
+            if last and rng.random() < stage.short_share:
+                content = content[: options.short_tokens]
+            if rng.random() < options.bottleneck_share:
+                start = len(built.ids) - len(encoder.head("assistant"))
+        _append(built, content, weight=1.0, visible_from=start)
+        for at, is_exact in enumerate(exact[: len(content)], start=len(built.ids) - len(content)):
+            first = at < len(built.ids) - len(content) + options.first_tokens
+            built.weights[at] = stage.exact_weight if is_exact else options.first_weight if first else 1.0
         _append(built, [] if last else encoder.line, weight=0.0)
     return built
 
@@ -102,10 +114,11 @@ def _append_question(
     _append(built, encoder.line, weight=0.0)
 
 
-def _append(built: Example, ids: Sequence[int], *, weight: float) -> None:
+def _append(built: Example, ids: Sequence[int], *, weight: float, visible_from: int = 0) -> None:
     built.ids.extend(ids)
     built.weights.extend([weight] * len(ids))
     built.groups.extend([IGNORED] * len(ids))
+    built.visible_from.extend([visible_from] * len(ids))
 
 
 def batches(
@@ -159,8 +172,10 @@ def _padded(rows: Sequence[Example]) -> Batch:
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)  # 0 is the padding token
     weights = torch.zeros(len(rows), longest)
     groups = torch.full((len(rows), longest), IGNORED, dtype=torch.int64)
+    visible_from = torch.zeros(len(rows), longest, dtype=torch.int64)
     for at, row in enumerate(rows):
         ids[at, : len(row.ids)] = torch.tensor(row.ids)
         weights[at, : len(row.ids)] = torch.tensor(row.weights)
         groups[at, : len(row.ids)] = torch.tensor(row.groups)
-    return Batch(ids=ids, weights=weights, groups=groups)
+        visible_from[at, : len(row.ids)] = torch.tensor(row.visible_from)
+    return Batch(ids=ids, weights=weights, groups=groups, visible_from=visible_from)

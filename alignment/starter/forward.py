@@ -7,30 +7,56 @@ Letters: B batch, T tokens, H hidden, N heads, D head dimension.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
 
 
-def hidden_states(model: Any, ids: torch.Tensor, *, dropout: float, dtype: torch.dtype) -> torch.Tensor:
-    """Final normalised hidden states (B, T, H) of right-padded ids (B, T); matrix products are in ``dtype``.
+class Hidden(NamedTuple):
+    """Hidden states (B, T, H): ``early`` after a layer on the way, float32; ``final`` normalised, for the logits."""
+
+    early: torch.Tensor
+    final: torch.Tensor
+
+
+def hidden_states(
+    model: Any,
+    ids: torch.Tensor,
+    *,
+    dropout: float,
+    dtype: torch.dtype,
+    early_layer: int = 1,
+    visible_from: torch.Tensor | None = None,
+) -> Hidden:
+    """Hidden states of right-padded ids (B, T), early ones after ``early_layer`` layers; products in ``dtype``.
 
     The sum of the blocks stays float32: in bfloat16 the token's own embedding drowned and nothing was copied.
 
-    ``dropout`` drops whole features of a sequence (Gal and Ghahramani 2016), after every block.
+    ``dropout`` drops whole features of a sequence (Gal and Ghahramani 2016), after every block. A position
+    attends to those from its ``visible_from`` (B, T; 0 by default) to itself.
     """
+    import torch
     import torch.nn.functional as functional
 
     config = model.config
+    places = torch.arange(ids.shape[1])
+    unseen = places > places[:, None]  # (T, T): the future
+    if visible_from is not None:
+        unseen = (unseen | (places < visible_from[:, :, None]))[:, None]  # (B, 1, T, T)
+    early = None
     cosine, sine = rotation(ids.shape[1], dimension=config.head_dim, dtype=dtype)
     x = dropped(functional.embedding(ids, model.model.embed_tokens.weight), rate=dropout)  # stays float32
-    for layer in model.model.layers:
+    for number, layer in enumerate(model.model.layers, start=1):
         calm = _normed(x, layer.input_layernorm, config=config).to(dtype)
-        x = x + dropped(_attention(layer, calm, config=config, cosine=cosine, sine=sine), rate=dropout)
+        x = x + dropped(
+            _attention(layer, calm, unseen, config=config, rotated_by=(cosine, sine)), rate=dropout
+        )
         calm = _normed(x, layer.post_attention_layernorm, config=config).to(dtype)
         x = x + dropped(_feed_forward(layer, calm), rate=dropout)
-    return _normed(x, model.model.norm, config=config).to(dtype)
+        early = x if number == early_layer else early
+    assert early is not None, f"early_layer {early_layer} of {config.num_hidden_layers}"
+    return Hidden(early=early, final=_normed(x, model.model.norm, config=config).to(dtype))
 
 
 def rotation(length: int, *, dimension: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,7 +85,12 @@ def _normed(x: torch.Tensor, norm: Any, *, config: Any) -> torch.Tensor:
 
 
 def _attention(
-    layer: Any, x: torch.Tensor, *, config: Any, cosine: torch.Tensor, sine: torch.Tensor
+    layer: Any,
+    x: torch.Tensor,
+    unseen: torch.Tensor,
+    *,
+    config: Any,
+    rotated_by: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
     import torch
     import torch.nn.functional as functional
@@ -70,24 +101,22 @@ def _attention(
     projected = functional.linear(x, weight)
     shape = (*projected.shape[:2], heads + 2 * groups, config.head_dim)
     projected = projected.reshape(shape).transpose(1, 2)  # (B, N + 2 G, T, D), G key-value heads
+    cosine, sine = rotated_by
     turned = _rotated(projected[:, : heads + groups], cosine=cosine, sine=sine)
     repeats = heads // groups
     mixed = _mixed(
         turned[:, :heads],
         turned[:, heads:].repeat_interleave(repeats, dim=1),
         projected[:, heads + groups :].repeat_interleave(repeats, dim=1),
+        unseen,
     )
     return functional.linear(mixed.transpose(1, 2).flatten(2), own.o_proj.weight.to(x.dtype))
 
 
-def _mixed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Causal attention of (B, N, T, D), written out: faster here than the fused kernel's backward pass."""
-    import torch
-
-    length = query.shape[2]
+def _mixed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, unseen: torch.Tensor) -> torch.Tensor:
+    """Attention of (B, N, T, D), written out: faster here than the fused kernel's backward pass."""
     scores = query @ key.mT * query.shape[3] ** -0.5  # (B, N, T, T)
-    future = torch.ones(length, length, dtype=torch.bool).triu(1)
-    shares: torch.Tensor = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+    shares: torch.Tensor = scores.masked_fill(unseen, float("-inf")).softmax(dim=-1)
     return shares @ value
 
 

@@ -128,11 +128,10 @@ class DialogueEncoder:
         """Ids of the message's head and of its content with the end token; a line end follows both."""
         return self._roles[role], [*self.plain(content), self._end]
 
-    def answer(self, content: str, *, copied: str) -> tuple[list[int], list[bool]]:
-        """Ids of an answer and its end token, and which of them belong to the ``copied`` text in it."""
+    def answer(self, content: str, *, exact: Sequence[str]) -> tuple[list[int], list[bool]]:
+        """Ids of an answer and its end token, and which of them belong to one of the ``exact`` texts in it."""
         encoding = self._exact.encode(content, add_special_tokens=False)
-        starts = [match.start() for match in re.finditer(re.escape(copied), content)] if copied else []
-        spans = [(start, start + len(copied)) for start in starts]
+        spans = [match.span() for text in exact for match in re.finditer(re.escape(text), content)]
         marks = [any(a < end and b > start for start, end in spans) for a, b in encoding.offsets]
         return [*encoding.ids, self._end], [*marks, False]
 

@@ -41,17 +41,17 @@ class Shape:
     """Size of the network; multiples of 64 so that LoRA kernels and attention back ends accept it."""
 
     hidden: int = 256
-    layers: int = 4
+    layers: int = 6
     heads: int = 4  # of 64 dimensions
     key_value_heads: int = 4
-    feed_forward: int = 704
+    feed_forward: int = 512
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingOptions:
     """How the starter model is trained; values from short trials on two cores."""
 
-    steps: int = 6500
+    steps: int = 7000
     seed: int = 1
     threads: int = 2  # worker processes, one a core
     muon_rate: float = 0.015  # Jordan et al. 2024, for matrices
@@ -61,7 +61,11 @@ class TrainingOptions:
     warm_up_share: float = 0.03
     decay_share: float = 0.5  # of the steps at the end, linear to zero
     dropout: float = 0.05  # after every attention and feed-forward block
+    dropout_share: float = 0.85  # of the steps; the last ones learn to recite without it
     group_weight: float = 0.5  # of the loss that recognises the answer group
+    group_layer: int = (
+        4  # after which it is recognised: the layers above can build on it, for later tokens too
+    )
     gradient_norm: float = 1.0
     checkpoint_s: float = 180.0
     shape: Shape = field(default_factory=Shape)
@@ -218,7 +222,7 @@ def _step(trainee: Trainee, batch: Batch, *, options: TrainingOptions, crew: Cre
     # Dropout follows step and worker, so that resuming is exact.
     torch.manual_seed((options.seed * 1_000_003 + trainee.step) * 64 + crew.rank)
     answer_loss, group_loss = losses(
-        trainee.model, trainee.group_head, batch, dropout=options.dropout, crew=crew
+        trainee.model, trainee.group_head, batch, step=trainee.step, options=options, crew=crew
     )
     torch.autograd.backward(answer_loss + options.group_weight * group_loss)
     parameters = [*trainee.model.parameters(), *trainee.group_head.parameters()]
@@ -235,7 +239,13 @@ def _step(trainee: Trainee, batch: Batch, *, options: TrainingOptions, crew: Cre
 
 
 def losses(
-    model: Any, group_head: torch.nn.Linear, batch: Batch, *, dropout: float, crew: Crew
+    model: Any,
+    group_head: torch.nn.Linear,
+    batch: Batch,
+    *,
+    step: int,
+    options: TrainingOptions,
+    crew: Crew,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """This worker's part of a batch's weighted next-token loss and answer-group loss, in nats.
 
@@ -247,13 +257,24 @@ def losses(
 
     mine = slice(crew.rank, None, crew.size)  # rows
     ids, weights, groups = batch.ids[mine], batch.weights[mine, 1:], batch.groups[mine]
-    hidden = hidden_states(model, ids, dropout=dropout, dtype=torch.bfloat16)  # (B, T, H)
+    hidden = hidden_states(
+        model,
+        ids,
+        dropout=options.dropout if step < options.dropout_share * options.steps else 0.0,
+        dtype=torch.bfloat16,
+        early_layer=options.group_layer,
+        visible_from=batch.visible_from[mine],
+    )
     learned = weights > 0
-    embedding = model.model.embed_tokens.weight.to(hidden.dtype)  # tied
-    logits = functional.linear(hidden[:, :-1][learned], embedding).float()  # (N, V)
+    embedding = model.model.embed_tokens.weight.to(torch.bfloat16)  # tied
+    logits = functional.linear(hidden.final[:, :-1][learned], embedding).float()  # (N, V)
     nats = functional.cross_entropy(logits, ids[:, 1:][learned], reduction="none")
     asked = groups != IGNORED
-    group_nats = functional.cross_entropy(group_head(hidden[asked].float()), groups[asked], reduction="sum")
+    group_nats = functional.cross_entropy(
+        group_head(functional.rms_norm(hidden.early[asked], hidden.early.shape[2:])),
+        groups[asked],
+        reduction="sum",
+    )
     answer_loss = (nats * weights[learned]).sum() / batch.weights[:, 1:].sum()
     return answer_loss, group_nats / (batch.groups != IGNORED).sum()
 
