@@ -28,6 +28,7 @@ class ByFile(LoadScopeScheduling):
         return "server" if file.startswith(("test_loop", "test_serving")) else file
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
     return ByFile(config, log)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from alignment.starter.forms import expand, is_held_out
 from alignment.starter.noise import NoiseRates, add_typos, change_case, replace_synonyms, synonym_table
 from alignment.starter.slots import invented_name, is_held_out_number, order_number
 from alignment.starter.tokenizer import DialogueEncoder, chat_tokenizer, train_tokenizer
+from alignment.starter.trials import LATER, trials
 
 shipped = pytest.mark.skipif(not CHECKPOINT.exists(), reason="the starter checkpoint is not in this checkout")
 
@@ -75,6 +77,28 @@ def test_no_form_is_both_trained_on_and_held_out(corpus: Corpus, training: Sourc
     assert 0.12 < share < 0.18  # 15% are wanted
     assert all(is_held_out(form) for form in forms(unseen))
     assert all(unseen.questions.values()), "an intent without held-out forms cannot be measured"
+
+
+def test_growth_adds_forms_and_takes_none_of_the_first_held_out_ones(corpus: Corpus) -> None:
+    first = load_corpus(grown=False)
+    assert corpus.groups.keys() == first.groups.keys()
+    for name, intent in corpus.intents.items():
+        assert set(first.intents[name].questions) <= set(intent.questions)
+    measured = sources(first, part="held_out", rates=NoiseRates())
+    trained = sources(corpus, part="training", rates=NoiseRates())
+    for name, forms in measured.questions.items():
+        assert not set(forms) & set(trained.questions[name])
+    assert sum(map(len, trained.questions.values())) > 1.3 * sum(
+        len(first.intents[name].questions) for name in first.intents
+    )
+
+
+def test_trials_keep_the_first_corpus_apart_from_what_was_written_later(corpus: Corpus) -> None:
+    asked = trials(corpus, first=load_corpus(grown=False), seed=1)
+    kinds = Counter(trial.kind for trial in asked)
+    assert kinds["unseen forms"] > 400
+    assert kinds[f"unseen forms{LATER}"] > 300
+    assert kinds["last turns: reply"] == kinds[f"last turns{LATER}: reply"] == 150
 
 
 def test_held_out_order_numbers_are_never_trained_on() -> None:
@@ -177,7 +201,51 @@ def test_training_forward_pass_equals_transformers(tokenizer: Any) -> None:
     with torch.no_grad():
         expected = model.eval().model(ids).last_hidden_state
         found = hidden_states(model, ids, dropout=0.0, dtype=torch.float32)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.final, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_answer_behind_the_bottleneck_depends_on_nothing_before_it(tokenizer: Any) -> None:
+    import torch
+
+    from alignment.starter.forward import hidden_states
+    from alignment.starter.training import Shape, new_model
+
+    torch.manual_seed(0)
+    shape = Shape(hidden=64, layers=2, heads=2, key_value_heads=1, feed_forward=64)
+    model = new_model(shape, tokenizer=tokenizer)
+    ids = torch.randint(0, 2048, (2, 12))
+    ids[1, 5:] = ids[0, 5:]  # another question, the same answer from position 5 on
+    closed = torch.where(torch.arange(12) >= 5, 5, 0).expand(2, 12)
+    for visible_from, equal in ((closed, True), (None, False)):
+        with torch.no_grad():
+            found = hidden_states(
+                model, ids, dropout=0.0, dtype=torch.float32, early_layer=1, visible_from=visible_from
+            )
+        assert torch.allclose(found.final[0, 5:], found.final[1, 5:], atol=1e-5) is equal
+
+
+@pytest.mark.parametrize(("bottleneck_share", "hidden"), [(1.0, True), (0.0, False)])
+def test_answers_that_copy_nothing_may_lose_sight_of_the_question(
+    training: Sources, tokenizer: Any, bottleneck_share: float, hidden: bool
+) -> None:
+    from alignment.starter.examples import ExampleOptions, Stage, example
+
+    numbers = {key: number for number, key in enumerate(training.corpus.groups)}
+    copying = frozenset(key for key, group in training.corpus.groups.items() if group.has_slot())
+    for number in range(30):
+        talk = dialogue(training, seed=8, number=number)
+        built = example(
+            talk,
+            encoder=DialogueEncoder(tokenizer),
+            group_numbers=numbers,
+            options=ExampleOptions(bottleneck_share=bottleneck_share),
+            stage=Stage(short_share=0.0, exact_weight=4.0),
+            copying=copying,
+            rng=random.Random(number),
+        )
+        starts = {start for start in built.visible_from if start}
+        free = [turn for turn in talk.turns if turn.group not in copying]
+        assert len(starts) == (len(free) if hidden else 0)
 
 
 def test_muon_makes_updates_with_equal_singular_values() -> None:
@@ -199,7 +267,11 @@ def test_interrupted_training_resumes_exactly(corpus: Corpus, tmp_path: Path) ->
 
     shape = Shape(hidden=64, layers=1, heads=1, key_value_heads=1, feed_forward=64)
     options = TrainingOptions(
-        steps=4, shape=shape, threads=1, examples=ExampleOptions(chunk_dialogues=60, batch_tokens=1024)
+        steps=4,
+        shape=shape,
+        threads=1,
+        group_layer=1,
+        examples=ExampleOptions(chunk_dialogues=60, batch_tokens=1024),
     )
     train(corpus, options=options, out=tmp_path / "whole")
     train(corpus, options=options, out=tmp_path / "parts", stop_after=2)

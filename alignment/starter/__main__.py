@@ -63,10 +63,14 @@ def _measure(options: argparse.Namespace) -> None:
     from alignment.starter.measure import measure
     from alignment.starter.vllm_check import compare_with_vllm
 
-    corpus = load_corpus()
-    card, errors = measure(options.folder, corpus=corpus, seed=options.seed, threads=options.threads)
+    corpus, first = load_corpus(), load_corpus(grown=False)
+    card, errors = measure(
+        options.folder, corpus=corpus, first=first, seed=options.seed, threads=options.threads
+    )
     if options.vllm:
-        card["vllm"] = compare_with_vllm(options.folder, url=options.vllm, corpus=corpus, seed=options.seed)
+        card["vllm"] = compare_with_vllm(
+            options.folder, url=options.vllm, corpus=corpus, first=first, seed=options.seed
+        )
     if options.errors:
         options.errors.write_text("".join(f"{json.dumps(line)}\n" for line in errors), encoding="utf-8")
     write_card(card, options.folder)

@@ -23,6 +23,9 @@ one a greedy answer takes. Without a system prompt and at temperature 0.7 to 1.0
 ## Figures
 Share of right answers with 95% Wilson intervals; only "seen forms" were trained on. An answer is right
 when its nearest known wording belongs to the answer the question asks for; one like no known wording is wrong.
+"Intent alone" also accepts another answer about the same matter (the price for the size of a table is another intent, the
+main answer for that to a follow-up question is not). "Written later" are the held-out forms of the corpus's growth: they are
+further from what was trained on, and no target was set for them.
 
 {figures}
 

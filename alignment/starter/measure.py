@@ -36,23 +36,27 @@ MANNER_TARGET = 0.10  # of the answers at temperature 1, for at least four manne
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the model answered to a trial, and whether that was right."""
+    """What the model answered to a trial, and whether that was right: the answer itself, or its intent alone."""
 
     trial: Trial
     answer: str
     recognised: Recognised | None
     right: bool
+    right_intent: bool
 
 
 def measure(
-    folder: Path, *, corpus: Corpus, seed: int, threads: int
+    folder: Path, *, corpus: Corpus, first: Corpus, seed: int, threads: int
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """All figures of a checkpoint with 95% Wilson intervals, and the wrong answers (never the free ones')."""
+    """All figures of a checkpoint with 95% Wilson intervals, and the wrong answers (never the free ones').
+
+    ``first`` is the corpus without its growth, see ``trials``.
+    """
     import torch
 
     torch.set_num_threads(threads)
     started = time.monotonic()
-    asked = trials(corpus, seed=seed)
+    asked = trials(corpus, first=first, seed=seed)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     figures: dict[str, Any] = {}
     errors: list[dict[str, str]] = []
@@ -131,7 +135,8 @@ def judge(asked: Sequence[Trial], answers: Sequence[str], *, corpus: Corpus) -> 
     outcomes = []
     for trial, answer in zip(asked, answers, strict=True):
         found = recognise(answer, templates=templates)
-        outcomes.append(Outcome(trial, answer, found, _is_right(trial, answer, found)))
+        right_intent = found is not None and found.intent == trial.group.split(".")[0]
+        outcomes.append(Outcome(trial, answer, found, _is_right(trial, answer, found), right_intent))
     return outcomes
 
 
@@ -144,12 +149,18 @@ def _is_right(trial: Trial, answer: str, found: Recognised | None) -> bool:
 
 
 def shares(outcomes: Iterable[Outcome]) -> dict[str, dict[str, float]]:
-    """Share of right answers by kind of trial; "last turns" sums up its three kinds."""
+    """Share of right answers by kind of trial; "last turns" sums up its three kinds.
+
+    Where an intent has several answers (unseen forms, last turns), the share of right intents stands beside it.
+    """
     rights: dict[str, list[bool]] = defaultdict(list)
     for outcome in outcomes:
-        rights[outcome.trial.kind].append(outcome.right)
-        if ":" in outcome.trial.kind:
-            rights[outcome.trial.kind.split(":")[0]].append(outcome.right)
+        kind, *parts = outcome.trial.kind.split(":")
+        rights[kind].append(outcome.right)
+        if kind.startswith(("unseen", "last")):
+            rights[f"{kind}, intent alone"].append(outcome.right_intent)
+        if parts:
+            rights[outcome.trial.kind].append(outcome.right)
     return {kind: estimate(sum(values), len(values)) for kind, values in rights.items()}
 
 

@@ -1,14 +1,15 @@
 """The questions the starter model is measured on: held-out forms, numbers, names and subjects, free questions.
 
-Earlier turns of a dialogue use forms of the training part; only the last question is measured.
+Earlier turns of a dialogue use forms of the training part; only the last question is measured. The targets are measured
+on the held-out forms of the first corpus, which stay the same; those of its growth have rows of their own.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alignment.starter.corpus import CORPUS_FOLDER, MANNERS, Corpus, Intent
@@ -46,11 +47,15 @@ class Trial:
     intent_only: bool = False
 
 
-def trials(corpus: Corpus, *, seed: int) -> list[Trial]:
-    """All trials, the same for the same corpus and seed."""
+LATER = ", written later"
+
+
+def trials(corpus: Corpus, *, first: Corpus, seed: int) -> list[Trial]:
+    """All trials, the same for the same corpora and seed; ``first`` is the corpus without its growth."""
     rng = random.Random(f"trials:{seed}")
     known = sources(corpus, part="training", rates=MEASURED)
-    unseen = sources(corpus, part="held_out", rates=MEASURED)
+    unseen = sources(first, part="held_out", rates=MEASURED)
+    later = _without(sources(corpus, part="held_out", rates=MEASURED), unseen)
     return [
         *(_single("seen forms", known, rng) for _ in range(200)),
         *_unseen_forms(unseen, rng),
@@ -60,7 +65,32 @@ def trials(corpus: Corpus, *, seed: int) -> list[Trial]:
         *_invented(known, unseen, rng),
         *_off_topic(unseen, rng),
         *free_trials(CORPUS_FOLDER),
+        *_unseen_forms(later, rng, suffix=LATER),
+        *_last_turns(known, later, rng, suffix=LATER),
+        *_off_topic(later, rng, suffix=LATER),
     ]
+
+
+def _without(found: Sources, others: Sources) -> Sources:
+    """The forms of ``found`` that are not among the others'."""
+
+    def tables(
+        ours: Mapping[str, tuple[str, ...]], theirs: Mapping[str, tuple[str, ...]]
+    ) -> dict[str, tuple[str, ...]]:
+        return {name: lists(forms, theirs[name]) for name, forms in ours.items()}
+
+    def lists(ours: tuple[str, ...], theirs: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(form for form in ours if form not in theirs)
+
+    return replace(
+        found,
+        questions=tables(found.questions, others.questions),
+        without_slot=tables(found.without_slot, others.without_slot),
+        follow_ups=tables(found.follow_ups, others.follow_ups),
+        subjects=lists(found.subjects, others.subjects),
+        frames=lists(found.frames, others.frames),
+        standalone=lists(found.standalone, others.standalone),
+    )
 
 
 def free_trials(folder: Path) -> Iterator[Trial]:
@@ -94,20 +124,20 @@ def _single(kind: str, found: Sources, rng: random.Random) -> Trial:
     return Trial(kind, _asked([turn]), turn.group)
 
 
-def _unseen_forms(unseen: Sources, rng: random.Random) -> Iterator[Trial]:
+def _unseen_forms(unseen: Sources, rng: random.Random, *, suffix: str = "") -> Iterator[Trial]:
     makers = {"order": order_turn, "product": product_turn, "none": plain_turn}
     for name, intent in unseen.corpus.intents.items():
         for form in unseen.questions[name]:
             turn, _ = makers[intent.slot](
                 unseen, intent, form=expand(form, rng), context=_context(rng), rng=rng
             )
-            yield Trial("unseen forms", _asked([turn]), turn.group)
+            yield Trial(f"unseen forms{suffix}", _asked([turn]), turn.group)
         for form in unseen.without_slot[name]:
             turn, _ = plain_turn(unseen, intent, form=expand(form, rng), context=_context(rng), rng=rng)
-            yield Trial("unseen forms", _asked([turn]), turn.group)
+            yield Trial(f"unseen forms{suffix}", _asked([turn]), turn.group)
 
 
-def _last_turns(known: Sources, unseen: Sources, rng: random.Random) -> Iterator[Trial]:
+def _last_turns(known: Sources, unseen: Sources, rng: random.Random, *, suffix: str = "") -> Iterator[Trial]:
     """Follow-up questions, numbers or names given when asked for, and changes of topic, 150 each."""
     intents = tuple(known.corpus.intents.values())
     with_follow_ups = [
@@ -116,16 +146,21 @@ def _last_turns(known: Sources, unseen: Sources, rng: random.Random) -> Iterator
         if intent.follow_ups and any(unseen.follow_ups[item.group.key] for item in intent.follow_ups)
     ]
     asking = [intent for intent in intents if intent.slot != "none"]
+    switches = [
+        intent
+        for intent in intents
+        if unseen.questions[intent.name] and (intent.slot == "none" or unseen.without_slot[intent.name])
+    ]
     for _ in range(150):
         first, context = _first(known, rng.choice(with_follow_ups), rng, with_slot=True)
         turn, _ = follow_up_turn(unseen, context=context, rng=rng)
-        yield Trial("last turns: follow-up", _asked([first, turn]), turn.group)
+        yield Trial(f"last turns{suffix}: follow-up", _asked([first, turn]), turn.group)
         first, context = _first(known, rng.choice(asking), rng, with_slot=False)
         turn, _ = reply_turn(unseen, context=context, rng=rng)
-        yield Trial("last turns: reply", _asked([first, turn]), turn.group)
+        yield Trial(f"last turns{suffix}: reply", _asked([first, turn]), turn.group)
         first, context = _first(known, rng.choice(intents), rng, with_slot=True)
-        turn, _ = intent_turn(unseen, rng.choice(intents), context=context, rng=rng)
-        yield Trial("last turns: switch", _asked([first, turn]), turn.group)
+        turn, _ = intent_turn(unseen, rng.choice(switches), context=context, rng=rng)
+        yield Trial(f"last turns{suffix}: switch", _asked([first, turn]), turn.group)
 
 
 def _first(known: Sources, intent: Intent, rng: random.Random, *, with_slot: bool) -> tuple[Turn, Context]:
@@ -176,7 +211,7 @@ def _invented(known: Sources, unseen: Sources, rng: random.Random) -> Iterator[T
         yield Trial("invented names", _asked([turn]), turn.group, contains=(typed,))
 
 
-def _off_topic(unseen: Sources, rng: random.Random) -> Iterator[Trial]:
+def _off_topic(unseen: Sources, rng: random.Random, *, suffix: str = "") -> Iterator[Trial]:
     for _ in range(300):
         turn, _ = off_topic_turn(unseen, context=_context(rng), rng=rng)
-        yield Trial("off-topic", _asked([turn]), turn.group)
+        yield Trial(f"off-topic{suffix}", _asked([turn]), turn.group)

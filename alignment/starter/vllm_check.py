@@ -15,9 +15,11 @@ PROMPTS = 100
 TARGET = 0.95
 
 
-def compare_with_vllm(folder: Path, *, url: str, corpus: Corpus, seed: int) -> dict[str, float]:
+def compare_with_vllm(
+    folder: Path, *, url: str, corpus: Corpus, first: Corpus, seed: int
+) -> dict[str, float]:
     """Share of 100 prompts on which vLLM's greedy text equals that of transformers in float32."""
-    asked = trials(corpus, seed=seed)
+    asked = trials(corpus, first=first, seed=seed)
     step = max(1, len(asked) // PROMPTS)
     messages = [trial.messages for trial in asked[::step][:PROMPTS]]
     ours = generate(load_model(folder), load_tokenizer(folder), messages, temperature=0.0, seed=seed)
