@@ -1,4 +1,4 @@
-"""The judgement of a canary: valid at every look, quick when it is twice as bad, and hard stops that fire when they should."""
+"""The judgement of a canary: valid at every look, quick when it is twice as bad; hard stops fire when they should."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ CONFIG = CanaryConfig()
 
 
 def arms(canary: int, canary_bad: int, stable: int, stable_bad: int, share: float = 0.1) -> Arms:
-    return Arms(
-        share=share, canary=canary, canary_bad=canary_bad, stable=stable, stable_bad=stable_bad
-    )
+    return Arms(share=share, canary=canary, canary_bad=canary_bad, stable=stable, stable_bad=stable_bad)
 
 
 # -- evidence ---------------------------------------------------------------------------------------------

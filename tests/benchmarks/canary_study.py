@@ -1,6 +1,6 @@
-"""How often is a canary taken back that is no worse, and how soon one that is? Simulated canaries, looked at without a pause.
+"""How often is a canary taken back that is no worse, and how soon one that is? Simulated canaries, always looked at.
 
-Each canary sees up to 20,000 conversations; each is drawn into the canary with its share and is negative with its arm's rate.
+Each canary sees up to 20,000 conversations; each is drawn into it with its share, and negative at its arm's rate.
 The evidence is read after every conversation. It only falls with a good conversation of the canary and a bad one of stable,
 so its highest values lie just before those and at the end: reading it there is reading it everywhere.
 
