@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from alignment.ppo_config import PPO_LIMITS, PpoConfig
 from alignment.training_config import DpoConfig, KtoConfig, RewardConfig
 from storage.errors import InvalidField
+from storage.outcomes import HAND_OVER_PHRASES
 from storage.records import Json
 
 WantedMethod = Literal["auto", "dpo", "ppo", "kto"]
@@ -114,15 +115,7 @@ class EvaluationConfig:
     """Pairs of answers kept for the operator, the most different ones first."""
     golden_file: str = ""
     """TOML of questions with what a right answer must mention. "" takes the starter's for the starter model."""
-    hand_over_phrases: tuple[str, ...] = (
-        r"a (human |kind |dear |friendly )?colleague",
-        r"hand(ing)? (you|this|it|the conversation) over",
-        r"(our|a) (support )?team( member)? (takes|will|now)",
-        r"(a|real|another) (person|human)( of| from)? (our|takes|will)",
-        r"passing (you|this|it)",
-        r"担当者",
-        r"おつなぎ",
-    )
+    hand_over_phrases: tuple[str, ...] = HAND_OVER_PHRASES
     """Regular expressions (any case) that tell an answer which gives the customer to a person."""
 
 

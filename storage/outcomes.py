@@ -22,6 +22,17 @@ Negative = Literal["down", "lost", "corrected", "rewritten", "handed_over"]
 CONCLUDED_AFTER_S = 1800.0
 """Half an hour without a new visit is where web analytics end a session; feedback comes while the answer is in view."""
 
+HAND_OVER_PHRASES: tuple[str, ...] = (
+    r"a (human |kind |dear |friendly )?colleague",
+    r"hand(ing)? (you|this|it|the conversation) over",
+    r"(our|a) (support )?team( member)? (takes|will|now)",
+    r"(a|real|another) (person|human)( of| from)? (our|takes|will)",
+    r"passing (you|this|it)",
+    r"担当者",
+    r"おつなぎ",
+)
+"""Regular expressions (any case) that tell an answer which gives the customer to a person."""
+
 # A turn is recorded when it ends; it was drawn when it began.
 _DRAWN = """WITH firsts AS (
         SELECT conversation_id, min(seq) AS seq FROM turns
@@ -83,7 +94,7 @@ def outcomes(
     began_at: float,
     after: float,
     until: float,
-    hand_over: Iterable[str] = (),
+    hand_over: Iterable[str] = HAND_OVER_PHRASES,
     wait_s: float = CONCLUDED_AFTER_S,
 ) -> list[Outcome]:
     """Return the conversations that concluded after `after` and up to `until`, in that order.

@@ -19,6 +19,7 @@ from fastapi.responses import RedirectResponse, Response
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Mount
 
+from assistant.canary_watch import WATCH_S, CanaryWatch
 from assistant.web.errors import add_error_handlers
 from assistant.web.feedback_api import FeedbackApi
 from assistant.web.guard import Guard, person_id_of
@@ -109,13 +110,17 @@ def _lifespan(services: Services) -> Callable[[FastAPI], Any]:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        watching = asyncio.create_task(_watch(services), name="release.watch")
+        watching = [
+            asyncio.create_task(_watch(services), name="release.watch"),
+            asyncio.create_task(_watch_canary(CanaryWatch(services.store)), name="canary.watch"),
+        ]
         try:
             yield
         finally:
-            watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await watching
+            for task in watching:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
             await services.engine.close()
 
     return lifespan
@@ -129,3 +134,13 @@ async def _watch(services: Services) -> None:
         except Exception:
             log.exception("watching what should be served failed; it starts again")
         await asyncio.sleep(WATCH_AGAIN_S)
+
+
+async def _watch_canary(watch: CanaryWatch) -> None:
+    """Judge the canary again and again; its rollback is a row, which `release.watch` follows."""
+    while True:
+        try:
+            await asyncio.to_thread(watch.look)
+        except Exception:
+            log.exception("judging the canary failed; it is tried again")
+        await asyncio.sleep(WATCH_S)

@@ -1,0 +1,117 @@
+"""Watches the canary that is served: reads what concluded, judges it, keeps the verdict, and takes a failed one back.
+
+The counts stay in this process and only what concluded since the last look is read; after a restart everything is read once.
+Deliberately absent: promotion, which is a person's, and the stops on single requests (`canary_stops.hard_stops`), which need
+what never reached storage.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, replace
+
+from assistant.canary import CanaryConfig, Status, Verdict, judge
+from assistant.canary_evidence import Arms
+from assistant.canary_stops import length_outside, refusals_outside
+from assistant.release import rollback
+from storage import deployments, outcomes, settings
+from storage.outcomes import Outcome
+from storage.people import SYSTEM
+from storage.records import Deployment, Json, Served, now
+from storage.store import Store
+from storage.tables import Setting
+
+log = logging.getLogger("kotae.canary")
+
+VERDICT = "canary_verdict"
+"""The setting that keeps the last verdict: `{"policy_id", "status", "reasons", "evidence", "at"}`."""
+WATCH_S = 10.0
+
+
+class CanaryWatch:
+    """Judges the canary of one data folder; `look` is safe to call at any time."""
+
+    def __init__(self, store: Store, config: CanaryConfig | None = None) -> None:
+        self.store = store
+        self.config = config or CanaryConfig()
+        self._stages: list[Deployment] = []
+        self._arms: list[Arms] = []
+        self._hand_overs: list[Arms] = []
+        self._lengths: tuple[list[int], list[int]] = ([], [])
+        self._read_until = 0.0
+
+    def look(self, *, at: float | None = None) -> Verdict | None:
+        """Judge the canary by what concluded up to `at` (now); None without a canary. A failed one is taken back."""
+        served = deployments.served(self.store)
+        if served is None or served.canary is None:
+            return None
+        self._count(served, served.canary, now() if at is None else at)
+        stops = [
+            *length_outside(*self._lengths, self.config),
+            *refusals_outside(self._hand_overs, self.config),
+        ]
+        verdict = judge(self._arms, stops=stops, config=self.config)
+        self._keep(served.canary.policy_id, verdict)
+        if verdict.status == "Failed":
+            log.error("canary %s failed: %s", served.canary.policy_id, verdict.reasons[0])
+            rollback(self.store, actor=SYSTEM, reason=f"canary failed: {'; '.join(verdict.reasons)}")
+        return verdict
+
+    def _count(self, served: Served, canary: Deployment, until: float) -> None:
+        """Add what concluded since the last look; a canary that is new here starts from nothing."""
+        stages = stages_of(deployments.deployments_of(self.store, canary.policy_id))
+        if not self._stages or stages[0].id != self._stages[0].id:
+            self._arms, self._hand_overs, self._lengths, self._read_until = [], [], ([], []), 0.0
+        fresh = [Arms(share=stage.share) for stage in stages[len(self._arms) :]]
+        self._arms, self._hand_overs = self._arms + fresh, self._hand_overs + fresh
+        self._stages = stages
+        for outcome in outcomes.outcomes(
+            self.store,
+            canary_id=canary.policy_id,
+            stable_id=served.stable.policy_id,
+            began_at=stages[0].created_at,
+            after=self._read_until,
+            until=until,
+        ):
+            self._add(outcome, is_canary=outcome.policy_id == canary.policy_id)
+        self._read_until = until
+
+    def _add(self, outcome: Outcome, *, is_canary: bool) -> None:
+        """Count a conversation at the share that it was drawn with."""
+        number = sum(stage.created_at <= outcome.began_at for stage in self._stages) - 1
+        for counts, bad in (
+            (self._arms, bool(outcome.negative)),
+            (self._hand_overs, "handed_over" in outcome.negative),
+        ):
+            arms = counts[number]
+            if is_canary:
+                counts[number] = replace(arms, canary=arms.canary + 1, canary_bad=arms.canary_bad + bad)
+            else:
+                counts[number] = replace(arms, stable=arms.stable + 1, stable_bad=arms.stable_bad + bad)
+        self._lengths[0 if is_canary else 1].append(outcome.tokens)
+
+    def _keep(self, policy_id: str, verdict: Verdict) -> None:
+        """Keep the verdict; the audit log tells of each change of its status."""
+        before = settings.get(self.store, VERDICT, {})
+        value = {"policy_id": policy_id, **asdict(verdict), "reasons": list(verdict.reasons)}
+        if {**before, "at": None} == {**value, "at": None}:
+            return
+        is_news = (before.get("policy_id"), before.get("status")) != (policy_id, verdict.status)
+        with self.store.transaction(SYSTEM, audited=is_news) as changes:
+            changes.replace_key(Setting(key=VERDICT, value={**value, "at": now()}, changed_at=now()), "key")
+            if is_news:
+                changes.audit("canary.judged", policy_id, status=verdict.status, **asdict(verdict.evidence))
+
+
+def stages_of(rows: list[Deployment]) -> list[Deployment]:
+    """Return the rows of the policy's present stay as a canary, oldest first, from all its rows."""
+    stages: list[Deployment] = []
+    for row in rows:
+        stages = [*stages, row] if row.role == "canary" else []
+    return stages
+
+
+def last_verdict(store: Store, policy_id: str) -> tuple[Status, list[str]] | None:
+    """Return status and reasons of the policy's last verdict; None when there is none."""
+    kept: Json = settings.get(store, VERDICT, {})
+    return (kept["status"], kept["reasons"]) if kept.get("policy_id") == policy_id else None

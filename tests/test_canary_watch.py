@@ -1,0 +1,76 @@
+"""A canary that does worse is taken back without anybody asking, with the reason in the audit log; a good one stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from assistant.canary_watch import CanaryWatch, last_verdict
+from storage import audit, deployments, feedback
+from storage.records import AuditEvent, now
+from storage_fixtures import World, add_candidate, approve, deploy, make_world, record, start_conversation
+
+LATER = 1800.0 + 60
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return make_world(tmp_path / "data")
+
+
+def talk(world: World, *, canary: int, canary_bad: int, stable: int) -> None:
+    """Let so many conversations be answered by the canary, `canary_bad` of them badly, and by stable."""
+    served = deployments.served(world.store)
+    assert served is not None
+    assert served.canary is not None
+    for number in range(canary + stable):
+        row = served.canary if number < canary else served.stable
+        turn = record(
+            world, start_conversation(world), policy_id=row.policy_id, deployment_id=row.id, total_s=0.0
+        )
+        if number < canary_bad:
+            feedback.rate(world.store, turn_id=turn.id, person_id=world.staff.id, verdict="down")
+
+
+def start_canary(world: World) -> str:
+    policy = add_candidate(world)
+    approve(world, policy)
+    deploy(world, policy, "canary", share=0.25)
+    return policy.id
+
+
+def test_without_a_canary_there_is_nothing_to_judge(world: World) -> None:
+    assert CanaryWatch(world.store).look() is None
+
+
+def test_a_bad_canary_is_taken_back_and_the_audit_log_says_why(world: World) -> None:
+    policy_id = start_canary(world)
+    watch = CanaryWatch(world.store)
+    talk(world, canary=10, canary_bad=9, stable=20)
+    assert watch.look().status == "Inconclusive"  # type: ignore[union-attr]  # nothing has concluded yet
+    verdict = watch.look(at=now() + LATER)
+    assert verdict is not None
+    assert verdict.status == "Failed"
+    served = deployments.served(world.store)
+    assert served is not None
+    assert served.canary is None
+    row = deployments.history(world.store, 1)[0]
+    assert (row.policy_id, row.role, row.actor) == (policy_id, "retired", "system")
+    assert "9 of 10 conversations" in row.reason
+    assert last_verdict(world.store, policy_id) == ("Failed", list(verdict.reasons))
+    judged = world.store.all(AuditEvent, "action = 'canary.judged'", order="seq")
+    assert [event.detail["status"] for event in judged] == ["Inconclusive", "Failed"]
+    assert audit.verify(world.store).ok
+
+
+def test_a_good_canary_stays_and_a_restart_counts_the_same(world: World) -> None:
+    policy_id = start_canary(world)
+    watch = CanaryWatch(world.store)
+    talk(world, canary=10, canary_bad=0, stable=20)
+    first = watch.look(at=now() + LATER)
+    assert first is not None
+    assert (first.status, first.evidence.canary, first.evidence.stable) == ("Inconclusive", 10, 20)
+    assert watch.look(at=now() + LATER + 10) == first
+    assert CanaryWatch(world.store).look(at=now() + LATER) == first
+    assert deployments.served(world.store).canary.policy_id == policy_id  # type: ignore[union-attr]
