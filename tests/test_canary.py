@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -165,3 +166,16 @@ def test_hand_overs_outside_the_band_stop() -> None:
     assert refusals_outside([arms(200, 20, 1800, 180)], CONFIG) == []
     assert "hands over" in refusals_outside([arms(200, 80, 1800, 180)], CONFIG)[0]
     assert "hands over" in refusals_outside([arms(400, 0, 3600, 720)], CONFIG)[0]
+
+
+# -- the document -----------------------------------------------------------------------------------------
+
+
+def test_the_document_shows_what_the_study_measured() -> None:
+    root = Path(__file__).parent.parent
+    document = (root / "docs" / "canary.md").read_text()
+    for row in json.loads((root / "tests/benchmarks/canary_study.json").read_text())["cells"]:
+        shown = f"| {row['base']:.0%} | {row['ratio']:g} | {row['share']:.0%} | {row['taken_back'] / row['canaries']:.2%} |"
+        assert shown in document
+        if row["median"] is not None:
+            assert f" | {row['median']:.0f} | " in document[document.index(shown) :].splitlines()[0]
