@@ -1,8 +1,7 @@
 """Watches the canary that is served: reads what concluded, judges it, keeps the verdict, and takes a failed one back.
 
 The counts stay in this process and only what concluded since the last look is read; after a restart everything is read once.
-Deliberately absent: promotion, which is a person's, and the stops on single requests (`canary_stops.hard_stops`), which need
-what never reached storage.
+Deliberately absent: promotion, which is a person's, and requests that failed before their first token: they leave no row.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from dataclasses import asdict, replace
 
 from assistant.canary import CanaryConfig, Status, Verdict, judge
 from assistant.canary_evidence import Arms
-from assistant.canary_stops import length_outside, refusals_outside
+from assistant.canary_stops import Event, Seen, hard_stops, length_outside, refusals_outside
 from assistant.release import rollback
 from storage import deployments, outcomes, settings
-from storage.outcomes import Outcome
+from storage.outcomes import Answered, Outcome
 from storage.people import SYSTEM
 from storage.records import Deployment, Json, Served, now
 from storage.store import Store
@@ -39,14 +38,18 @@ class CanaryWatch:
         self._hand_overs: list[Arms] = []
         self._lengths: tuple[list[int], list[int]] = ([], [])
         self._read_until = 0.0
+        self._seen: list[Seen] = []
+        self._seen_seq = 0
 
     def look(self, *, at: float | None = None) -> Verdict | None:
         """Judge the canary by what concluded up to `at` (now); None without a canary. A failed one is taken back."""
         served = deployments.served(self.store)
         if served is None or served.canary is None:
             return None
-        self._count(served, served.canary, now() if at is None else at)
+        at = now() if at is None else at
+        self._count(served, served.canary, at)
         stops = [
+            *hard_stops(self._seen, now=at, config=self.config),
             *length_outside(*self._lengths, self.config),
             *refusals_outside(self._hand_overs, self.config),
         ]
@@ -62,6 +65,7 @@ class CanaryWatch:
         stages = stages_of(deployments.deployments_of(self.store, canary.policy_id))
         if not self._stages or stages[0].id != self._stages[0].id:
             self._arms, self._hand_overs, self._lengths, self._read_until = [], [], ([], []), 0.0
+            self._seen, self._seen_seq = [], 0
         fresh = [Arms(share=stage.share) for stage in stages[len(self._arms) :]]
         self._arms, self._hand_overs = self._arms + fresh, self._hand_overs + fresh
         self._stages = stages
@@ -75,6 +79,12 @@ class CanaryWatch:
         ):
             self._add(outcome, is_canary=outcome.policy_id == canary.policy_id)
         self._read_until = until
+        policy_ids = (canary.policy_id, served.stable.policy_id)
+        for answer in outcomes.answers_after(
+            self.store, self._seen_seq, policy_ids=policy_ids, began_at=stages[0].created_at
+        ):
+            self._seen.append(seen_of(answer, is_canary=answer.policy_id == canary.policy_id))
+            self._seen_seq = answer.seq
 
     def _add(self, outcome: Outcome, *, is_canary: bool) -> None:
         """Count a conversation at the share that it was drawn with."""
@@ -101,6 +111,16 @@ class CanaryWatch:
             changes.replace_key(Setting(key=VERDICT, value={**value, "at": now()}, changed_at=now()), "key")
             if is_news:
                 changes.audit("canary.judged", policy_id, status=verdict.status, **asdict(verdict.evidence))
+
+
+def seen_of(answer: Answered, *, is_canary: bool) -> Seen:
+    """Return a recorded answer as the stops see it; one that a person stopped is no failure."""
+    event: Event = "answer"
+    if answer.finish_reason == "error":
+        event = "error"
+    elif answer.is_empty and answer.finish_reason != "cancelled":
+        event = "empty"
+    return Seen(at=answer.created_at, canary=is_canary, event=event, total_s=answer.total_s)
 
 
 def stages_of(rows: list[Deployment]) -> list[Deployment]:

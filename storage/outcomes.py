@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from storage.records import FinishReason
 from storage.store import Store
 
 Negative = Literal["down", "lost", "corrected", "rewritten", "handed_over"]
@@ -122,6 +123,28 @@ def outcomes(
             if any(phrase.search(row["answer"]) for phrase in phrases):
                 negative[row["first_id"]].add("handed_over")
     return [Outcome(negative=frozenset(negative[row.pop("id")]), **row) for row in found]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """One recorded answer; `seq` is where to read on."""
+
+    seq: int
+    policy_id: str
+    created_at: float
+    finish_reason: FinishReason
+    is_empty: bool
+    total_s: float
+
+
+def answers_after(store: Store, seq: int, *, policy_ids: tuple[str, str], began_at: float) -> list[Answered]:
+    """Return the answers of two policies recorded after `seq` since `began_at`, oldest first."""
+    sql = """SELECT seq, policy_id, created_at, finish_reason, trim(answer) = '' AS is_empty, total_s FROM turns
+        WHERE seq > ? AND created_at >= ? AND policy_id IN (?, ?) ORDER BY seq"""
+    return [
+        Answered(**{**row, "is_empty": bool(row["is_empty"])})
+        for row in store.rows(sql, [seq, began_at, *policy_ids])
+    ]
 
 
 def _rows(store: Store, sql: str, params: dict[str, Any]) -> list[dict[str, Any]]:

@@ -74,3 +74,28 @@ def test_a_good_canary_stays_and_a_restart_counts_the_same(world: World) -> None
     assert watch.look(at=now() + LATER + 10) == first
     assert CanaryWatch(world.store).look(at=now() + LATER) == first
     assert deployments.served(world.store).canary.policy_id == policy_id  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"answer": ""}, "were empty"),
+        ({"finish_reason": "error"}, "requests failed"),
+        ({"total_s": 0.8}, "times"),
+    ],
+)
+def test_a_hard_stop_needs_no_feedback_and_no_waiting(
+    world: World, changes: dict[str, object], word: str
+) -> None:
+    start_canary(world)
+    served = deployments.served(world.store)
+    assert served is not None
+    assert served.canary is not None
+    conversation = start_conversation(world)
+    for row, more in ((served.stable, {}), (served.stable, {}), (served.canary, changes)) * 60:
+        fields = {"policy_id": row.policy_id, "deployment_id": row.id, **more}
+        record(world, conversation, **fields)
+    verdict = CanaryWatch(world.store).look()
+    assert verdict is not None
+    assert verdict.status == "Failed"
+    assert word in verdict.reasons[0]
