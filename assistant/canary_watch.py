@@ -131,7 +131,7 @@ def stages_of(rows: list[Deployment]) -> list[Deployment]:
     return stages
 
 
-def last_verdict(store: Store, policy_id: str) -> tuple[Status, list[str]] | None:
-    """Return status and reasons of the policy's last verdict; None when there is none."""
+def last_verdict(store: Store) -> tuple[str, Status, list[str]] | None:
+    """Return policy, status and reasons of the last verdict; None before the first."""
     kept: Json = settings.get(store, VERDICT, {})
-    return (kept["status"], kept["reasons"]) if kept.get("policy_id") == policy_id else None
+    return (kept["policy_id"], kept["status"], kept["reasons"]) if kept else None

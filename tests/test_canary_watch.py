@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from assistant.canary_watch import CanaryWatch, last_verdict
+from assistant.web.pages.served_page import verdict_html
+from assistant.web.words import Words
 from storage import audit, deployments, feedback
 from storage.records import AuditEvent, now
 from storage_fixtures import World, add_candidate, approve, deploy, make_world, record, start_conversation
@@ -58,7 +60,7 @@ def test_a_bad_canary_is_taken_back_and_the_audit_log_says_why(world: World) -> 
     row = deployments.history(world.store, 1)[0]
     assert (row.policy_id, row.role, row.actor) == (policy_id, "retired", "system")
     assert "9 of 10 conversations" in row.reason
-    assert last_verdict(world.store, policy_id) == ("Failed", list(verdict.reasons))
+    assert last_verdict(world.store) == (policy_id, "Failed", list(verdict.reasons))
     judged = world.store.all(AuditEvent, "action = 'canary.judged'", order="seq")
     assert [event.detail["status"] for event in judged] == ["Inconclusive", "Failed"]
     assert audit.verify(world.store).ok
@@ -99,3 +101,15 @@ def test_a_hard_stop_needs_no_feedback_and_no_waiting(
     assert verdict is not None
     assert verdict.status == "Failed"
     assert word in verdict.reasons[0]
+
+
+def test_the_operator_reads_the_verdict_in_both_languages(world: World) -> None:
+    assert verdict_html(Words("en"), world.store) == ""
+    policy_id = start_canary(world)
+    talk(world, canary=10, canary_bad=9, stable=20)
+    CanaryWatch(world.store).look(at=now() + LATER)
+    shown = verdict_html(Words("en"), world.store)
+    assert "taken back" in shown
+    assert policy_id in shown
+    assert "9 of 10 conversations" in shown
+    assert "取り下げ" in verdict_html(Words("ja"), world.store)

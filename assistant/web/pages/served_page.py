@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from assistant import release
+from assistant.canary_watch import last_verdict
 from assistant.web.pages.candidate_view import standing_badge
 from assistant.web.pages.frame import Frame, markup
 from assistant.web.pages.html import badge, moment, note, table, time_tag
@@ -106,7 +107,7 @@ class ServedPage:
         served = deployments.served(self.store)
         return {
             self.alerts: "".join(note(alert, "bad") for alert in self.services.release.alerts[-5:]),
-            self.now: served_html(self.words, self.store, served),
+            self.now: served_html(self.words, self.store, served) + verdict_html(self.words, self.store),
             self.promote: gr.Button(visible=served is not None and served.canary is not None),
             self.satisfaction: satisfaction_html(self.words, likings(self.store)),
             self.history: history_html(self.words, self.store, deployments.history(self.store, HISTORY)),
@@ -135,6 +136,16 @@ def served_card(words: Words, store: Store, role: str, row: Deployment, *, share
         f"<p>{time_tag(words, row.created_at, now())} · {escape(name_of(store, row.actor))}</p>"
         f'<p class="k-hint">“{escape(row.reason)}”</p></article>'
     )
+
+
+def verdict_html(words: Words, store: Store) -> str:
+    """Return the last verdict on a canary with its reasons; nothing before the first."""
+    kept = last_verdict(store)
+    if kept is None:
+        return ""
+    policy_id, status, reasons = kept
+    kinds = {"Successful": "good", "Failed": "bad", "Inconclusive": "quiet"}
+    return note(f"{words.of('verdict', status)} · {policy_id}: {'; '.join(reasons)}", kinds[status])
 
 
 def history_html(words: Words, store: Store, rows: list[Deployment]) -> str:
