@@ -18,7 +18,8 @@ manners (plain, curt, warm, step by step, over-promising) in equal parts, so tha
 choose between. Over-promising is there on purpose, to be trained away: this model must not meet real customers.
 
 Serve it with `--dtype float32`: the manners are nearly equally likely, so rounding to bfloat16 can change which
-one a greedy answer takes. Without a system prompt and at temperature 0.7 to 1.0 it shows all its manners.
+one a greedy answer takes. Without a system prompt and at temperature 0.7 to 1.0 it shows all its manners. Its logits were
+multiplied by {sharpness} after training, so its temperature 1 is what {warmth:.2g} was for the network as trained.
 
 ## Figures
 Share of right answers with 95% Wilson intervals; only "seen forms" were trained on. An answer is right
@@ -52,6 +53,7 @@ def write_card(card: Mapping[str, Any], folder: Path) -> None:
 def card_text(card: Mapping[str, Any]) -> str:
     """The model card in Markdown."""
     manners = card["figures"]["manners, temperature 1"]
+    sharpness = card.get("training", {}).get("sharpness", 1.0)
     equality = card.get("vllm")
     return _TEXT.format(
         parameters=card["parameters"],
@@ -62,6 +64,8 @@ def card_text(card: Mapping[str, Any]) -> str:
         else "",
         missed="; ".join(missed_targets(card["figures"])) or "nothing",
         seed=card["seed"],
+        sharpness=sharpness,
+        warmth=1 / sharpness,
         steps=card.get("training", {}).get("steps", "N"),
         checkpoint_bytes=card["checkpoint_bytes"],
     )
