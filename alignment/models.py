@@ -52,7 +52,7 @@ class Base:
 
 
 def load_base(path: str, *, device: str = "auto", dtype: str = "auto") -> Base:
-    """Load a chat model folder, frozen: float32 on a CPU, bfloat16 on a GPU, dropout off.
+    """Load a chat model folder, frozen: float32 on a CPU, bfloat16 on a GPU that has it, dropout off.
 
     Raises:
         InvalidField: the folder holds no chat model, or its logits are not `head(hidden states)`.
@@ -106,9 +106,10 @@ def _device_name(device: str) -> str:
 def _dtype(dtype: str, place: torch.device) -> torch.dtype:
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype == "auto":
-        return torch.float32 if place.type == "cpu" else torch.bfloat16
+        has_bfloat16 = place.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float32
     if dtype not in names:
-        raise InvalidField("dtype", dtype, "use auto, float32 or bfloat16")
+        raise InvalidField("precision (dtype)", dtype, "use auto, float32 or bfloat16")
     return names[dtype]
 
 
