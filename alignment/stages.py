@@ -126,7 +126,8 @@ def _longest(base: Base, preferences: Preferences, config: AlignmentConfig) -> i
         padded = 2 * (len(pair.prompt_ids) + max(answers))
         sizes.append(padded if prompts_twice else len(pair.prompt_ids) + sum(answers))
     if config.method == "ppo":
-        prompt = max((len(one.prompt_ids) for one in (*preferences.pairs, *preferences.thumbs)), default=0)
+        prompts = [p.prompt_ids for p in preferences.pairs] + [t.prompt_ids for t in preferences.thumbs]
+        prompt = max(map(len, prompts), default=0)
         sizes.append(config.ppo.answers_per_prompt * (prompt + config.ppo.max_new_tokens))
     return max(sizes, default=1)
 
