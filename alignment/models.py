@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alignment.training_config import LoraSpec
 from storage.errors import InvalidField
@@ -49,6 +50,8 @@ class Base:
     """Token budget of a training micro-batch where the configuration leaves it open."""
     share_prefixes: bool
     """Whether tree masks are right for this architecture (no sliding windows) and quick on this device."""
+    checkpointing: bool = False
+    """Whether training passes keep only each layer's input and compute the rest again (`checkpointed`)."""
 
 
 def load_base(path: str, *, device: str = "auto", dtype: str = "auto") -> Base:
@@ -135,6 +138,26 @@ def head(base: Base) -> nn.Linear:
     """Return the frozen (D, V) output layer."""
     layer: nn.Linear = _causal_lm(base).get_output_embeddings()
     return layer
+
+
+@contextmanager
+def checkpointed(base: Base) -> Iterator[None]:
+    """Let the layers of a forward pass with gradient be computed again in its backward pass, if `base.checkpointing`.
+
+    transformers asks each layer's own `training` flag; their parts stay in eval mode, so that dropout stays off.
+    """
+    if not (base.checkpointing and torch.is_grad_enabled()):
+        yield
+        return
+    _causal_lm(base).gradient_checkpointing_enable({"use_reentrant": False})
+    layers = [part for part in backbone(base).modules() if isinstance(part, GradientCheckpointingLayer)]
+    try:
+        for layer in layers:
+            layer.training = True
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
 
 
 def _causal_lm(base: Base) -> Any:

@@ -9,7 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from alignment.batching import collate, make_tree
+from alignment.logprobs import token_logprobs
 from alignment.memory import (
     GIB,
     DoesNotFit,
@@ -21,7 +25,7 @@ from alignment.memory import (
     plan_batches,
     read_shape,
 )
-from alignment.models import CPU_BATCH_TOKENS, load_base
+from alignment.models import CPU_BATCH_TOKENS, LoraSpec, active, adapter_parameters, add_policy, load_base
 from tiny_models import make_tiny_model, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -133,6 +137,37 @@ def test_a_run_takes_smaller_batches_or_is_refused_by_the_memory_there_is(
     assert 200 <= base.batch_tokens < CPU_BATCH_TOKENS
     with pytest.raises(DoesNotFit, match=r"\(4000 tokens\)"):
         plan_batches(base, longest=4000, rank=4)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_checkpointing_keeps_less_and_changes_no_gradient(tmp_path: Path, share: bool) -> None:
+    base = load_base(str(make_tiny_model(tmp_path / "model")), device="cpu")
+    add_policy(base, LoraSpec(rank=4, alpha=8), seed=0)
+    tree = make_tree([5, 6, 7], [[8, 9], [10, 11, 12]])
+    batch = collate([tree], share=share, pad_id=base.pad_id, device=base.device)
+    kept: dict[bool, int] = {False: 0, True: 0}
+    found = {}
+    for on in kept:
+        base.checkpointing = on
+
+        def keep(tensor: torch.Tensor, on: bool = on) -> torch.Tensor:
+            kept[on] += tensor.numel()
+            return tensor
+
+        with active(base, "policy", trainable=True):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = token_logprobs(base, batch).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+        parameters = adapter_parameters(base, "policy")
+        found[on] = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+        base.model.zero_grad(set_to_none=True)
+    assert found[True].keys() == found[False].keys() == parameters.keys()
+    assert all(torch.equal(found[True][name], grad) for name, grad in found[False].items())
+    assert any(grad.abs().max() > 0 for grad in found[True].values())
+    assert kept[True] < kept[False] / 3
+    assert not any(
+        part.training for part in base.model.modules() if isinstance(part, GradientCheckpointingLayer)
+    )
 
 
 def test_a_control_group_limits_what_is_available(tmp_path: Path) -> None:
