@@ -1,7 +1,7 @@
 """What a training needs in memory, from the model's shape: it picks the micro-batches, or says what does not fit.
 
-Bytes per token follow from the tensors that autograd keeps in a Llama or Qwen2 layer under LoRA. Absent: gradient
-checkpointing, and the memory of sampling beyond its KV cache.
+Bytes per token follow from the tensors that autograd keeps in a Llama or Qwen2 layer under LoRA. Absent: the
+memory of sampling beyond its KV cache.
 Letters: D hidden size, Q and K width of all query and of all key heads, F width of the feed-forward part, V vocabulary.
 """
 
@@ -107,19 +107,23 @@ def base_parameters(shape: Shape) -> int:
     return shape.layers * layer + shape.vocabulary * d * (1 if shape.tied else 2)
 
 
-def activation_bytes_per_token(shape: Shape, *, rank: int, width: int, mask_width: int = 0) -> int:
+def activation_bytes_per_token(
+    shape: Shape, *, rank: int, width: int, mask_width: int = 0, checkpointing: bool = False
+) -> int:
     """Return what the layers keep of one token for the backward pass.
 
     Args:
         width: bytes of a number of the base: 4 (float32) or 2 (bfloat16).
         mask_width: tokens a row under a dense tree mask, which every layer keeps as numbers; 0: causal.
+        checkpointing: the layers' inputs are kept, and everything of one layer at a time.
     """
     d, q, k, f = shape.hidden, shape.query_width, shape.key_width, shape.ffn
     short = width != WIDE  # then PEFT casts the input of each LoRA layer: a copy for each
     norms = 2 * d * WIDE
     lora_inputs = ((5 * d if short else 2 * d) + q + f) * WIDE + 7 * rank * WIDE
     attention = (q + 2 * (q if mask_width else k) + (q if short else 0) + mask_width) * width
-    return shape.layers * (norms + lora_inputs + attention + 3 * f * width + WIDE * shape.heads + 2 * WIDE)
+    layer = norms + lora_inputs + attention + 3 * f * width + WIDE * shape.heads + 2 * WIDE
+    return shape.layers * d * width + layer if checkpointing else shape.layers * layer
 
 
 def estimate(
@@ -129,6 +133,7 @@ def estimate(
     width: int,
     batch_tokens: int,
     mask_width: int = 0,
+    checkpointing: bool = False,
     adapters: int = 2,
     learning: int = 1,
     sample_tokens: int = 0,
@@ -141,7 +146,9 @@ def estimate(
         sample_tokens: prompt and answer tokens in the KV cache while sampling.
     """
     one = lora_parameters(shape, rank) * WIDE
-    kept = activation_bytes_per_token(shape, rank=rank, width=width, mask_width=mask_width)
+    kept = activation_bytes_per_token(
+        shape, rank=rank, width=width, mask_width=mask_width, checkpointing=checkpointing
+    )
     temporaries = 2 * shape.ffn * width
     return Estimate(
         weights=base_parameters(shape) * width,
@@ -183,39 +190,41 @@ def fitting_tokens(
     dense_mask: bool,
     room: int,
     slack: float,
-) -> int:
-    """Return the token budget of a micro-batch: at most `wanted`, at least `longest`, which is never split.
+) -> tuple[int, bool]:
+    """Return the token budget of a micro-batch, at most `wanted`, and whether that takes checkpointing.
 
     Args:
-        longest: tokens of the largest prompt with its answers.
+        longest: tokens of the largest prompt with its answers, which is never split: the budget is at least that.
         room: bytes left once weights and adapters are there.
 
     Raises:
         DoesNotFit: the largest prompt alone is too large; names the needed and the available memory and the fix.
     """
-    cost = estimate(shape, rank=rank, width=width, batch_tokens=1, adapters=0)
+    cost = estimate(shape, rank=rank, width=width, batch_tokens=0, adapters=0)
+    fixed = slack * (cost.optimiser + cost.logits)
     mask_width = longest if dense_mask else 0
-    kept = activation_bytes_per_token(shape, rank=rank, width=width, mask_width=mask_width)
-    a_token = slack * (kept + 2 * shape.ffn * width)
-    left = room - slack * (cost.optimiser + cost.logits)
-    fits = max(0, int(left / a_token))
-    if fits < longest:
-        needed = slack * (cost.optimiser + cost.logits) + longest * a_token
-        raise DoesNotFit(
-            f"memory: training on the largest prompt with its answers ({longest} tokens) needs "
-            f"{needed / GIB:.2f} GiB beside the model, {room / GIB:.2f} GiB are available; lower data.max_tokens "
-            f'so that none exceeds {fits} tokens, set precision = "bfloat16", or free memory'
+    for checkpointing in (False, True):
+        kept = activation_bytes_per_token(
+            shape, rank=rank, width=width, mask_width=mask_width, checkpointing=checkpointing
         )
-    return min(wanted, fits)
+        a_token = slack * (kept + 2 * shape.ffn * width)
+        fits = max(0, int((room - fixed) / a_token))
+        if fits >= longest:
+            return min(wanted, fits), checkpointing
+    raise DoesNotFit(
+        f"memory: training on the largest prompt with its answers ({longest} tokens), with checkpointing, needs "
+        f"{(fixed + longest * a_token) / GIB:.2f} GiB beside the model, {room / GIB:.2f} GiB are available; lower "
+        f'data.max_tokens so that none exceeds {fits} tokens, set precision = "bfloat16", or free memory'
+    )
 
 
 def plan_batches(base: Base, *, longest: int, rank: int) -> None:
-    """Lower `base.batch_tokens` to what the free memory allows; results never depend on it.
+    """Lower `base.batch_tokens` to what the free memory allows, with checkpointing if it must be; no result changes.
 
     Raises:
         DoesNotFit: the largest prompt with its answers (`longest` tokens) is too large for this device.
     """
-    base.batch_tokens = fitting_tokens(
+    base.batch_tokens, base.checkpointing = fitting_tokens(
         shape_of(base.model.config),
         rank=rank,
         width=base.dtype.itemsize,

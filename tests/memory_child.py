@@ -26,10 +26,11 @@ def step(base: object, tokens: int, *, share: bool) -> None:
         completion_sums(token_logprobs(base, batch), batch).sum().backward()  # type: ignore[arg-type,no-untyped-call]
 
 
-def main(folder: str, dtype: str, tokens: str, share: str) -> None:
+def main(folder: str, dtype: str, tokens: str, share: str, checkpointing: str) -> None:
     torch.set_num_threads(1)
     base = load_base(folder, device="cpu", dtype=dtype)
     add_adapter(base, "policy", LoraSpec(), seed=0)
+    base.checkpointing = checkpointing == "True"
     step(base, 64, share=True)  # what is made once is there before the measurement
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = read("VmRSS")

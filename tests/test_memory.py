@@ -60,15 +60,16 @@ def make_model(folder: Path, *, hidden: int, layers: int, kv_heads: int, ffn: in
     not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be set back here"
 )
 @pytest.mark.parametrize(
-    ("shape", "dtype", "tokens", "rows"),
+    ("shape", "dtype", "tokens", "rows", "checkpointing"),
     [
-        ({"hidden": 512, "layers": 8, "kv_heads": 2, "ffn": 1408}, "float32", 1024, "share"),
-        ({"hidden": 512, "layers": 8, "kv_heads": 2, "ffn": 1408}, "bfloat16", 1024, "padded"),
-        ({"hidden": 256, "layers": 16, "kv_heads": 8, "ffn": 704}, "float32", 2048, "padded"),
+        ({"hidden": 512, "layers": 8, "kv_heads": 2, "ffn": 1408}, "float32", 1024, "share", False),
+        ({"hidden": 512, "layers": 8, "kv_heads": 2, "ffn": 1408}, "bfloat16", 1024, "padded", False),
+        ({"hidden": 256, "layers": 16, "kv_heads": 8, "ffn": 704}, "float32", 2048, "padded", False),
+        ({"hidden": 512, "layers": 8, "kv_heads": 2, "ffn": 1408}, "float32", 2048, "padded", True),
     ],
 )
 def test_the_estimate_is_within_a_quarter_of_the_measured_growth(
-    tmp_path: Path, shape: dict[str, int], dtype: str, tokens: int, rows: str
+    tmp_path: Path, shape: dict[str, int], dtype: str, tokens: int, rows: str, checkpointing: bool
 ) -> None:
     folder = make_model(tmp_path / "model", **shape)
     # Every large tensor its own mapping: what is measured is tensors, not how glibc's heap is fragmented.
@@ -78,7 +79,15 @@ def test_the_estimate_is_within_a_quarter_of_the_measured_growth(
         "MALLOC_MMAP_THRESHOLD_": "262144",
         "OMP_NUM_THREADS": "1",
     }
-    child = [sys.executable, str(ROOT / "tests" / "memory_child.py"), str(folder), dtype, str(tokens), rows]
+    child = [
+        sys.executable,
+        str(ROOT / "tests" / "memory_child.py"),
+        str(folder),
+        dtype,
+        str(tokens),
+        rows,
+        str(checkpointing),
+    ]
     done = subprocess.run(child, capture_output=True, text=True, env=environment, timeout=300, check=True)
     found = estimate(
         read_shape(folder),
@@ -86,6 +95,7 @@ def test_the_estimate_is_within_a_quarter_of_the_measured_growth(
         width=4 if dtype == "float32" else 2,
         batch_tokens=tokens,
         mask_width=tokens if rows == "share" else 0,
+        checkpointing=checkpointing,
     )
     told, measured = found.activations + found.logits, json.loads(done.stdout.splitlines()[-1])
     assert 0.75 < told / measured < 1.25, (told >> 20, measured >> 20)
@@ -105,7 +115,7 @@ def test_parts_of_the_estimate_by_hand() -> None:
     assert found.total == found.weights + found.adapters + found.optimiser + found.logits + found.kv_cache
 
 
-def fit(room: float, longest: int = 100) -> int:
+def fit(room: float, longest: int = 100) -> tuple[int, bool]:
     return fitting_tokens(
         TINY, rank=1, width=4, wanted=1024, longest=longest, dense_mask=True, room=int(room), slack=1.0
     )
@@ -114,9 +124,18 @@ def fit(room: float, longest: int = 100) -> int:
 def test_the_budget_is_the_wanted_one_where_it_fits_and_what_fits_where_not() -> None:
     found = estimate(TINY, rank=1, width=4, batch_tokens=500, mask_width=100)
     room = found.optimiser + found.logits + found.activations  # exactly 500 tokens
-    assert fit(1 * GIB) == 1024
-    assert fit(room) == 500
-    assert fit(room - 1) == 499
+    assert fit(1 * GIB) == (1024, False)
+    assert fit(room) == (500, False)
+    assert fit(room - 1) == (499, False)
+
+
+def test_checkpointing_is_taken_only_when_the_longest_prompt_needs_it() -> None:
+    shape = Shape(layers=32, hidden=64, heads=2, kv_heads=1, head_dim=32, ffn=128, vocabulary=100, tied=True)
+    found = estimate(shape, rank=1, width=4, batch_tokens=500)
+    room = found.optimiser + found.logits + found.activations
+    options = {"rank": 1, "width": 4, "wanted": 1024, "dense_mask": False, "room": room, "slack": 1.0}
+    assert fitting_tokens(shape, longest=500, **options) == (500, False)
+    assert fitting_tokens(shape, longest=501, **options) == (1024, True)
 
 
 def test_what_does_not_fit_is_told_with_needed_available_and_fix() -> None:

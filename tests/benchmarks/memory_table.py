@@ -26,11 +26,11 @@ LONGEST = 4096
 
 
 def budget(shape: Shape, room_gib: int) -> str:
-    """Return the tokens of a micro-batch on a card with so much free memory, in bfloat16."""
+    """Return the token budget on a card with so much free memory, in bfloat16."""
     fixed = estimate(shape, rank=16, width=2, batch_tokens=0)
     room = int(room_gib * GIB) - fixed.weights - fixed.adapters
     try:
-        tokens = fitting_tokens(
+        tokens, checkpointing = fitting_tokens(
             shape,
             rank=16,
             width=2,
@@ -42,7 +42,7 @@ def budget(shape: Shape, room_gib: int) -> str:
         )
     except DoesNotFit:
         return "does not fit"
-    return f"{tokens:,}"
+    return f"{tokens:,}, checkpointing" if checkpointing else f"{tokens:,}"
 
 
 def main() -> None:
