@@ -21,6 +21,7 @@ from storage.outcomes import HAND_OVER_PHRASES
 from storage.records import Json
 
 WantedMethod = Literal["auto", "dpo", "ppo", "kto"]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +160,9 @@ class AlignmentConfig:
     seed: int = 0
     device: str = "auto"
     """As torch names it, or auto: the GPU when there is one."""
+    precision: Precision = "auto"
+    """Of the frozen base. auto: bfloat16 on a GPU that has it, else float32. Adapters, optimiser, log-probs and losses
+    are float32 in any case."""
     threads: int = 0
     """CPU threads of the run; 0 takes half of the cores. Serving shares the machine, and threads that wait for a busy
     core spin: with two cores and a busy server one thread was four times as fast as two (measured on the starter)."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from alignment.batching import Batch, collate, group_by_prompt, micro_batches, pays_to_share
-from alignment.models import Base, active, backbone, head
+from alignment.models import Base, active, backbone, checkpointed, head
 from alignment.progress import Progress, Silent, stop_if_asked
 
 LOGITS_A_CHUNK = 4 * 2**20
@@ -74,9 +74,13 @@ def head_logprobs(
 
 def hidden_states(base: Base, batch: Batch) -> torch.Tensor:
     """Return (B*T, D) last hidden states under the adapter that is active."""
-    output = backbone(base)(
-        input_ids=batch.input_ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-    )
+    with checkpointed(base):
+        output = backbone(base)(
+            input_ids=batch.input_ids,
+            attention_mask=batch.mask,
+            position_ids=batch.positions,
+            use_cache=False,
+        )
     states: torch.Tensor = output.last_hidden_state
     return states.flatten(0, 1)
 

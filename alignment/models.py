@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alignment.training_config import LoraSpec
 from storage.errors import InvalidField
@@ -49,10 +50,12 @@ class Base:
     """Token budget of a training micro-batch where the configuration leaves it open."""
     share_prefixes: bool
     """Whether tree masks are right for this architecture (no sliding windows) and quick on this device."""
+    checkpointing: bool = False
+    """Whether training passes keep only each layer's input and compute the rest again (`checkpointed`)."""
 
 
 def load_base(path: str, *, device: str = "auto", dtype: str = "auto") -> Base:
-    """Load a chat model folder, frozen: float32 on a CPU, bfloat16 on a GPU, dropout off.
+    """Load a chat model folder, frozen: float32 on a CPU, bfloat16 on a GPU that has it, dropout off.
 
     Raises:
         InvalidField: the folder holds no chat model, or its logits are not `head(hidden states)`.
@@ -106,9 +109,10 @@ def _device_name(device: str) -> str:
 def _dtype(dtype: str, place: torch.device) -> torch.dtype:
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype == "auto":
-        return torch.float32 if place.type == "cpu" else torch.bfloat16
+        has_bfloat16 = place.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float32
     if dtype not in names:
-        raise InvalidField("dtype", dtype, "use auto, float32 or bfloat16")
+        raise InvalidField("precision (dtype)", dtype, "use auto, float32 or bfloat16")
     return names[dtype]
 
 
@@ -134,6 +138,26 @@ def head(base: Base) -> nn.Linear:
     """Return the frozen (D, V) output layer."""
     layer: nn.Linear = _causal_lm(base).get_output_embeddings()
     return layer
+
+
+@contextmanager
+def checkpointed(base: Base) -> Iterator[None]:
+    """Let the layers of a forward pass with gradient be computed again in its backward pass, if `base.checkpointing`.
+
+    transformers asks each layer's own `training` flag; their parts stay in eval mode, so that dropout stays off.
+    """
+    if not (base.checkpointing and torch.is_grad_enabled()):
+        yield
+        return
+    _causal_lm(base).gradient_checkpointing_enable({"use_reentrant": False})
+    layers = [part for part in backbone(base).modules() if isinstance(part, GradientCheckpointingLayer)]
+    try:
+        for layer in layers:
+            layer.training = True
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
 
 
 def _causal_lm(base: Base) -> Any:

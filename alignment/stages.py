@@ -17,6 +17,7 @@ from alignment.fixed_questions import FixedQuestions
 from alignment.gate import Verdict
 from alignment.golden import golden_file, load_golden
 from alignment.kto import train_kto
+from alignment.memory import plan_batches
 from alignment.models import Base, add_policy, answer_ids, load_base, save_adapter
 from alignment.policy_training import PolicyResult
 from alignment.ppo import PpoResult, ppo_fingerprint, train_ppo
@@ -90,10 +91,11 @@ def prepare(
 ) -> Prepared:
     """Load the base with the trainable adapter (a copy of the served one, if any) and read the labels."""
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // 2))
-    base = load_base(incumbent.base_path, device=config.device)
+    base = load_base(incumbent.base_path, device=config.device, dtype=config.precision)
     start = Path(incumbent.adapter_path) if incumbent.adapter_path else None
     loras = {"ppo": config.ppo.lora, "kto": config.kto.lora}
-    add_policy(base, loras.get(config.method, config.dpo.lora), seed=config.seed, start_from=start)
+    lora = loras.get(config.method, config.dpo.lora)
+    add_policy(base, lora, seed=config.seed, start_from=start)
     progress.step(2, "model loaded")
     preferences = load_preferences(
         store,
@@ -102,6 +104,7 @@ def prepare(
         max_tokens=min(config.data.max_tokens, base.max_positions),
         base_sha256=incumbent.base_sha256,
     )
+    plan_batches(base, longest=_longest(base, preferences, config), rank=lora.rank)
     check_stop(progress)
     prepared = Prepared(
         base=base,
@@ -112,6 +115,21 @@ def prepare(
     )
     progress.step(3, f"{len(preferences.pairs)} pairs, {len(preferences.thumbs)} thumbs")
     return prepared
+
+
+def _longest(base: Base, preferences: Preferences, config: AlignmentConfig) -> int:
+    """Return the tokens of the largest prompt with its answers, which no micro-batch can split."""
+    prompts_twice = not base.share_prefixes
+    sizes = [len(t.prompt_ids) + len(t.answer_ids) for t in preferences.thumbs]
+    for pair in preferences.pairs:
+        answers = (len(pair.chosen_ids), len(pair.rejected_ids))
+        padded = 2 * (len(pair.prompt_ids) + max(answers))
+        sizes.append(padded if prompts_twice else len(pair.prompt_ids) + sum(answers))
+    if config.method == "ppo":
+        prompts = [p.prompt_ids for p in preferences.pairs] + [t.prompt_ids for t in preferences.thumbs]
+        prompt = max(map(len, prompts), default=0)
+        sizes.append(config.ppo.answers_per_prompt * (prompt + config.ppo.max_new_tokens))
+    return max(sizes, default=1)
 
 
 def train_judge(work: Work) -> TrainedReward:

@@ -1,0 +1,245 @@
+"""What a training needs in memory, from the model's shape: it picks the micro-batches, or says what does not fit.
+
+Bytes per token follow from the tensors that autograd keeps in a Llama or Qwen2 layer under LoRA. Absent: the
+memory of sampling beyond its KV cache.
+Letters: D hidden size, Q and K width of all query and of all key heads, F width of the feed-forward part, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from alignment.logprobs import LOGITS_A_CHUNK
+from alignment.models import Base
+from storage.errors import KotaeError
+
+GIB = 2**30
+WIDE = 4
+"""Bytes of a float32: adapters, optimiser, log-probs, and what LoRA layers keep of their input."""
+CPU_SLACK = 1.8
+"""Resident memory over tensors with glibc's allocator: 563 over 318 MiB in one measurement (docs/gpu.md)."""
+GPU_SLACK = 1.1
+"""For blocks that fit no request; not measured."""
+
+
+class DoesNotFit(KotaeError):
+    """A training needs more memory than there is; raised before it begins."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What of a model's configuration decides its memory."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocabulary: int
+    tied: bool
+
+    @property
+    def query_width(self) -> int:
+        """Return Q."""
+        return self.heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        """Return K."""
+        return self.kv_heads * self.head_dim
+
+
+def shape_of(config: Any) -> Shape:
+    """Read a transformers configuration of a Llama-like model."""
+    heads = int(config.num_attention_heads)
+    return Shape(
+        layers=int(config.num_hidden_layers),
+        hidden=int(config.hidden_size),
+        heads=heads,
+        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        ffn=int(config.intermediate_size),
+        vocabulary=int(config.vocab_size),
+        tied=bool(config.tie_word_embeddings),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Bytes by what holds them."""
+
+    weights: int
+    adapters: int
+    """All that are resident, float32."""
+    optimiser: int
+    """Gradients, Adam's two moments and the last good weights of those that learn."""
+    activations: int
+    """Of one micro-batch, kept for the backward pass, and the largest temporaries of it."""
+    logits: int
+    kv_cache: int
+    """Of sampling, which is not at the same time as the backward pass."""
+
+    @property
+    def total(self) -> int:
+        """Return the peak."""
+        fixed = self.weights + self.adapters + self.optimiser + self.logits
+        return fixed + max(self.activations, self.kv_cache)
+
+
+def lora_parameters(shape: Shape, rank: int) -> int:
+    """Return how many numbers one adapter on every linear layer has."""
+    d, q, k, f = shape.hidden, shape.query_width, shape.key_width, shape.ffn
+    sides = (d + q) + 2 * (d + k) + (q + d) + 3 * (d + f)
+    return shape.layers * rank * sides
+
+
+def base_parameters(shape: Shape) -> int:
+    """Return how many numbers the frozen model has, biases and norms left out."""
+    d, q, k = shape.hidden, shape.query_width, shape.key_width
+    layer = 2 * d * q + 2 * d * k + 3 * d * shape.ffn
+    return shape.layers * layer + shape.vocabulary * d * (1 if shape.tied else 2)
+
+
+def activation_bytes_per_token(
+    shape: Shape, *, rank: int, width: int, mask_width: int = 0, checkpointing: bool = False
+) -> int:
+    """Return what the layers keep of one token for the backward pass.
+
+    Args:
+        width: bytes of a number of the base: 4 (float32) or 2 (bfloat16).
+        mask_width: tokens a row under a dense tree mask, which every layer keeps as numbers; 0: causal.
+        checkpointing: the layers' inputs are kept, and everything of one layer at a time.
+    """
+    d, q, k, f = shape.hidden, shape.query_width, shape.key_width, shape.ffn
+    short = width != WIDE  # then PEFT casts the input of each LoRA layer: a copy for each
+    norms = 2 * d * WIDE
+    lora_inputs = ((5 * d if short else 2 * d) + q + f) * WIDE + 7 * rank * WIDE
+    attention = (q + 2 * (q if mask_width else k) + (q if short else 0) + mask_width) * width
+    layer = norms + lora_inputs + attention + 3 * f * width + WIDE * shape.heads + 2 * WIDE
+    return shape.layers * d * width + layer if checkpointing else shape.layers * layer
+
+
+def estimate(
+    shape: Shape,
+    *,
+    rank: int,
+    width: int,
+    batch_tokens: int,
+    mask_width: int = 0,
+    checkpointing: bool = False,
+    adapters: int = 2,
+    learning: int = 1,
+    sample_tokens: int = 0,
+) -> Estimate:
+    """Return what a training needs at its peak.
+
+    Args:
+        adapters: resident at once: policy and reference; with PPO also critic and reward model.
+        learning: of them, those with an optimiser: 1, with PPO 2.
+        sample_tokens: prompt and answer tokens in the KV cache while sampling.
+    """
+    one = lora_parameters(shape, rank) * WIDE
+    kept = activation_bytes_per_token(
+        shape, rank=rank, width=width, mask_width=mask_width, checkpointing=checkpointing
+    )
+    temporaries = 2 * shape.ffn * width
+    return Estimate(
+        weights=base_parameters(shape) * width,
+        adapters=adapters * one,
+        optimiser=learning * 4 * one,
+        activations=batch_tokens * (kept + temporaries),
+        logits=LOGITS_A_CHUNK * (WIDE + (width if width != WIDE else 0)),
+        kv_cache=sample_tokens * shape.layers * 2 * shape.key_width * width,
+    )
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return what this process may still take: of the GPU, or of RAM and the control group's limit."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    return min(int(psutil.virtual_memory().available), _group_room())
+
+
+def _group_room(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return what the control group (version 2) still allows; file pages can be dropped and count as free."""
+    try:
+        most = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+        rows = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        dropped = next((int(row[1]) for row in rows if row[0] == "inactive_file"), 0)
+    except (OSError, ValueError):
+        return 2**63 - 1
+    return 2**63 - 1 if most == "max" else int(most) - used + dropped
+
+
+def fitting_tokens(
+    shape: Shape,
+    *,
+    rank: int,
+    width: int,
+    wanted: int,
+    longest: int,
+    dense_mask: bool,
+    room: int,
+    slack: float,
+) -> tuple[int, bool]:
+    """Return the token budget of a micro-batch, at most `wanted`, and whether that takes checkpointing.
+
+    Args:
+        longest: tokens of the largest prompt with its answers, which is never split: the budget is at least that.
+        room: bytes left once weights and adapters are there.
+
+    Raises:
+        DoesNotFit: the largest prompt alone is too large; names the needed and the available memory and the fix.
+    """
+    cost = estimate(shape, rank=rank, width=width, batch_tokens=0, adapters=0)
+    fixed = slack * (cost.optimiser + cost.logits)
+    mask_width = longest if dense_mask else 0
+    for checkpointing in (False, True):
+        kept = activation_bytes_per_token(
+            shape, rank=rank, width=width, mask_width=mask_width, checkpointing=checkpointing
+        )
+        a_token = slack * (kept + 2 * shape.ffn * width)
+        fits = max(0, int((room - fixed) / a_token))
+        if fits >= longest:
+            return min(wanted, fits), checkpointing
+    raise DoesNotFit(
+        f"memory: training on the largest prompt with its answers ({longest} tokens), with checkpointing, needs "
+        f"{(fixed + longest * a_token) / GIB:.2f} GiB beside the model, {room / GIB:.2f} GiB are available; lower "
+        f'data.max_tokens so that none exceeds {fits} tokens, set precision = "bfloat16", or free memory'
+    )
+
+
+def plan_batches(base: Base, *, longest: int, rank: int) -> None:
+    """Lower `base.batch_tokens` to what the free memory allows, with checkpointing if it must be; no result changes.
+
+    Raises:
+        DoesNotFit: the largest prompt with its answers (`longest` tokens) is too large for this device.
+    """
+    base.batch_tokens, base.checkpointing = fitting_tokens(
+        shape_of(base.model.config),
+        rank=rank,
+        width=base.dtype.itemsize,
+        wanted=base.batch_tokens,
+        longest=longest,
+        dense_mask=base.share_prefixes,
+        room=available_bytes(base.device),
+        slack=CPU_SLACK if base.device.type == "cpu" else GPU_SLACK,
+    )
+
+
+def read_shape(folder: Path) -> Shape:
+    """Read the shape from a model folder's config.json, without its weights."""
+    from types import SimpleNamespace
+
+    table = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    table.setdefault("tie_word_embeddings", False)
+    return shape_of(SimpleNamespace(**table))

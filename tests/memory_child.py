@@ -1,0 +1,42 @@
+"""Run by test_memory: trains one step on a random model and prints how much resident memory grew, in bytes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from alignment.batching import collate, make_tree
+from alignment.logprobs import completion_sums, token_logprobs
+from alignment.models import LoraSpec, active, add_adapter, load_base
+
+
+def read(name: str) -> int:
+    rows = Path("/proc/self/status").read_text().splitlines()
+    return next(int(row.split()[1]) * 1024 for row in rows if row.startswith(name))
+
+
+def step(base: object, tokens: int, *, share: bool) -> None:
+    part = tokens // 4
+    trees = [make_tree([1] * (2 * part if share else part), [[2] * part, [3] * part])]
+    batch = collate(trees, share=share, pad_id=0, device=torch.device("cpu"))
+    with active(base, "policy", trainable=True):  # type: ignore[arg-type]
+        completion_sums(token_logprobs(base, batch), batch).sum().backward()  # type: ignore[arg-type,no-untyped-call]
+
+
+def main(folder: str, dtype: str, tokens: str, share: str, checkpointing: str) -> None:
+    torch.set_num_threads(1)
+    base = load_base(folder, device="cpu", dtype=dtype)
+    add_adapter(base, "policy", LoraSpec(), seed=0)
+    base.checkpointing = checkpointing == "True"
+    step(base, 64, share=True)  # what is made once is there before the measurement
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = read("VmRSS")
+    step(base, int(tokens), share=share == "share")
+    print(json.dumps(read("VmHWM") - before))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

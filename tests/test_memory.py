@@ -1,0 +1,199 @@
+"""The memory estimate against what a process takes, and the budget that follows from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from alignment.batching import collate, make_tree
+from alignment.logprobs import token_logprobs
+from alignment.memory import (
+    GIB,
+    DoesNotFit,
+    Shape,
+    _group_room,
+    estimate,
+    fitting_tokens,
+    lora_parameters,
+    plan_batches,
+    read_shape,
+)
+from alignment.models import CPU_BATCH_TOKENS, LoraSpec, active, adapter_parameters, add_policy, load_base
+from tiny_models import make_tiny_model, make_tokenizer
+
+ROOT = Path(__file__).parent.parent
+TINY = Shape(
+    layers=2, hidden=8, heads=2, kv_heads=1, head_dim=4, ffn=16, vocabulary=100, tied=True
+)  # Q = 8, K = 4
+
+
+def make_model(folder: Path, *, hidden: int, layers: int, kv_heads: int, ffn: int) -> Path:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = make_tokenizer()
+    config = Qwen2Config(
+        vocab_size=8192,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be set back here"
+)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "tokens", "rows", "checkpointing"),
+    [
+        ({"hidden": 512, "layers": 8, "kv_heads": 2, "ffn": 1408}, "float32", 1024, "share", False),
+        ({"hidden": 512, "layers": 8, "kv_heads": 2, "ffn": 1408}, "bfloat16", 1024, "padded", False),
+        ({"hidden": 256, "layers": 16, "kv_heads": 8, "ffn": 704}, "float32", 2048, "padded", False),
+        ({"hidden": 512, "layers": 8, "kv_heads": 2, "ffn": 1408}, "float32", 2048, "padded", True),
+    ],
+)
+def test_the_estimate_is_within_a_quarter_of_the_measured_growth(
+    tmp_path: Path, shape: dict[str, int], dtype: str, tokens: int, rows: str, checkpointing: bool
+) -> None:
+    folder = make_model(tmp_path / "model", **shape)
+    # Every large tensor its own mapping: what is measured is tensors, not how glibc's heap is fragmented.
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "MALLOC_MMAP_THRESHOLD_": "262144",
+        "OMP_NUM_THREADS": "1",
+    }
+    child = [
+        sys.executable,
+        str(ROOT / "tests" / "memory_child.py"),
+        str(folder),
+        dtype,
+        str(tokens),
+        rows,
+        str(checkpointing),
+    ]
+    done = subprocess.run(child, capture_output=True, text=True, env=environment, timeout=300, check=True)
+    found = estimate(
+        read_shape(folder),
+        rank=16,
+        width=4 if dtype == "float32" else 2,
+        batch_tokens=tokens,
+        mask_width=tokens if rows == "share" else 0,
+        checkpointing=checkpointing,
+    )
+    told, measured = found.activations + found.logits, json.loads(done.stdout.splitlines()[-1])
+    assert 0.75 < told / measured < 1.25, (told >> 20, measured >> 20)
+
+
+def test_an_adapter_has_a_row_and_a_column_of_every_linear_layer() -> None:
+    # q 8+8, k and v 8+4 each, o 8+8, gate, up and down 8+16 each: 128 a layer and rank
+    assert lora_parameters(TINY, rank=3) == 2 * 3 * 128
+
+
+def test_parts_of_the_estimate_by_hand() -> None:
+    found = estimate(TINY, rank=1, width=2, batch_tokens=0, adapters=3, learning=2, sample_tokens=10)
+    assert found.weights == 2 * (2 * (2 * 64 + 2 * 32 + 3 * 128) + 800)
+    assert found.adapters == 3 * 256 * 4
+    assert found.optimiser == 2 * 4 * 256 * 4  # gradient, two moments, last good weights
+    assert found.kv_cache == 10 * 2 * 2 * 4 * 2
+    assert found.total == found.weights + found.adapters + found.optimiser + found.logits + found.kv_cache
+
+
+def fit(room: float, longest: int = 100) -> tuple[int, bool]:
+    return fitting_tokens(
+        TINY, rank=1, width=4, wanted=1024, longest=longest, dense_mask=True, room=int(room), slack=1.0
+    )
+
+
+def test_the_budget_is_the_wanted_one_where_it_fits_and_what_fits_where_not() -> None:
+    found = estimate(TINY, rank=1, width=4, batch_tokens=500, mask_width=100)
+    room = found.optimiser + found.logits + found.activations  # exactly 500 tokens
+    assert fit(1 * GIB) == (1024, False)
+    assert fit(room) == (500, False)
+    assert fit(room - 1) == (499, False)
+
+
+def test_checkpointing_is_taken_only_when_the_longest_prompt_needs_it() -> None:
+    shape = Shape(layers=32, hidden=64, heads=2, kv_heads=1, head_dim=32, ffn=128, vocabulary=100, tied=True)
+    found = estimate(shape, rank=1, width=4, batch_tokens=500)
+    room = found.optimiser + found.logits + found.activations
+    options = {"rank": 1, "width": 4, "wanted": 1024, "dense_mask": False, "room": room, "slack": 1.0}
+    assert fitting_tokens(shape, longest=500, **options) == (500, False)
+    assert fitting_tokens(shape, longest=501, **options) == (1024, True)
+
+
+def test_what_does_not_fit_is_told_with_needed_available_and_fix() -> None:
+    with pytest.raises(
+        DoesNotFit, match=r"needs .* GiB beside the model, 0\.02 GiB are available; lower data\.max_tok"
+    ):
+        fit(18 * 2**20, longest=4000)
+
+
+def test_a_run_takes_smaller_batches_or_is_refused_by_the_memory_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load_base(str(make_tiny_model(tmp_path / "model")), device="cpu")
+    plan_batches(base, longest=200, rank=4)
+    assert base.batch_tokens == CPU_BATCH_TOKENS
+    monkeypatch.setattr("alignment.memory.available_bytes", lambda device: 40 * 2**20)
+    plan_batches(base, longest=200, rank=4)
+    assert 200 <= base.batch_tokens < CPU_BATCH_TOKENS
+    with pytest.raises(DoesNotFit, match=r"\(4000 tokens\)"):
+        plan_batches(base, longest=4000, rank=4)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_checkpointing_keeps_less_and_changes_no_gradient(tmp_path: Path, share: bool) -> None:
+    base = load_base(str(make_tiny_model(tmp_path / "model")), device="cpu")
+    add_policy(base, LoraSpec(rank=4, alpha=8), seed=0)
+    tree = make_tree([5, 6, 7], [[8, 9], [10, 11, 12]])
+    batch = collate([tree], share=share, pad_id=base.pad_id, device=base.device)
+    kept: dict[bool, int] = {False: 0, True: 0}
+    found = {}
+    for on in kept:
+        base.checkpointing = on
+
+        def keep(tensor: torch.Tensor, on: bool = on) -> torch.Tensor:
+            kept[on] += tensor.numel()
+            return tensor
+
+        with active(base, "policy", trainable=True):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = token_logprobs(base, batch).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+        parameters = adapter_parameters(base, "policy")
+        found[on] = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+        base.model.zero_grad(set_to_none=True)
+    assert found[True].keys() == found[False].keys() == parameters.keys()
+    assert all(torch.equal(found[True][name], grad) for name, grad in found[False].items())
+    assert any(grad.abs().max() > 0 for grad in found[True].values())
+    assert kept[True] < kept[False] / 3
+    assert not any(
+        part.training for part in base.model.modules() if isinstance(part, GradientCheckpointingLayer)
+    )
+
+
+def test_a_control_group_limits_what_is_available(tmp_path: Path) -> None:
+    assert _group_room(tmp_path) == 2**63 - 1
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
+    assert _group_room(tmp_path) == 450
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _group_room(tmp_path) == 2**63 - 1
