@@ -224,7 +224,7 @@ def _thumbs_reason(data: DataStatistics) -> str:
 def _warnings(
     method: Method, data: DataStatistics, config: ChoiceConfig, *, ignored: Sequence[str]
 ) -> tuple[str, ...]:
-    told = [f"Trained although: {text}" for text in ignored]
+    told = [*data.rater_warnings, *(f"Trained although: {text}" for text in ignored)]
     if method == "dpo" and data.pairs < config.full_pairs:
         told.append(_few("pairs", data.pairs, config.full_pairs))
     if method == "kto" and data.thumbs < config.full_thumbs:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from alignment.intervals import Estimate, wilson
 from alignment.preferences import Preferences
+from alignment.rater_weights import CAP_SHARE
 from storage.records import Json
 
 
@@ -39,6 +40,14 @@ class DataStatistics:
     thumbs_up: int = 0
     effective_sample_share: float | None = None
     """What the pairs' answers are worth under the served policy, as a share of them; None when not measured."""
+    rater_cap: float = CAP_SHARE
+    """Most of the weight that one rater may have."""
+    rater_reliability: Mapping[str, Estimate] = field(default_factory=dict)
+    """By person's name: how often their labels are right, as the others' labels tell (`alignment.rater_weights`)."""
+    rater_weights: Mapping[str, float] = field(default_factory=dict)
+    """By person's name; 0 for who is left out."""
+    rater_warnings: tuple[str, ...] = ()
+    """A sentence for each rater who contradicts the others."""
 
     @property
     def labels(self) -> int:
@@ -87,6 +96,7 @@ def statistics_of(
     pairs = [pair for pair in preferences.pairs if not pair.tie]
     notes = preferences.notes
     meetings = int(notes["agreement_meetings"])
+    names: Mapping[str, str] = notes.get("names", {})
     return DataStatistics(
         pairs=len(pairs),
         effective_pairs=kish([pair.weight for pair in pairs]),
@@ -102,6 +112,10 @@ def statistics_of(
         thumb_prompts=len({thumb.prompt_key for thumb in preferences.thumbs}),
         thumbs_up=sum(thumb.up for thumb in preferences.thumbs),
         effective_sample_share=effective_sample_share,
+        rater_cap=float(notes.get("rater_cap", CAP_SHARE)),
+        rater_reliability={names.get(r, r): one for r, one in notes.get("rater_reliability", {}).items()},
+        rater_weights={names.get(r, r): weight for r, weight in notes.get("rater_weights", {}).items()},
+        rater_warnings=tuple(notes.get("rater_warnings", ())),
     )
 
 

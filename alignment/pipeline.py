@@ -136,8 +136,10 @@ def _carry_out(
     )
     choice = _choose(work, statistics, reward=None)
     if choice.method is None and not choice.waits_for_reward_model:
-        return _not_enough(run, choice)
-    return _make_candidate(work, statistics, choice, meter)
+        outcome = _not_enough(run, choice)
+    else:
+        outcome = _make_candidate(work, statistics, choice, meter)
+    return replace(outcome, message=" ".join([outcome.message, *statistics.rater_warnings]))
 
 
 def _choose(work: Work, statistics: DataStatistics, *, reward: RewardEvidence | None) -> Choice:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -22,11 +22,19 @@ from alignment.labels import (
     pairs_of_thumbs,
     prompt_key,
 )
-from alignment.rater_weights import Vote, agreement, cap_factors, reliability_weights
+from alignment.rater_weights import (
+    Vote,
+    agreement,
+    cap_factors,
+    rater_cap,
+    rater_warnings,
+    reliabilities,
+    reliability_weights,
+)
 from storage import feedback, runs
 from storage.digests import sha256_of
 from storage.errors import InvalidField
-from storage.records import Comparison, Correction, Rating, Snapshot, new_id, now
+from storage.records import Comparison, Correction, Person, Rating, Snapshot, new_id, now
 from storage.store import Store
 
 __all__ = [
@@ -37,8 +45,11 @@ __all__ = [
     "prompt_key",
     "split_by_prompt",
     "take_snapshot",
+    "weighted",
 ]
 Label = TypeVar("Label", Comparison, Rating, Correction)
+Item = TypeVar("Item", Pair, Thumb)
+CONTRARY = "of a rater who contradicts the others"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +60,12 @@ class Preferences:
     thumbs: tuple[Thumb, ...]
     notes: dict[str, Any] = field(default_factory=dict)
     """`pairs`, `ties`, `thumbs`, `dropped` {reason: labels}, `raters`, `agreement`, `agreement_meetings`,
-    `largest_rater_share`, `rater_cap_enforced`, `rater_weights`"""
+    `largest_rater_share`, `rater_cap`, `rater_cap_enforced`, `rater_weights`, `rater_reliability`, `rater_warnings`,
+    `names`"""
+
+
+Weigh = Callable[[Preferences], Preferences]
+"""Gives labels of their own weight the weights of their raters."""
 
 
 def take_snapshot(store: Store, *, run_id: str) -> Snapshot:
@@ -85,6 +101,7 @@ def load_preferences(
     tokenize: Callable[[str], list[int]],
     max_tokens: int,
     base_sha256: str | None = None,
+    weigh: Weigh | None = None,
 ) -> Preferences:
     """Turn the snapshot's labels into pairs and thumbs; `notes` says what was dropped and why.
 
@@ -93,6 +110,7 @@ def load_preferences(
             missing there is taken from the served answer.
         max_tokens: longest prompt and answer together.
         base_sha256: drop turns of another base model, whose token ids mean something else.
+        weigh: applies the raters' weights; `weighted` by default.
 
     Raises:
         InvalidField: the snapshot's content is not what its hash names.
@@ -104,7 +122,9 @@ def load_preferences(
     pairs += from_corrections(_labels(store, snapshot, Correction, "corrections"), turns, tokenize)
     rated = from_ratings(_labels(store, snapshot, Rating, "ratings"), turns)
     pairs = _without_repeats(pairs + pairs_of_thumbs(rated), turns.dropped)
-    return _weighted(pairs, rated + thumbs, turns.dropped)
+    names = {person.id: person.name for person in store.all(Person)}
+    notes = {"dropped": dict(turns.dropped), "names": names}
+    return (weigh or weighted)(Preferences(pairs=tuple(pairs), thumbs=tuple(rated + thumbs), notes=notes))
 
 
 def split_by_prompt(
@@ -150,45 +170,80 @@ def _without_repeats(pairs: Sequence[Pair], dropped: Counter[str]) -> list[Pair]
     return kept
 
 
-def _weighted(pairs: Sequence[Pair], thumbs: Sequence[Thumb], dropped: Counter[str]) -> Preferences:
-    """Apply raters' weights and the cap, scale to a mean of 1, and write the notes."""
-    items: list[Pair | Thumb] = [*pairs, *thumbs]
+def weighted(labels: Preferences, leads: Mapping[str, float] | None = None) -> Preferences:
+    """Apply the raters' weights and the cap, scale to a mean of 1, and write the notes; who is left out is gone.
+
+    Args:
+        labels: with the weights of their kinds alone.
+        leads: by label id, the log-odds that the label is right, as labels of other prompts tell.
+    """
+    votes = _votes(labels, leads or {})
+    items: list[Pair | Thumb] = [*labels.pairs, *labels.thumbs]
     raters = sorted({item.rater for item in items})
-    found = agreement(_votes(pairs, thumbs))
-    reliable = reliability_weights(raters, found)
-    totals: dict[str, float] = defaultdict(float)
+    found, usual = reliabilities(votes)
+    reliable = reliability_weights(raters, found, usual)
+    totals = dict.fromkeys(raters, 0.0)
     for item in items:
         totals[item.rater] += item.weight * reliable[item.rater]
-    caps = cap_factors(totals)
+    cap = rater_cap(reliable)
+    caps = cap_factors(totals, cap=cap)
     factors = {rater: reliable[rater] * caps[rater] for rater in raters}
-    total = sum(item.weight * factors[item.rater] for item in items)
-    scale = len(items) / total if total else 1.0
-    shares = [totals[rater] * caps[rater] / total for rater in raters] if total else []
+    total = sum(totals[rater] * caps[rater] for rater in raters)
+    kept = sum(factors[item.rater] > 0 for item in items)
+    scale = kept / total if total else 1.0
+    left = Preferences(
+        pairs=tuple(_scaled(pair, factors, scale) for pair in labels.pairs if factors[pair.rater]),
+        thumbs=tuple(_scaled(thumb, factors, scale) for thumb in labels.thumbs if factors[thumb.rater]),
+    )
+    dropped = {CONTRARY: len(items) - kept} if kept < len(items) else {}
+    names = labels.notes.get("names", {})
     notes = {
-        "pairs": sum(not pair.tie for pair in pairs),
-        "ties": sum(pair.tie for pair in pairs),
-        "thumbs": len(thumbs),
-        "dropped": dict(dropped),
-        "raters": len(raters),
-        "agreement": found.mean,
-        "agreement_meetings": found.meetings,
-        "largest_rater_share": max(shares, default=0.0),
+        "names": names,
+        "dropped": {**labels.notes.get("dropped", {}), **dropped},
+        "largest_rater_share": max((totals[r] * caps[r] / total for r in raters), default=0.0)
+        if total
+        else 0.0,
+        "rater_cap": cap,
         "rater_cap_enforced": any(factor < 1 for factor in caps.values()),
         "rater_weights": factors,
+        "rater_reliability": found,
+        "rater_warnings": rater_warnings(found, factors, names),
     }
-    return Preferences(
-        pairs=tuple(replace(pair, weight=pair.weight * factors[pair.rater] * scale) for pair in pairs),
-        thumbs=tuple(replace(thumb, weight=thumb.weight * factors[thumb.rater] * scale) for thumb in thumbs),
-        notes=notes,
+    met = agreement([vote for vote in votes if factors[vote.rater]])
+    return replace(
+        left, notes={**_counts(left), **notes, "agreement": met.mean, "agreement_meetings": met.meetings}
     )
 
 
-def _votes(pairs: Sequence[Pair], thumbs: Sequence[Thumb]) -> list[Vote]:
-    """Comparisons of the same two answers, and thumbs on the same answer, can agree or not."""
-    votes = [Vote(t.rater, (t.prompt_ids, t.answer_ids), 1 if t.up else -1) for t in thumbs]
-    for pair in pairs:
-        if pair.source == "comparison":
+def _scaled(label: Item, factors: Mapping[str, float], scale: float) -> Item:
+    return replace(label, weight=label.weight * factors[label.rater] * scale)
+
+
+def _counts(labels: Preferences) -> dict[str, int]:
+    return {
+        "pairs": sum(not pair.tie for pair in labels.pairs),
+        "ties": sum(pair.tie for pair in labels.pairs),
+        "thumbs": len(labels.thumbs),
+        "raters": len({item.rater for item in [*labels.pairs, *labels.thumbs]}),
+    }
+
+
+def _votes(labels: Preferences, leads: Mapping[str, float]) -> list[Vote]:
+    """What the raters said: of two answers to a question which is better, and of an answer whether it is good.
+
+    Pairs made of thumbs are none: the thumbs are.
+    """
+    votes = [
+        _vote(thumb, (thumb.prompt_ids, thumb.answer_ids), 1 if thumb.up else -1, leads)
+        for thumb in labels.thumbs
+    ]
+    for pair in labels.pairs:
+        if pair.source != "ratings":
             low, high = sorted((pair.chosen_ids, pair.rejected_ids))
             value = 0 if pair.tie else 1 if pair.chosen_ids == low else -1
-            votes.append(Vote(pair.rater, (pair.prompt_ids, low, high), value))
+            votes.append(_vote(pair, (pair.prompt_ids, low, high), value, leads))
     return votes
+
+
+def _vote(label: Pair | Thumb, item: Hashable, value: int, leads: Mapping[str, float]) -> Vote:
+    return Vote(label.rater, item, value, value * leads.get(label.id, 0.0))

@@ -1,4 +1,10 @@
-"""How much each rater's labels count: from agreement with others and with themselves, capped against poisoning."""
+"""How much each rater's labels count: how often they are right, by a one-coin model, and a cap against poisoning.
+
+One coin a rater (Dawid & Skene 1979, with one number for both kinds of mistakes): a label is right with the rater's
+probability a. What is right nobody knows; on an item that several judged the others tell, and everywhere a `lead`, the
+opinion of a model that learnt from labels of other prompts (`alignment.reward_raters`). Pure numpy.
+Letters: N votes, R raters, I items, G points of a grid.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +13,22 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+import numpy as np
+from numpy.typing import NDArray
+
+from alignment.intervals import Estimate, Floats
+
 PRIOR_VOTES = 8.0
-"""A rater's agreement is pulled to everybody's by as much as this many meetings: a few unlucky ones change little."""
+"""A rater's reliability is pulled to everybody's by as much as this many votes: a few unlucky ones change little."""
+USUAL_BOUNDS = (0.55, 0.95)
+"""Everybody's reliability is held in here: better than a coin, and never beyond doubt."""
+EM_STEPS = 100
+GRID = np.linspace(0.0025, 0.9975, 200)
 LOWEST_WEIGHT, HIGHEST_WEIGHT = 0.2, 1.5
+FEWEST_RATERS = 3
+"""With two, one person's word stands against the other's: nobody is left out."""
+LEFT_OUT_SHARE = 1 / 3
+"""Most of the labels that those left out may hold together; with more there are two camps, and no saying who is right."""
 CAP_SHARE = 0.10
 """Most of the weight that one rater may have: poisoning DPO takes 0.5% of the data (arXiv 2406.12091)."""
 RATERS_FOR_CAP = 10
@@ -23,6 +42,8 @@ class Vote:
     rater: str
     item: Hashable
     value: int
+    lead: float = 0.0
+    """Log-odds that 1 is the right value, from elsewhere than the item's votes; 0 where nothing else is known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,53 +53,150 @@ class Agreement:
     mean: float | None
     """Over all meetings of two votes; None when no item was judged twice."""
     meetings: int
-    by_rater: Mapping[str, tuple[float, int]]
-    """Each rater's mean and meetings, repeats of their own included."""
 
 
 def agreement(votes: Sequence[Vote]) -> Agreement:
-    """Compare all votes on the same item pairwise."""
+    """Compare all votes on the same item pairwise, a rater's repeats included."""
     items: dict[Hashable, list[Vote]] = defaultdict(list)
     for vote in votes:
         items[vote.item].append(vote)
-    met: dict[str, list[float]] = defaultdict(list)
-    everything: list[float] = []
-    for group in items.values():
-        for one, other in combinations(group, 2):
-            alike = 1.0 - abs(one.value - other.value) / 2.0
-            everything.append(alike)
-            for rater in {one.rater, other.rater}:
-                met[rater].append(alike)
-    return Agreement(
-        mean=sum(everything) / len(everything) if everything else None,
-        meetings=len(everything),
-        by_rater={rater: (sum(values) / len(values), len(values)) for rater, values in met.items()},
+    met = [
+        1.0 - abs(one.value - other.value) / 2.0
+        for group in items.values()
+        for one, other in combinations(group, 2)
+    ]
+    return Agreement(mean=sum(met) / len(met) if met else None, meetings=len(met))
+
+
+@dataclass(frozen=True, slots=True)
+class _Votes:
+    """Votes with a winner as arrays."""
+
+    raters: list[str]
+    rater: NDArray[np.int64]  # (N,) row of `raters`
+    item: NDArray[np.int64]  # (N,)
+    value: Floats  # (N,) -1 or 1
+    prior: Floats  # (I,) log-odds that 1 is right, without any vote
+
+    def evidence(self, reliable: Floats) -> Floats:
+        """Return (I,) log-odds that 1 is right, from the prior and every vote."""
+        said = self.value * np.log(reliable / (1 - reliable))[self.rater]
+        return self.prior + np.bincount(self.item, weights=said, minlength=len(self.prior))
+
+
+def reliabilities(votes: Sequence[Vote]) -> tuple[dict[str, Estimate], float]:
+    """Return how often each rater is right, with a 95% credible interval, and how often the raters are as a whole.
+
+    EM: the chance that each vote is right given every rater's reliability, then each rater's mean of those chances. The
+    interval is the posterior's over a grid, given what all others and the leads say about the rater's items.
+    Raters without a vote that has a winner are absent.
+    """
+    table = _table([vote for vote in votes if vote.value])
+    reliable = np.full(len(table.raters), 0.8)
+    counts = np.bincount(table.rater, minlength=len(table.raters)).astype(np.float64)
+    usual = 0.8
+    for _ in range(EM_STEPS):
+        right = _sigmoid(table.value * table.evidence(reliable)[table.item])  # (N,)
+        usual = float(np.clip(right.mean(), *USUAL_BOUNDS)) if len(right) else usual
+        sums = np.bincount(table.rater, weights=right, minlength=len(table.raters))
+        reliable = (sums + PRIOR_VOTES * usual) / (counts + PRIOR_VOTES)
+    found = {name: _posterior(table, row, reliable, usual) for row, name in enumerate(table.raters)}
+    return found, usual
+
+
+def _table(votes: Sequence[Vote]) -> _Votes:
+    raters = sorted({vote.rater for vote in votes})
+    rows = {name: row for row, name in enumerate(raters)}
+    items = {item: row for row, item in enumerate(dict.fromkeys(vote.item for vote in votes))}
+    item = np.array([items[vote.item] for vote in votes], dtype=np.int64)
+    leads = np.bincount(item, weights=[vote.lead for vote in votes], minlength=len(items))
+    return _Votes(
+        raters=raters,
+        rater=np.array([rows[vote.rater] for vote in votes], dtype=np.int64),
+        item=item,
+        value=np.array([vote.value for vote in votes], dtype=np.float64),
+        prior=leads / np.maximum(np.bincount(item, minlength=len(items)), 1),
     )
 
 
-def reliability_weights(raters: Sequence[str], found: Agreement) -> dict[str, float]:
-    """Return a weight a rater: (2p - 1) of their shrunk agreement p against everybody's; 1 where nothing is known.
+def _posterior(table: _Votes, row: int, reliable: Floats, usual: float) -> Estimate:
+    """Return the mean and the 2.5% and 97.5% quantiles of one rater's reliability."""
+    mine = table.rater == row
+    silent = np.where(np.arange(len(reliable)) == row, 0.5, reliable)  # a coin says nothing
+    chance = _sigmoid(
+        table.value[mine] * table.evidence(silent)[table.item[mine]]
+    )  # (n,) that a vote is right
+    logs = np.log(np.outer(GRID, chance) + np.outer(1 - GRID, 1 - chance)).sum(axis=1)  # (G,)
+    logs += (PRIOR_VOTES * usual - 1) * np.log(GRID) + (PRIOR_VOTES * (1 - usual) - 1) * np.log(1 - GRID)
+    mass = np.exp(logs - logs.max())
+    mass /= mass.sum()
+    low, high = GRID[np.searchsorted(np.cumsum(mass), [0.025, 0.975])]
+    return Estimate(value=float(mass @ GRID), low=float(low), high=float(high), n=int(mine.sum()))
 
-    2p - 1 is 0 for a coin and 1 for somebody who always agrees.
+
+def _sigmoid(x: Floats) -> Floats:
+    result: Floats = 1 / (1 + np.exp(-np.clip(x, -30, 30)))
+    return result
+
+
+def reliability_weights(
+    raters: Sequence[str], found: Mapping[str, Estimate], usual: float
+) -> dict[str, float]:
+    """Return a weight a rater: (2a - 1) of their reliability a against everybody's, 1 where nothing is known.
+
+    2a - 1 is 0 for a coin and 1 for somebody who is always right. Who is credibly worse than a coin gets 0, unless there
+    are too few raters, or too many labels of such raters, to say who is wrong.
     """
-    if found.mean is None:
-        return dict.fromkeys(raters, 1.0)
-    usual = max(2 * found.mean - 1, 0.1)
     weights = {}
     for rater in raters:
-        mean, meetings = found.by_rater.get(rater, (found.mean, 0))
-        shrunk = (mean * meetings + found.mean * PRIOR_VOTES) / (meetings + PRIOR_VOTES)
-        relative = 1.0 if meetings == 0 else (2 * shrunk - 1) / usual
+        relative = (2 * found[rater].value - 1) / (2 * usual - 1) if rater in found else 1.0
         weights[rater] = min(max(relative, LOWEST_WEIGHT), HIGHEST_WEIGHT)
+    wrong = contrary(found)
+    share = sum(found[rater].n for rater in wrong) / max(1, sum(one.n for one in found.values()))
+    if len(found) >= FEWEST_RATERS and share <= LEFT_OUT_SHARE:
+        weights |= dict.fromkeys(wrong, 0.0)
     return weights
+
+
+def contrary(found: Mapping[str, Estimate]) -> list[str]:
+    """Return the raters whose whole interval lies below chance."""
+    return [rater for rater, one in found.items() if one.high < 0.5]
+
+
+def rater_warnings(
+    found: Mapping[str, Estimate], weights: Mapping[str, float], names: Mapping[str, str]
+) -> list[str]:
+    """Return what an operator should hear about raters who contradict the others, a sentence each."""
+    told = []
+    for rater in contrary(found):
+        one = found[rater]
+        done = (
+            "their labels were left out"
+            if weights[rater] == 0
+            else "nobody was left out: the raters are split"
+        )
+        told.append(
+            f"Rater {names.get(rater, rater)} disagrees with everyone else: {one.value:.0%} agreement on {one.n} labels "
+            f"({one.low:.0%} to {one.high:.0%}); {done}. Talk to them."
+        )
+    return told
+
+
+def rater_cap(weights: Mapping[str, float]) -> float:
+    """Return the most of the weight that one rater may have: 10%, or an equal part among those who can be relied on.
+
+    Ten raters at 10% each weigh all the same; where some of them are hardly to be relied on, that would lift them up to
+    the others.
+    """
+    return max(CAP_SHARE, max(weights.values(), default=1.0) / max(sum(weights.values()), 1e-9))
 
 
 def cap_factors(totals: Mapping[str, float], *, cap: float = CAP_SHARE) -> dict[str, float]:
     """Return the factor on each rater's labels so that nobody has more than `cap` of what remains.
 
-    With fewer than 1 / cap raters that is impossible and every factor is 1.
+    With fewer than ten raters that is impossible and every factor is 1.
     """
-    if len(totals) < max(RATERS_FOR_CAP, 1 / cap):
+    if sum(total > 0 for total in totals.values()) < RATERS_FOR_CAP:
         return dict.fromkeys(totals, 1.0)
     capped: set[str] = set()
     limit = float("inf")

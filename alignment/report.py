@@ -157,8 +157,22 @@ def _data(card: Card) -> str:
         f"Method: **{card.choice.method}** by rule {card.choice.rule}. {card.choice.reason}",
         *[f"- Warning: {warning}" for warning in card.choice.warnings],
         *[f"- Dropped: {count} labels, {reason}." for reason, count in data.dropped.items()],
+        *_raters(data),
     ]
     return "\n".join(lines)
+
+
+def _raters(data: DataStatistics) -> list[str]:
+    """Return the table of raters, the least reliable first."""
+    if len(data.rater_reliability) < 2:
+        return []
+    order = sorted(data.rater_reliability.items(), key=lambda one: one[1].value)
+    rows = [
+        f"| {_line(name)} | {one.n} | {one.value:.0%} | {one.low:.0%} to {one.high:.0%} | {data.rater_weights[name]:.2f} |"
+        for name, one in order
+    ]
+    head = "| rater | labels | right, as the others' labels tell | 95% interval | weight |"
+    return ["", head, "| --- | --- | --- | --- | --- |", *rows]
 
 
 def _training(card: Card) -> str:

@@ -1,28 +1,101 @@
-"""How well labels of some people predict the others': raters left out in turn, measured on held-out prompts of theirs.
+"""What quick fits to some of the labels say about the others: how right each rater is, and how new raters are predicted.
 
 Only the convex fit of one head to the base's own states is repeated, which costs seconds; the adapter, which would have
-to be trained anew for each group, is absent. So read the figure beside that of the same fit with everybody in it.
+to be trained anew for each group, is absent. So read a figure beside that of the same fit with everybody in it.
+Letters: C answers, D hidden size, P pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from alignment.batching import Tree, make_tree
 from alignment.intervals import Floats
 from alignment.models import Base
-from alignment.preferences import Pair, Thumb
+from alignment.preferences import Pair, Preferences, Thumb, weighted
 from alignment.progress import Progress, stop_if_asked
+from alignment.rater_weights import FEWEST_RATERS
 from alignment.reward_items import make_items
-from alignment.reward_metrics import new_rater_metrics
+from alignment.reward_metrics import fit_temperature, new_rater_metrics
 from alignment.reward_training import fitted_head, last_states
 from alignment.training_config import RewardConfig
 
-FEWEST_RATERS = 3
-"""With two, the figure is one person's word against the other's."""
+PROMPT_FOLDS = 5
+"""Groups of prompts, each judged by a fit to the labels of the others (the usual five)."""
+ROUNDS = 2
+"""Fits to everybody's labels, then without those who were found to contradict the others."""
+
+
+def weighed_by_others(
+    base: Base, labels: Preferences, config: RewardConfig, *, seed: int, progress: Progress
+) -> Preferences:
+    """Weigh the raters by how well labels of other prompts, fitted, and other people's labels predict theirs.
+
+    People hardly ever judge the same answers; the fit carries what the others said to the answers that one alone judged.
+    With fewer than three raters there are no others to ask, and nothing is fitted.
+
+    Raises:
+        Interrupted: `progress` asked to stop.
+    """
+    found = weighted(labels)
+    if len({label.rater for label in (*labels.pairs, *labels.thumbs)}) < FEWEST_RATERS:
+        return found
+    pairs = [pair for pair in labels.pairs if pair.source != "ratings"]  # their thumbs are here themselves
+    states = last_states(
+        base, None, _trees(pairs, labels.thumbs), batch_tokens=config.batch_tokens, progress=progress
+    )
+    fits = _Fits(
+        base=base,
+        pairs=pairs,
+        thumbs=labels.thumbs,
+        states=states,
+        config=config,
+        seed=seed,
+        progress=progress,
+    )
+    for _ in range(ROUNDS):
+        found = weighted(labels, _out_of_fold_leads(fits, found.notes["rater_weights"]))
+    return found
+
+
+def _out_of_fold_leads(fits: _Fits, factors: Mapping[str, float]) -> dict[str, float]:
+    """Return by id the log-odds that a label is right, from a fit to the labels of other prompts, calibrated.
+
+    A thumb is compared with its rater's own leniency: somebody who likes nearly everything is not wrong each time.
+
+    Args:
+        factors: the raters' weights in the fit.
+    """
+    labels: list[Pair | Thumb] = [*fits.pairs, *fits.thumbs]
+    order = sorted(
+        {label.prompt_key for label in labels}, key=lambda key: hashlib.sha256(key.encode()).digest()
+    )
+    fold_of = {key: number % PROMPT_FOLDS for number, key in enumerate(order)}
+    leads = np.zeros(len(labels))
+    for fold in range(PROMPT_FOLDS):
+        inside = [number for number, label in enumerate(labels) if fold_of[label.prompt_key] == fold]
+        others = [
+            number
+            for number, label in enumerate(labels)
+            if fold_of[label.prompt_key] != fold and factors[label.rater]
+        ]
+        fit = fits.fit(others, factors)
+        if fit is not None and inside:
+            leads[inside] = fits.leads(fit, inside)
+    for part in (slice(0, len(fits.pairs)), slice(len(fits.pairs), None)):
+        known = [
+            lead
+            for lead, label in zip(leads[part], labels[part], strict=True)
+            if factors[label.rater] and not (isinstance(label, Pair) and label.tie)
+        ]
+        leads[part] /= fit_temperature(np.array(known))
+    return {label.id: float(lead) for label, lead in zip(labels, leads, strict=True)}
 
 
 def left_out_rater_metrics(
@@ -58,43 +131,80 @@ def left_out_rater_metrics(
     fits = _Fits(
         base=base, pairs=pairs, thumbs=thumbs, states=states, config=config, seed=seed, progress=progress
     )
-    everybody = fits.head_without(set())
+    raters = [label.rater for label in (*pairs, *thumbs)]
+    everybody = fits.fit(range(len(raters)))
     assert everybody is not None  # there are labels: the caller has trained on them
     new, known = [], []
     for fold in folds:
-        head = fits.head_without(fold)
+        fit = fits.fit([number for number, rater in enumerate(raters) if rater not in fold])
         theirs = [number for number, pair in enumerate(held_out) if pair.rater in fold]
-        if head is not None:
-            new.append(apart[theirs] @ head)
-            known.append(apart[theirs] @ everybody)
+        if fit is not None:
+            new.append(apart[theirs] @ fit.own["heads"][0])
+            known.append(apart[theirs] @ everybody.own["heads"][0])
     return new_rater_metrics(_joined(new), _joined(known)) if new else {}
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """One head, with the thumbs' slope and their raters' biases."""
+
+    own: dict[str, torch.Tensor]
+    raters: dict[str, int]
+    """Rows of the biases."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Fits:
-    """What a fit without some raters is made from."""
+    """What a fit to some of the labels is made from; labels are numbered through, the pairs first."""
 
     base: Base
     pairs: Sequence[Pair]
     thumbs: Sequence[Thumb]
     states: torch.Tensor
-    """(C, D) of the pairs' answers, then of the thumbs', then of held-out ones."""
+    """(C, D) of the pairs' answers, then of the thumbs'; more may follow."""
     config: RewardConfig
     seed: int
     progress: Progress
 
-    def head_without(self, left_out: set[str]) -> torch.Tensor | None:
-        """Return a head (D,) fitted to the labels of the others; None when there are none."""
+    def fit(self, numbers: Sequence[int], factors: Mapping[str, float] | None = None) -> _Fit | None:
+        """Return a fit to the labels `numbers`, weighted by their raters' `factors` too; None when there are none."""
         stop_if_asked(self.progress, "the reward model")
-        kept = [number for number, pair in enumerate(self.pairs) if pair.rater not in left_out]
-        marked = [number for number, thumb in enumerate(self.thumbs) if thumb.rater not in left_out]
-        if not kept and not marked:
+        if not numbers:
             return None
-        rows = [row for i in kept for row in (2 * i, 2 * i + 1)]
-        rows += [2 * len(self.pairs) + i for i in marked]
-        chosen = [self.pairs[i] for i in kept], [self.thumbs[i] for i in marked]
-        items = make_items(self.base, *chosen, replace(self.config, members=1), seed=self.seed)
-        return fitted_head(self.base, self.states[rows], items, self.config, seed=self.seed)
+        pairs, thumbs = self._split(numbers)
+        if factors is not None:
+            pairs = [replace(pair, weight=pair.weight * factors[pair.rater]) for pair in pairs]
+            thumbs = [replace(thumb, weight=thumb.weight * factors[thumb.rater]) for thumb in thumbs]
+        items = make_items(self.base, pairs, thumbs, replace(self.config, members=1), seed=self.seed)
+        own = fitted_head(self.base, self.states[self._rows(numbers)], items, self.config, seed=self.seed)
+        return _Fit(own, {rater: row for row, rater in enumerate(sorted({thumb.rater for thumb in thumbs}))})
+
+    def leads(self, fit: _Fit, numbers: Sequence[int]) -> Floats:
+        """Return the log-odds that the fit gives each of the labels `numbers`."""
+        pairs, thumbs = self._split(numbers)
+        scores = self.states[self._rows(numbers)] @ fit.own["heads"][0]
+        compared, alone = scores[: 2 * len(pairs)], scores[2 * len(pairs) :]
+        slope = float(F.softplus(fit.own["slopes"][0]))
+        biases = [
+            float(fit.own["biases"][fit.raters[thumb.rater], 0]) if thumb.rater in fit.raters else 0.0
+            for thumb in thumbs
+        ]
+        signs = np.array([1.0 if thumb.up else -1.0 for thumb in thumbs])
+        return np.concatenate(
+            [_floats(compared[0::2] - compared[1::2]), signs * (slope * _floats(alone) + np.array(biases))]
+        )
+
+    def _split(self, numbers: Sequence[int]) -> tuple[list[Pair], list[Thumb]]:
+        count = len(self.pairs)
+        return (
+            [self.pairs[number] for number in numbers if number < count],
+            [self.thumbs[number - count] for number in numbers if number >= count],
+        )
+
+    def _rows(self, numbers: Sequence[int]) -> list[int]:
+        count = len(self.pairs)
+        rows = [row for number in numbers if number < count for row in (2 * number, 2 * number + 1)]
+        return rows + [count + number for number in numbers if number >= count]
 
 
 def rater_folds(raters: Sequence[str], folds: int) -> list[set[str]]:
@@ -110,6 +220,10 @@ def _trees(pairs: Sequence[Pair], thumbs: Sequence[Thumb]) -> list[Tree]:
     return both + [make_tree(t.prompt_ids, (t.answer_ids,)) for t in thumbs]
 
 
+def _floats(values: torch.Tensor) -> Floats:
+    found: Floats = values.double().cpu().numpy()
+    return found
+
+
 def _joined(parts: Sequence[torch.Tensor]) -> Floats:
-    joined: Floats = torch.cat(list(parts)).double().cpu().numpy()
-    return joined
+    return _floats(torch.cat(list(parts)))

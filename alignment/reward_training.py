@@ -153,12 +153,12 @@ def train_member_heads(
 
 def fitted_head(
     base: Base, states: torch.Tensor, items: Items, config: RewardConfig, *, seed: int
-) -> torch.Tensor:
-    """Return one head (D,) fitted to the items' `states` (C, D) alone: what `fit_heads` learns, without an ensemble."""
+) -> dict[str, torch.Tensor]:
+    """Return one head fitted to the items' `states` (C, D) alone, with its slope and biases: `fit_heads`, no ensemble."""
     one = replace(config, members=1)
     own = new_parameters(base, items, one, seed=seed)
     fit_heads(states, own, items, one)
-    return own["heads"].detach()[0]
+    return {name: value.detach() for name, value in own.items()}
 
 
 def add_gradients(

@@ -9,7 +9,7 @@ import math
 
 from alignment.config import ChoiceConfig
 from alignment.data_statistics import DataStatistics, RewardEvidence
-from alignment.rater_weights import CAP_SHARE, RATERS_FOR_CAP
+from alignment.rater_weights import RATERS_FOR_CAP
 
 ROUNDING = 1e-6
 
@@ -120,10 +120,10 @@ def too_doubtful(data: DataStatistics, config: ChoiceConfig) -> str:
             )
         if agreement.value < config.agreement_min:
             return f"Raters agree on {agreement.value:.0%} (needed {config.agreement_min:.0%}): settle the rubric first."
-    if data.raters >= RATERS_FOR_CAP and data.largest_rater_share > CAP_SHARE + ROUNDING:
+    if data.raters >= RATERS_FOR_CAP and data.largest_rater_share > data.rater_cap + ROUNDING:
         return (
             f"One of {data.raters} raters holds {data.largest_rater_share:.0%} of the weight (at most "
-            f"{CAP_SHARE:.0%}): collect comparisons from the others."
+            f"{data.rater_cap:.0%}): collect comparisons from the others."
         )
     return ""
 

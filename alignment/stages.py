@@ -26,6 +26,7 @@ from alignment.questions import choose_questions, recent_turns, served_sampling
 from alignment.reference_cache import ReferenceCache, reference_identity
 from alignment.report import Card, write_card
 from alignment.reward_model import TrainedReward, train_reward_model
+from alignment.reward_raters import weighed_by_others
 from alignment.run_progress import RunProgress, check_stop
 from alignment.safety import load_suite
 from alignment.training_data import Parts, divide, on_policy_share, recent_policies
@@ -103,6 +104,9 @@ def prepare(
         tokenize=lambda text: answer_ids(base, text),
         max_tokens=min(config.data.max_tokens, base.max_positions),
         base_sha256=incumbent.base_sha256,
+        weigh=lambda labels: weighed_by_others(
+            base, labels, config.reward, seed=config.seed, progress=progress
+        ),
     )
     plan_batches(base, longest=_longest(base, preferences, config), rank=lora.rank)
     check_stop(progress)
