@@ -1,0 +1,223 @@
+"""What bad labels cost: wins on fresh questions with clean labels, with a malicious rater and with noise.
+
+Usage: python tests/benchmarks/robustness.py [--tastes orderly] [--seeds 1,2,3] [--methods dpo] [--out FILE.json]
+
+The starter model answers twice to each question, a made-up taste compares, ten raters share the labels. Then one of them
+turns all of theirs round (10% of the labels), or 30% of everybody's labels are turned round. One training follows with
+the product's default settings, with the raters' weights and without; the taste counts the wins on fresh questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import numpy as np
+import torch
+from tastes import STARTER, Setting, asked, pairs_of, texts, thumbs_of
+
+from alignment.config import AlignmentConfig
+from alignment.dpo import train_dpo
+from alignment.intervals import mean_with_error
+from alignment.kto import train_kto
+from alignment.models import Base, add_policy, load_base
+from alignment.preferences import Pair, Preferences, Thumb
+from alignment.progress import Silent
+from alignment.reward_raters import weighed_by_others
+from alignment.rollouts import sample
+from alignment.starter.customers import questions
+
+RATERS = 10
+NOISE = 0.3
+MALICIOUS = "rater-0"
+CONDITIONS = ("clean", "malicious", "noise")
+Label = TypeVar("Label", Pair, Thumb)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One training: how the candidate did against the policy it started from."""
+
+    taste: str
+    method: str
+    seed: int
+    condition: str
+    rater_weights: bool
+    labels: int
+    steps: int
+    stopped_because: str | None
+    named: list[str]
+    """What the run says about its raters."""
+    wins: list[float]
+    """Of each fresh question: 1 the candidate's answer is liked better, 0 worse, 0.5 as well."""
+    weighing_s: float
+    training_s: float
+
+    @property
+    def win_rate(self) -> float:
+        return sum(self.wins) / len(self.wins)
+
+
+def spoilt(labels: Preferences, condition: str, *, seed: int) -> Preferences:
+    """Deal the labels to the raters and turn some round."""
+    rng = random.Random(seed)
+
+    def hand(label: Label, number: int) -> Label:
+        rater = f"rater-{number % RATERS}"
+        noisy, wrong = condition == "noise", rng.random() < NOISE
+        turn = (noisy and wrong) or (condition == "malicious" and rater == MALICIOUS)
+        label = replace(label, rater=rater)
+        return turned(label) if turn else label
+
+    return Preferences(
+        pairs=tuple(hand(pair, number) for number, pair in enumerate(labels.pairs)),
+        thumbs=tuple(hand(thumb, number) for number, thumb in enumerate(labels.thumbs)),
+    )
+
+
+def turned(label: Label) -> Label:
+    """Say the opposite; a tie stays one."""
+    if isinstance(label, Thumb):
+        return replace(label, up=not label.up)
+    return replace(label, chosen_ids=label.rejected_ids, rejected_ids=label.chosen_ids)
+
+
+class Study:
+    """One taste, method and seed: its clean labels and the fresh questions with the answers of the start."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        base = load_base(str(STARTER), device="cpu")
+        pairs = pairs_of(base, setting, 0)
+        thumbs = thumbs_of(base, pairs, setting.taste) if setting.method == "kto" else []
+        self.labels = Preferences(pairs=() if thumbs else tuple(pairs), thumbs=tuple(thumbs))
+        self.prompts = asked(base, questions(setting.fresh, seed=setting.seed + 1000, part="held_out"))
+        self.before = self.answers(base, "reference")
+
+    def answers(self, base: Base, adapter: str) -> list[str]:
+        """Return the answers to the fresh questions."""
+        return texts(base, sample(base, self.prompts, adapter=adapter, seed=self.setting.seed + 2000))
+
+    def result(self, condition: str, *, rater_weights: bool) -> Result:
+        """Train once and let the taste compare."""
+        setting, base = self.setting, load_base(str(STARTER), device="cpu")
+        config, seed, progress = setting.config, setting.seed, Silent()
+        labels = spoilt(self.labels, condition, seed=seed)
+        began = time.process_time()
+        if rater_weights:
+            labels = weighed_by_others(base, labels, config.reward, seed=seed, progress=progress)
+        weighed = time.process_time()
+        add_policy(base, config.dpo.lora, seed=seed)
+        if setting.method == "kto":
+            outcome = train_kto(base, labels.thumbs, config.kto, seed=seed, progress=progress)
+        else:
+            outcome = train_dpo(base, labels.pairs, config.dpo, seed=seed, progress=progress)
+        trained = time.process_time()
+        gains = [
+            setting.taste(new) - setting.taste(old)
+            for new, old in zip(self.answers(base, "policy"), self.before, strict=True)
+        ]
+        return Result(
+            taste=setting.name,
+            method=setting.method,
+            seed=seed,
+            condition=condition,
+            rater_weights=rater_weights,
+            labels=len(labels.pairs) + len(labels.thumbs),
+            steps=outcome.steps,
+            stopped_because=outcome.stopped_because,
+            named=labels.notes.get("rater_warnings", []),
+            wins=[0.5 + 0.5 * float(np.sign(gain)) for gain in gains],
+            weighing_s=weighed - began,
+            training_s=trained - weighed,
+        )
+
+
+def table(results: Sequence[Result]) -> str:
+    """Return a Markdown row for each condition: wins over all seeds, and how far from clean on the same questions."""
+    lines = ["| method, taste | labels | rater weights | wins | against clean labels | by seed |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    groups: dict[tuple[str, str, str, bool], list[Result]] = {}
+    for one in results:
+        groups.setdefault((one.method, one.taste, one.condition, one.rater_weights), []).append(one)
+    for (method, taste, condition, weights), found in groups.items():
+        clean = {one.seed: one for one in groups.get((method, taste, "clean", True), [])}
+        pairs = [(one, clean[one.seed]) for one in found if one.seed in clean]
+        apart = [a - b for one, other in pairs for a, b in zip(one.wins, other.wins, strict=True)]
+        wins = mean_with_error(np.array([win for one in found for win in one.wins]))
+        lost = mean_with_error(np.array(apart))
+        seeds = ", ".join(f"{one.win_rate:.1%}" for one in found)
+        lines.append(
+            f"| {method}, {taste} | {condition} | {'yes' if weights else 'no'} | {wins.value:.1%} "
+            f"({wins.low:.1%} to {wins.high:.1%}) | {100 * lost.value:+.1f} points ({100 * lost.low:+.1f} to "
+            f"{100 * lost.high:+.1f}) | {seeds} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run every chosen case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--tastes", default="orderly")
+    parser.add_argument("--methods", default="dpo")
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--labels", type=int, default=400)
+    parser.add_argument("--fresh", type=int, default=400)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="keep the results here, JSON; what it has is not done again")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results = _kept(options.out)
+    for seed in map(int, options.seeds.split(",")):
+        for name in options.tastes.split(","):
+            for method in options.methods.split(","):
+                setting = Setting(
+                    method=method,
+                    name=name,
+                    labels=options.labels,
+                    fresh=options.fresh,
+                    seed=seed,
+                    config=AlignmentConfig(),
+                )
+                _all(setting, results, options.out)
+    print(table(results))
+
+
+def _all(setting: Setting, results: list[Result], out: Path | None) -> None:
+    cases = [(condition, weights) for condition in CONDITIONS for weights in (True, False)]
+    known = {(r.method, r.taste, r.seed, r.condition, r.rater_weights) for r in results}
+    left = [
+        (condition, weights)
+        for condition, weights in cases
+        if (setting.method, setting.name, setting.seed, condition, weights) not in known
+    ]
+    study = Study(setting) if left else None
+    for condition, weights in left:
+        assert study is not None
+        one = study.result(condition, rater_weights=weights)
+        results.append(one)
+        print(
+            f"{one.method} {one.taste} seed {one.seed} {condition:9} weights {weights!s:5} wins {one.win_rate:.1%}, "
+            f"{one.steps} steps, {one.weighing_s:.0f} + {one.training_s:.0f} CPU-s {' '.join(one.named)}",
+            flush=True,
+        )
+        if out:
+            out.write_text(json.dumps([asdict(result) for result in results]))
+
+
+def _kept(path: Path | None) -> list[Result]:
+    return [Result(**one) for one in json.loads(path.read_text())] if path and path.exists() else []
+
+
+if __name__ == "__main__":
+    main()
