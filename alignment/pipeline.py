@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,15 +26,17 @@ from alignment.choose import (
     statistics_of,
 )
 from alignment.config import AlignmentConfig
+from alignment.failures import explain
 from alignment.gate import Verdict, judge
 from alignment.preferences import take_snapshot
 from alignment.progress import Interrupted
 from alignment.run_progress import RunProgress, check_stop, stopping_on_signals
 from alignment.run_record import Meter, new_run
-from alignment.training_data import may_suffice
+from alignment.training_data import may_suffice, parts_short
+from alignment.whole_files import whole
 from storage import runs
 from storage.deployments import served
-from storage.errors import Conflict, KotaeError, NotFound
+from storage.errors import Conflict, NotFound, StorageUnavailable
 from storage.policies import get_policy
 from storage.records import Json, Policy, Run, RunStatus, RunTrigger, Snapshot
 from storage.store import Store
@@ -136,7 +139,7 @@ def _carry_out(
     )
     choice = _choose(work, statistics, reward=None)
     if choice.method is None and not choice.waits_for_reward_model:
-        outcome = _not_enough(run, choice)
+        outcome = _not_enough(run, choice, statistics)
     else:
         outcome = _make_candidate(work, statistics, choice, meter)
     return replace(outcome, message=" ".join([outcome.message, *statistics.rater_warnings]))
@@ -146,12 +149,21 @@ def _choose(work: Work, statistics: DataStatistics, *, reward: RewardEvidence | 
     """Apply the rules and keep what they said."""
     config = work.config
     choice = choose_method(statistics, config.choice, wanted=config.method, available=METHODS, reward=reward)
+    method = "ppo" if choice.waits_for_reward_model else choice.method
+    if method is not None and (
+        short := parts_short(work.prepared.parts, method, min_class_thumbs=config.kto.min_class_thumbs)
+    ):
+        choice = Choice(method=None, rule="0: not enough data", reason=short)
     _keep_choice(work.store, work.run, work.folder, statistics, choice)
     return choice
 
 
-def _not_enough(run: Run, choice: Choice) -> Outcome:
+def _not_enough(run: Run, choice: Choice, statistics: DataStatistics) -> Outcome:
     message = f"{choice.reason} (rule {choice.rule})"
+    if statistics.dropped:
+        message += (
+            f" Not usable: {', '.join(f'{count} {reason}' for reason, count in statistics.dropped.items())}."
+        )
     return Outcome(status="not_enough_data", message=message, run_id=run.id)
 
 
@@ -169,7 +181,7 @@ def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, mete
         check_stop(work.progress)
         choice = _choose(work, statistics, reward=reward_evidence(scorer.metrics))
     if choice.method is None:
-        return _not_enough(work.run, choice)
+        return _not_enough(work.run, choice, statistics)
     # 6. the candidate
     work = replace(work, config=_adapted(work.config, choice, statistics))
     trained = stages.update_policy(work, choice.method, scorer)
@@ -228,7 +240,8 @@ def _too_few_labels(snapshot: Snapshot, run: Run, config: AlignmentConfig) -> Ou
 def _keep_choice(store: Store, run: Run, folder: Path, statistics: DataStatistics, choice: Choice) -> None:
     """Keep the statistics and the rule with the run: as a file, and as numbers beside its curves."""
     plain = statistics.as_json()
-    (folder / "choice.json").write_text(json.dumps({"data": plain, "choice": asdict(choice)}, indent=2))
+    with whole(folder / "choice.json") as aside:
+        aside.write_text(json.dumps({"data": plain, "choice": asdict(choice)}, indent=2))
     numbers = {
         f"data/{name}": float(value) for name, value in plain.items() if isinstance(value, int | float)
     }
@@ -250,22 +263,27 @@ def _adapted(config: AlignmentConfig, choice: Choice, statistics: DataStatistics
 def _failure(store: Store, run: Run, error: Exception) -> Outcome:
     """Describe what went wrong: a person's message for known errors; the traceback goes to the run's folder."""
     folder = run_folder(store, run.id)
-    try:
+    with suppress(OSError):  # the disk may be what failed; the message below is stored with the run
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "error.txt").write_text("".join(traceback.format_exception(error)))
-    except OSError:
-        pass  # the disk may be what failed; the message below is stored with the run
-    message = str(error) if isinstance(error, KotaeError) else f"{type(error).__name__}: {error}"
-    return Outcome(status="failed", message=f"{message} (details: {folder / 'error.txt'})", run_id=run.id)
+        with whole(folder / "error.txt") as aside:
+            aside.write_text("".join(traceback.format_exception(error)))
+    message = f"{explain(error, store.data)} (details: {folder / 'error.txt'})"
+    return Outcome(status="failed", message=message, run_id=run.id)
 
 
 def _close(store: Store, outcome: Outcome, progress: RunProgress, meter: Meter) -> Outcome:
-    """Record the end; a run that somebody else closed meanwhile stays as they left it."""
-    progress.flush()
-    cost: Json = meter.cost(stage_seconds=progress.stage_seconds)
+    """Record the end; a run that somebody else closed meanwhile stays as they left it.
+
+    Where the end cannot be recorded, the next start marks the run as failed.
+    """
     try:
+        progress.flush()
+        cost: Json = meter.cost(stage_seconds=progress.stage_seconds)
         runs.close_run(store, outcome.run_id, status=outcome.status, message=outcome.message, cost=cost)
     except Conflict:
         ended = runs.get_run(store, outcome.run_id)
         return Outcome(status=ended.status, message=ended.message, run_id=ended.id)
+    except StorageUnavailable as error:
+        message = f"{outcome.message} The end of the run could not be recorded: {explain(error, store.data)}"
+        return replace(outcome, status="failed", message=message)
     return outcome

@@ -15,6 +15,7 @@ from pathlib import Path
 from alignment.choose import Choice, DataStatistics
 from alignment.config import AlignmentConfig
 from alignment.gate import Verdict
+from alignment.whole_files import whole
 from storage.records import Json, Policy, Run
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
@@ -71,11 +72,12 @@ def write_card(card: Card, folder: Path) -> Path:
         "samples": list(card.samples),
         "details": card.details,
     }
-    (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=2, ensure_ascii=False))
+    with whole(folder / "evaluation.json") as aside:
+        aside.write_text(json.dumps(evaluation, indent=2, ensure_ascii=False))
     drawn = [name for name in PLOTS if draw(folder / name, card)]
-    path = folder / CARD
-    path.write_text(markdown(card, drawn), encoding="utf-8")
-    return path
+    with whole(folder / CARD) as aside:
+        aside.write_text(markdown(card, drawn), encoding="utf-8")
+    return folder / CARD
 
 
 def markdown(card: Card, plots: Sequence[str]) -> str:
@@ -116,7 +118,8 @@ def draw(path: Path, card: Card) -> bool:
     plot.set(title=title, xlabel="optimiser step", ylabel=axis)
     plot.grid(alpha=0.3)
     plot.legend()
-    figure.savefig(path, dpi=110)
+    with whole(path) as aside:
+        figure.savefig(aside, dpi=110)
     return True
 
 

@@ -18,7 +18,7 @@ from alignment.gate import Verdict
 from alignment.golden import golden_file, load_golden
 from alignment.kto import train_kto
 from alignment.memory import plan_batches
-from alignment.models import Base, add_policy, answer_ids, load_base, save_adapter
+from alignment.models import Base, adapter_parameters, add_policy, answer_ids, load_base, save_adapter
 from alignment.policy_training import PolicyResult
 from alignment.ppo import PpoResult, ppo_fingerprint, train_ppo
 from alignment.preferences import Preferences, load_preferences
@@ -29,7 +29,9 @@ from alignment.reward_model import TrainedReward, train_reward_model
 from alignment.reward_raters import weighed_by_others
 from alignment.run_progress import RunProgress, check_stop
 from alignment.safety import load_suite
+from alignment.training import all_finite
 from alignment.training_data import Parts, divide, on_policy_share, recent_policies
+from alignment.whole_files import whole
 from storage import policies, runs, settings
 from storage.adapters import import_adapter, verify_adapter
 from storage.digests import base_digest, file_sha256, sha256_of
@@ -90,13 +92,21 @@ def check_incumbent(incumbent: Policy) -> None:
 def prepare(
     store: Store, snapshot: Snapshot, incumbent: Policy, config: AlignmentConfig, progress: RunProgress
 ) -> Prepared:
-    """Load the base with the trainable adapter (a copy of the served one, if any) and read the labels."""
+    """Load the base with the trainable adapter (a copy of the served one, if any) and read the labels.
+
+    Raises:
+        CorruptData: the served adapter's weights are not finite.
+    """
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // 2))
     base = load_base(incumbent.base_path, device=config.device, dtype=config.precision)
     start = Path(incumbent.adapter_path) if incumbent.adapter_path else None
     loras = {"ppo": config.ppo.lora, "kto": config.kto.lora}
     lora = loras.get(config.method, config.dpo.lora)
     add_policy(base, lora, seed=config.seed, start_from=start)
+    if start is not None and not all_finite(adapter_parameters(base, "policy")):
+        raise CorruptData(
+            f"adapter {start}: a weight is not a finite number; roll back to a policy before {incumbent.id}"
+        )
     progress.step(2, "model loaded")
     preferences = load_preferences(
         store,
@@ -145,7 +155,8 @@ def train_judge(work: Work) -> TrainedReward:
     """
     scorer = _reward_model(work, work.prepared.parts.judge, seed=work.config.seed)
     target = work.folder / "reward_model"
-    scorer.save(target)
+    with whole(target) as aside:
+        scorer.save(aside)
     files = {str(f.relative_to(target)): file_sha256(f) for f in sorted(target.rglob("*")) if f.is_file()}
     record = RewardModel(
         id=new_id("reward"),
@@ -198,7 +209,8 @@ def update_policy(work: Work, method: Method, scorer: TrainedReward | None) -> T
     checkpoint = _checkpoint(work, method, scorer)
     result = _trained(work, method, scorer, checkpoint)
     adapter = work.folder / "adapter"
-    save_adapter(work.prepared.base, "policy", adapter)
+    with whole(adapter) as aside:
+        save_adapter(work.prepared.base, "policy", aside)
     checkpoint.unlink(missing_ok=True)
     if result.stopped_because:
         raise TrainingStopped(
@@ -321,7 +333,6 @@ def name_candidate(work: Work) -> Policy:
 
 def publish(work: Work, candidate: Policy, evidence: Evidence, verdict: Verdict) -> None:
     """Make the candidate and its evidence known; a candidate without evidence could not be approved."""
-    policies.add_policy(work.store, candidate)
     evaluation = Evaluation(
         id=new_id("evaluation"),
         run_id=work.run.id,
@@ -333,7 +344,7 @@ def publish(work: Work, candidate: Policy, evidence: Evidence, verdict: Verdict)
         reasons=verdict.reasons,
         created_at=now(),
     )
-    policies.add_evaluation(work.store, evaluation)
+    policies.add_policy(work.store, candidate, evaluation)
 
 
 def write_report(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from alignment.whole_files import whole
 from storage.errors import CorruptData
 
 Weights = dict[str, torch.Tensor]
@@ -77,12 +78,10 @@ def all_finite(parameters: Mapping[str, torch.Tensor]) -> bool:
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write tensors and plain values so that a crash leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".new")
-    with aside.open("wb") as file:
+    with whole(path) as aside, aside.open("wb") as file:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(path)
 
 
 def read_checkpoint(path: Path, *, fingerprint: str) -> dict[str, Any] | None:

@@ -43,6 +43,37 @@ def divide(preferences: Preferences, config: DataConfig, *, seed: int) -> Parts:
     return Parts(policy=policy, judge=judge, held_out=held_out)
 
 
+def parts_short(parts: Parts, method: str, *, min_class_thumbs: int) -> str:
+    """Return what a part lacks for what is trained or measured on it, else "".
+
+    Args:
+        method: that trains the policy.
+        min_class_thumbs: `kto.min_class_thumbs`.
+    """
+    sides = [("judge", parts.judge), ("held-out", parts.held_out)]
+    if method == "dpo" and not any(not pair.tie for pair in parts.policy.pairs):
+        return _lacks("policy", "comparison with a winner, nor a correction,")
+    if method == "kto":
+        counts = {up: sum(thumb.up == up for thumb in parts.policy.thumbs) for up in (True, False)}
+        few = min(counts, key=lambda up: counts[up])
+        if counts[few] < min_class_thumbs:
+            return (
+                f"Of the thumbs that would train the policy {counts[few]} point {'up' if few else 'down'} "
+                f"({min_class_thumbs} needed, kto.min_class_thumbs): mark such answers too, or compare answers."
+            )
+    for name, part in [("policy", parts.policy)] * (method == "ppo") + sides:
+        if not any(not pair.tie for pair in part.pairs) and len({thumb.up for thumb in part.thumbs}) < 2:
+            return _lacks(name, "comparison with a winner, nor thumbs of both kinds,")
+    return ""
+
+
+def _lacks(part: str, what: str) -> str:
+    return (
+        f"Divided by question, the {part} part of the labels has no {what} to go by: collect comparisons with a winner on "
+        "more questions."
+    )
+
+
 def most_pairs(snapshot: Snapshot) -> int:
     """Return a number of pairs that the labels cannot exceed: n thumbs make at most (n / 2)^2 pairs."""
     counts = snapshot.counts

@@ -17,7 +17,7 @@ from storage.digests import sha256_of
 from storage.errors import Conflict, InvalidField
 from storage.people import SYSTEM, get_person, require
 from storage.records import Approval, Decision, Evaluation, Policy, Run, Snapshot, new_id, now
-from storage.store import Store
+from storage.store import Store, Transaction
 from storage.tables import Setting
 
 Standing = Literal[
@@ -57,8 +57,8 @@ def new_policy_id(store: Store) -> str:
     return policy_id
 
 
-def add_policy(store: Store, policy: Policy) -> None:
-    """Keep a trained policy.
+def add_policy(store: Store, policy: Policy, evaluation: Evaluation | None = None) -> None:
+    """Keep a trained policy, together with the evidence about it.
 
     Raises:
         InvalidField: no adapter, another base than its parent's, or an unknown parent or run.
@@ -77,6 +77,8 @@ def add_policy(store: Store, policy: Policy) -> None:
     with store.transaction(SYSTEM) as changes:
         changes.insert(policy)
         changes.audit("policy.added", policy.id, adapter_sha256=policy.adapter_sha256, run_id=policy.run_id)
+        if evaluation is not None:
+            _add_evaluation(changes, evaluation)
 
 
 def get_policy(store: Store, policy_id: str) -> Policy:
@@ -109,10 +111,14 @@ def relocate_adapters(store: Store) -> list[Policy]:
 def add_evaluation(store: Store, evaluation: Evaluation) -> None:
     """Keep the evidence about a candidate. A later one replaces an earlier one and voids an approval."""
     with store.transaction(SYSTEM) as changes:
-        changes.insert(evaluation)
-        changes.audit(
-            "policy.evaluated", evaluation.policy_id, evaluation_id=evaluation.id, passed=evaluation.passed
-        )
+        _add_evaluation(changes, evaluation)
+
+
+def _add_evaluation(changes: Transaction, evaluation: Evaluation) -> None:
+    changes.insert(evaluation)
+    changes.audit(
+        "policy.evaluated", evaluation.policy_id, evaluation_id=evaluation.id, passed=evaluation.passed
+    )
 
 
 def evaluation_of(store: Store, policy_id: str) -> Evaluation | None:
