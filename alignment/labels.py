@@ -88,8 +88,12 @@ class LabelledTurns:
         if turn.policy_id in self._foreign:
             return "served by another base model"
         if self.too_long(turn.prompt_token_ids, turn.answer_token_ids):
-            return "longer than max_tokens"
+            return self.too_long_says
         return turn
+
+    @property
+    def too_long_says(self) -> str:
+        return f"longer than {self._max_tokens} tokens (data.max_tokens, or the model's context)"
 
     def too_long(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
         return len(prompt) + len(answer) > self._max_tokens
@@ -145,7 +149,7 @@ def from_corrections(
         if not label.edited.strip() or edited == turn.answer_token_ids:
             turns.dropped["the correction changes nothing"] += 1
         elif turns.too_long(turn.prompt_token_ids, edited):
-            turns.dropped["longer than max_tokens"] += 1
+            turns.dropped[turns.too_long_says] += 1
         else:
             pairs.append(
                 Pair(

@@ -45,18 +45,20 @@ def add_comparisons(
     start: int = 0,
     choice: Choice | None = None,
     deployment: Deployment | None = None,
+    rater: Person | None = None,
+    answers: tuple[str, str] = (KIND, CURT),
 ) -> None:
-    """Add `count` questions with two answers each; the kind one wins unless `choice` says otherwise."""
+    """Add `count` questions with two answers each; the first of `answers` wins unless `choice` says otherwise."""
     for number in range(start, start + count):
         question = f"Where is my order, asks customer {_word(number)}?"
-        sides = (KIND, CURT) if number % 2 else (CURT, KIND)
+        sides = answers if number % 2 else answers[::-1]
         left, right = _two_turns(filled, tokenizer, question, sides, deployment or filled.deployment)
         feedback.compare(
             filled.store,
             left_turn_id=left.id,
             right_turn_id=right.id,
-            person_id=filled.person.id,
-            choice=choice or ("left" if sides[0] == KIND else "right"),
+            person_id=(rater or filled.person).id,
+            choice=choice or ("left" if sides == answers else "right"),
         )
 
 

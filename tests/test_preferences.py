@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignment.preferences import Preferences, load_preferences, split_by_prompt, take_snapshot
-from alignment.rater_weights import Vote, agreement, cap_factors, reliability_weights
+from alignment.rater_weights import Vote, agreement, cap_factors
 from learning_fixtures import make_pairs, make_thumbs
 from storage import conversations, deployments, feedback, people, policies, runs
 from storage.errors import InvalidField
@@ -135,7 +135,7 @@ def test_what_cannot_be_used_is_dropped_and_counted_with_its_reason(world: World
     assert found.pairs == ()
     assert found.notes["dropped"] == {
         "the two answers are the same": 1,
-        "longer than max_tokens": 1,
+        "longer than 100 tokens (data.max_tokens, or the model's context)": 1,
         "the answer was cut off": 1,
         "no token ids were served": 1,
     }
@@ -228,17 +228,7 @@ def test_agreement_counts_ties_half_and_own_repeats() -> None:
     # item 1: ab 1, ac 0.5, bc 0.5; item 2: aa 0; item 3: nobody met
     assert found.meetings == 4
     assert found.mean == pytest.approx(2.0 / 4)
-    assert found.by_rater == {"a": (0.5, 3), "b": (0.75, 2), "c": (0.5, 2)}
     assert agreement([Vote("a", 1, 1)]).mean is None
-
-
-def test_a_rater_who_contradicts_everybody_counts_less_and_strangers_count_fully() -> None:
-    votes = [Vote(rater, item, -1 if rater == "d" else 1) for rater in "abcd" for item in range(40)]
-    weights = reliability_weights("abcde", agreement(votes))
-    assert weights["d"] == 0.2
-    assert weights["a"] > 1
-    assert weights["e"] == 1.0
-    assert reliability_weights(["a"], agreement([])) == {"a": 1.0}
 
 
 def test_no_rater_keeps_more_than_a_tenth_of_the_weight() -> None:

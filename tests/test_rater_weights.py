@@ -1,0 +1,110 @@
+"""How right each rater is, from others' votes and a model's opinion, and what becomes of those who are not."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from alignment.rater_weights import (
+    LOWEST_WEIGHT,
+    PRIOR_VOTES,
+    Vote,
+    cap_factors,
+    contrary,
+    rater_cap,
+    rater_warnings,
+    reliabilities,
+    reliability_weights,
+)
+
+SURE = 30.0
+"""Log-odds beyond doubt."""
+
+
+def votes_of(rater: str, count: int, *, right: float, lead: float = SURE, seed: int = 0) -> list[Vote]:
+    """Return votes on items of their own, `right` of them on the side that the lead favours."""
+    rng = random.Random(f"{rater}{seed}")
+    wrong = set(rng.sample(range(count), round(count * (1 - right))))
+    return [Vote(rater, (rater, at), -1 if at in wrong else 1, lead) for at in range(count)]
+
+
+def told(votes: list[Vote]) -> tuple[dict[str, float], list[str]]:
+    """Return the raters' weights and the warnings about them."""
+    found, usual = reliabilities(votes)
+    weights = reliability_weights(sorted({vote.rater for vote in votes}), found, usual)
+    return weights, rater_warnings(found, weights, {})
+
+
+def test_where_the_truth_is_known_reliability_is_a_beta_posterior() -> None:
+    found, usual = reliabilities(votes_of("a", 40, right=0.9) + votes_of("b", 20, right=0.4))
+    assert usual == pytest.approx((36 + 8) / 60, abs=1e-6)
+    for name, right, count in (("a", 36, 40), ("b", 8, 20)):
+        # Beta(8u + right, 8(1 - u) + wrong): its mean and variance
+        a, b = PRIOR_VOTES * usual + right, PRIOR_VOTES * (1 - usual) + count - right
+        spread = (a * b / ((a + b) ** 2 * (a + b + 1))) ** 0.5
+        one = found[name]
+        assert one.value == pytest.approx(a / (a + b), abs=2e-3)
+        assert one.high - one.low == pytest.approx(2 * 1.96 * spread, rel=0.05)
+        assert one.n == count
+
+
+def test_a_model_s_opinion_finds_who_flips_though_nobody_judged_the_same() -> None:
+    votes = [vote for name in "abcdefghi" for vote in votes_of(name, 40, right=0.85, lead=1.5)]
+    weights, warnings = told(votes + votes_of("mallory", 40, right=0.1, lead=1.5))
+    assert weights["mallory"] == 0.0
+    assert min(weights[name] for name in "abcdefghi") > 0.7
+    (warning,) = warnings
+    assert warning.startswith("Rater mallory disagrees with everyone else: ")
+    assert "agreement on 40 labels (" in warning
+    assert warning.endswith("their labels were left out. Talk to them.")
+
+
+def test_others_votes_on_the_same_items_find_them_without_any_model() -> None:
+    votes = [Vote(name, item, -1 if name == "d" else 1) for name in "abcd" for item in range(40)]
+    weights, warnings = told(votes)
+    assert weights["d"] == 0.0
+    assert weights["a"] >= 1.0
+    assert len(warnings) == 1
+
+
+def test_a_model_that_knows_nothing_and_no_common_item_leave_everybody_equal() -> None:
+    weights, warnings = told([vote for name in "abc" for vote in votes_of(name, 30, right=0.5, lead=0.0)])
+    assert weights == pytest.approx(dict.fromkeys("abc", 1.0), abs=0.01)
+    assert warnings == []
+    assert reliability_weights(["new"], {}, 0.8) == {"new": 1.0}
+
+
+def test_a_single_label_neither_damns_nor_is_trusted_blindly() -> None:
+    votes = [vote for name in "abc" for vote in votes_of(name, 40, right=0.9)]
+    for right in (0.0, 1.0):
+        found, usual = reliabilities(votes + votes_of("once", 1, right=right))
+        assert abs(found["once"].value - usual) < 0.15
+        assert contrary(found) == []
+
+
+def test_a_careless_rater_counts_less_and_is_not_accused() -> None:
+    votes = [vote for name in "abc" for vote in votes_of(name, 40, right=0.95)]
+    weights, warnings = told(votes + votes_of("careless", 40, right=0.6))
+    assert weights["careless"] < 0.5 * weights["a"]
+    assert warnings == []
+
+
+@pytest.mark.parametrize(("honest", "others"), [("a", "b"), ("ab", "cd")])
+def test_nobody_is_left_out_when_it_is_word_against_word(honest: str, others: str) -> None:
+    votes = [vote for name in honest for vote in votes_of(name, 40, right=1.0)]
+    weights, warnings = told(votes + [vote for name in others for vote in votes_of(name, 40, right=0.0)])
+    assert {weights[name] for name in others} == {LOWEST_WEIGHT}
+    assert len(warnings) == len(others)
+    assert "nobody was left out: the raters are split" in warnings[0]
+
+
+def test_the_cap_does_not_lift_the_unreliable_among_ten() -> None:
+    weights = {f"rater-{number}": 1.0 for number in range(8)} | {"poor": 0.2, "worse": 0.2}
+    assert rater_cap(weights) == pytest.approx(1 / 8.4)
+    assert set(cap_factors(weights, cap=rater_cap(weights)).values()) == {1.0}
+    loud = {**weights, "rater-0": 50.0}  # many labels
+    factors = cap_factors(loud, cap=rater_cap(weights))
+    kept = {rater: loud[rater] * factors[rater] for rater in loud}
+    assert max(kept.values()) / sum(kept.values()) <= 1 / 8.4 + 1e-9
+    assert rater_cap(dict.fromkeys("abcdefghijkl", 1.0)) == 0.1
