@@ -23,6 +23,7 @@ from alignment.labels import (
     prompt_key,
 )
 from alignment.rater_weights import (
+    Reliability,
     Vote,
     agreement,
     cap_factors,
@@ -48,7 +49,6 @@ __all__ = [
     "weighted",
 ]
 Label = TypeVar("Label", Comparison, Rating, Correction)
-Item = TypeVar("Item", Pair, Thumb)
 CONTRARY = "of a rater who contradicts the others"
 
 
@@ -171,52 +171,56 @@ def _without_repeats(pairs: Sequence[Pair], dropped: Counter[str]) -> list[Pair]
 
 
 def weighted(labels: Preferences, leads: Mapping[str, float] | None = None) -> Preferences:
-    """Apply the raters' weights and the cap, scale to a mean of 1, and write the notes; who is left out is gone.
+    """Apply the weights of raters and labels and the cap, scale to a mean of 1, and write the notes.
+
+    Raters who contradict the others are left out.
 
     Args:
         labels: with the weights of their kinds alone.
         leads: by label id, the log-odds that the label is right, as labels of other prompts tell.
     """
     votes = _votes(labels, leads or {})
+    known = reliabilities(votes)
     items: list[Pair | Thumb] = [*labels.pairs, *labels.thumbs]
-    raters = sorted({item.rater for item in items})
-    found, usual = reliabilities(votes)
-    reliable = reliability_weights(raters, found, usual)
-    totals = dict.fromkeys(raters, 0.0)
+    reliable = reliability_weights(sorted({item.rater for item in items}), known)
+    weights = {item.id: item.weight * _trust(item, known) * reliable[item.rater] for item in items}
+    totals = dict.fromkeys(reliable, 0.0)
     for item in items:
-        totals[item.rater] += item.weight * reliable[item.rater]
+        totals[item.rater] += weights[item.id]
     cap = rater_cap(reliable)
     caps = cap_factors(totals, cap=cap)
-    factors = {rater: reliable[rater] * caps[rater] for rater in raters}
-    total = sum(totals[rater] * caps[rater] for rater in raters)
-    kept = sum(factors[item.rater] > 0 for item in items)
-    scale = kept / total if total else 1.0
-    left = Preferences(
-        pairs=tuple(_scaled(pair, factors, scale) for pair in labels.pairs if factors[pair.rater]),
-        thumbs=tuple(_scaled(thumb, factors, scale) for thumb in labels.thumbs if factors[thumb.rater]),
+    total = sum(totals[rater] * caps[rater] for rater in totals)
+    kept = sum(weight > 0 for weight in weights.values())
+    final = (
+        {item.id: weights[item.id] * caps[item.rater] * kept / total for item in items} if total else weights
     )
-    dropped = {CONTRARY: len(items) - kept} if kept < len(items) else {}
+    left = Preferences(
+        pairs=tuple(replace(pair, weight=final[pair.id]) for pair in labels.pairs if final[pair.id]),
+        thumbs=tuple(replace(thumb, weight=final[thumb.id]) for thumb in labels.thumbs if final[thumb.id]),
+    )
+    met = agreement([vote for vote in votes if reliable[vote.rater]])
     names = labels.notes.get("names", {})
+    dropped = {CONTRARY: len(items) - kept} if kept < len(items) else {}
     notes = {
         "names": names,
         "dropped": {**labels.notes.get("dropped", {}), **dropped},
-        "largest_rater_share": max((totals[r] * caps[r] / total for r in raters), default=0.0)
+        "agreement": met.mean,
+        "agreement_meetings": met.meetings,
+        "largest_rater_share": max((totals[r] * caps[r] / total for r in totals), default=0.0)
         if total
         else 0.0,
         "rater_cap": cap,
         "rater_cap_enforced": any(factor < 1 for factor in caps.values()),
-        "rater_weights": factors,
-        "rater_reliability": found,
-        "rater_warnings": rater_warnings(found, factors, names),
+        "rater_weights": {rater: reliable[rater] * caps[rater] for rater in reliable},
+        "rater_reliability": known.raters,
+        "rater_warnings": rater_warnings(known.raters, reliable, names),
     }
-    met = agreement([vote for vote in votes if factors[vote.rater]])
-    return replace(
-        left, notes={**_counts(left), **notes, "agreement": met.mean, "agreement_meetings": met.meetings}
-    )
+    return replace(left, notes={**_counts(left), **notes})
 
 
-def _scaled(label: Item, factors: Mapping[str, float], scale: float) -> Item:
-    return replace(label, weight=label.weight * factors[label.rater] * scale)
+def _trust(label: Pair | Thumb, known: Reliability) -> float:
+    """Return how much the label counts among its rater's; a pair of two thumbs needs both."""
+    return math.prod(known.trust(one) for one in label.id.split("+"))
 
 
 def _counts(labels: Preferences) -> dict[str, int]:
@@ -246,4 +250,4 @@ def _votes(labels: Preferences, leads: Mapping[str, float]) -> list[Vote]:
 
 
 def _vote(label: Pair | Thumb, item: Hashable, value: int, leads: Mapping[str, float]) -> Vote:
-    return Vote(label.rater, item, value, value * leads.get(label.id, 0.0))
+    return Vote(label.rater, item, value, value * leads.get(label.id, 0.0), label.id)

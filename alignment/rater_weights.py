@@ -20,9 +20,15 @@ from alignment.intervals import Estimate, Floats
 
 PRIOR_VOTES = 8.0
 """A rater's reliability is pulled to everybody's by as much as this many votes: a few unlucky ones change little."""
-USUAL_BOUNDS = (0.55, 0.95)
+USUAL_BOUNDS = (0.55, 0.98)
 """Everybody's reliability is held in here: better than a coin, and never beyond doubt."""
+LEAST_TRUST = 0.05
+"""Factor on the weight of a label that is more likely wrong than right."""
 EM_STEPS = 100
+TEMPERATURES = np.geomspace(0.05, 20.0, 121)
+FLIP_RATES = np.linspace(0.0, 0.45, 46)
+PROFILE_95 = 1.92
+"""Half the 95% quantile of chi-squared with one degree of freedom."""
 GRID = np.linspace(0.0025, 0.9975, 200)
 LOWEST_WEIGHT, HIGHEST_WEIGHT = 0.2, 1.5
 FEWEST_RATERS = 3
@@ -44,6 +50,8 @@ class Vote:
     value: int
     lead: float = 0.0
     """Log-odds that 1 is the right value, from elsewhere than the item's votes; 0 where nothing else is known."""
+    label: str = ""
+    """Id of the label that it comes from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,24 +92,62 @@ class _Votes:
         return self.prior + np.bincount(self.item, weights=said, minlength=len(self.prior))
 
 
-def reliabilities(votes: Sequence[Vote]) -> tuple[dict[str, Estimate], float]:
-    """Return how often each rater is right, with a 95% credible interval, and how often the raters are as a whole.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reliability:
+    """How right the raters and their labels are."""
+
+    raters: Mapping[str, Estimate]
+    """How often each is right, with a 95% credible interval; who gave no label with a winner is absent."""
+    usual: float
+    """How often they are right as a whole."""
+    right: Mapping[str, float]
+    """By label with a winner: the chance that it is right."""
+
+    def trust(self, label: str) -> float:
+        """Return the factor 2q - 1 on a label that is right with chance q, 1 for one without a winner.
+
+        That is the slope at 0 of the log loss expected under q, the gradient that its training begins with.
+        """
+        return max(2 * self.right.get(label, 1.0) - 1, LEAST_TRUST)
+
+
+def reliabilities(votes: Sequence[Vote]) -> Reliability:
+    """Return how right the raters and their labels are.
 
     EM: the chance that each vote is right given every rater's reliability, then each rater's mean of those chances. The
     interval is the posterior's over a grid, given what all others and the leads say about the rater's items.
-    Raters without a vote that has a winner are absent.
     """
-    table = _table([vote for vote in votes if vote.value])
+    votes = [vote for vote in votes if vote.value]
+    table = _table(votes)
     reliable = np.full(len(table.raters), 0.8)
     counts = np.bincount(table.rater, minlength=len(table.raters)).astype(np.float64)
-    usual = 0.8
+    usual, right = 0.8, np.ones(len(votes))
     for _ in range(EM_STEPS):
         right = _sigmoid(table.value * table.evidence(reliable)[table.item])  # (N,)
         usual = float(np.clip(right.mean(), *USUAL_BOUNDS)) if len(right) else usual
         sums = np.bincount(table.rater, weights=right, minlength=len(table.raters))
         reliable = (sums + PRIOR_VOTES * usual) / (counts + PRIOR_VOTES)
     found = {name: _posterior(table, row, reliable, usual) for row, name in enumerate(table.raters)}
-    return found, usual
+    chances = {vote.label: float(chance) for vote, chance in zip(votes, right, strict=True)}
+    return Reliability(raters=found, usual=usual, right=chances)
+
+
+def calibration(leads: Floats) -> float:
+    """Return the factor on `leads` (N,) that makes e + (1 - 2e) sigmoid(lead) fit best; e is the share of labels turned.
+
+    Where even the surest leads are contradicted, labels are wrong, and softer leads would hide it. A model that knows
+    little looks alike from afar, so e is the smallest that the labels do not rule out (profile likelihood, 95%).
+
+    Args:
+        leads: log-odds of each label by a model that did not see it.
+    """
+    if not len(leads):
+        return 1.0
+    chance = _sigmoid(leads[None, :] / TEMPERATURES[:, None])  # (T, N)
+    fits = np.stack([np.log(e + (1 - 2 * e) * chance).sum(axis=1) for e in FLIP_RATES])  # (E, T)
+    best = fits.max(axis=1)
+    least = int(np.argmax(best >= best.max() - PROFILE_95))
+    return 1.0 / float(TEMPERATURES[int(fits[least].argmax())])
 
 
 def _table(votes: Sequence[Vote]) -> _Votes:
@@ -139,15 +185,13 @@ def _sigmoid(x: Floats) -> Floats:
     return result
 
 
-def reliability_weights(
-    raters: Sequence[str], found: Mapping[str, Estimate], usual: float
-) -> dict[str, float]:
+def reliability_weights(raters: Sequence[str], known: Reliability) -> dict[str, float]:
     """Return a weight a rater: (2a - 1) of their reliability a against everybody's, 1 where nothing is known.
 
     2a - 1 is 0 for a coin and 1 for somebody who is always right. Who is credibly worse than a coin gets 0, unless there
     are too few raters, or too many labels of such raters, to say who is wrong.
     """
-    weights = {}
+    found, usual, weights = known.raters, known.usual, {}
     for rater in raters:
         relative = (2 * found[rater].value - 1) / (2 * usual - 1) if rater in found else 1.0
         weights[rater] = min(max(relative, LOWEST_WEIGHT), HIGHEST_WEIGHT)

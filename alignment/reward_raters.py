@@ -20,9 +20,9 @@ from alignment.intervals import Floats
 from alignment.models import Base
 from alignment.preferences import Pair, Preferences, Thumb, weighted
 from alignment.progress import Progress, stop_if_asked
-from alignment.rater_weights import FEWEST_RATERS
+from alignment.rater_weights import FEWEST_RATERS, calibration
 from alignment.reward_items import make_items
-from alignment.reward_metrics import fit_temperature, new_rater_metrics
+from alignment.reward_metrics import new_rater_metrics
 from alignment.reward_training import fitted_head, last_states
 from alignment.training_config import RewardConfig
 
@@ -94,7 +94,7 @@ def _out_of_fold_leads(fits: _Fits, factors: Mapping[str, float]) -> dict[str, f
             for lead, label in zip(leads[part], labels[part], strict=True)
             if factors[label.rater] and not (isinstance(label, Pair) and label.tie)
         ]
-        leads[part] /= fit_temperature(np.array(known))
+        leads[part] *= calibration(np.array(known))
     return {label.id: float(lead) for label, lead in zip(labels, leads, strict=True)}
 
 

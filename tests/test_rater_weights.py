@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from alignment.rater_weights import (
+    LEAST_TRUST,
     LOWEST_WEIGHT,
     PRIOR_VOTES,
     Vote,
+    calibration,
     cap_factors,
     contrary,
     rater_cap,
@@ -31,13 +35,14 @@ def votes_of(rater: str, count: int, *, right: float, lead: float = SURE, seed: 
 
 def told(votes: list[Vote]) -> tuple[dict[str, float], list[str]]:
     """Return the raters' weights and the warnings about them."""
-    found, usual = reliabilities(votes)
-    weights = reliability_weights(sorted({vote.rater for vote in votes}), found, usual)
-    return weights, rater_warnings(found, weights, {})
+    known = reliabilities(votes)
+    weights = reliability_weights(sorted({vote.rater for vote in votes}), known)
+    return weights, rater_warnings(known.raters, weights, {})
 
 
 def test_where_the_truth_is_known_reliability_is_a_beta_posterior() -> None:
-    found, usual = reliabilities(votes_of("a", 40, right=0.9) + votes_of("b", 20, right=0.4))
+    known = reliabilities(votes_of("a", 40, right=0.9) + votes_of("b", 20, right=0.4))
+    found, usual = known.raters, known.usual
     assert usual == pytest.approx((36 + 8) / 60, abs=1e-6)
     for name, right, count in (("a", 36, 40), ("b", 8, 20)):
         # Beta(8u + right, 8(1 - u) + wrong): its mean and variance
@@ -72,15 +77,15 @@ def test_a_model_that_knows_nothing_and_no_common_item_leave_everybody_equal() -
     weights, warnings = told([vote for name in "abc" for vote in votes_of(name, 30, right=0.5, lead=0.0)])
     assert weights == pytest.approx(dict.fromkeys("abc", 1.0), abs=0.01)
     assert warnings == []
-    assert reliability_weights(["new"], {}, 0.8) == {"new": 1.0}
+    assert reliability_weights(["new"], reliabilities([])) == {"new": 1.0}
 
 
 def test_a_single_label_neither_damns_nor_is_trusted_blindly() -> None:
     votes = [vote for name in "abc" for vote in votes_of(name, 40, right=0.9)]
     for right in (0.0, 1.0):
-        found, usual = reliabilities(votes + votes_of("once", 1, right=right))
-        assert abs(found["once"].value - usual) < 0.15
-        assert contrary(found) == []
+        known = reliabilities(votes + votes_of("once", 1, right=right))
+        assert abs(known.raters["once"].value - known.usual) < 0.15
+        assert contrary(known.raters) == []
 
 
 def test_a_careless_rater_counts_less_and_is_not_accused() -> None:
@@ -108,3 +113,29 @@ def test_the_cap_does_not_lift_the_unreliable_among_ten() -> None:
     kept = {rater: loud[rater] * factors[rater] for rater in loud}
     assert max(kept.values()) / sum(kept.values()) <= 1 / 8.4 + 1e-9
     assert rater_cap(dict.fromkeys("abcdefghijkl", 1.0)) == 0.1
+
+
+def test_a_label_that_others_contradict_counts_little_when_its_rater_is_often_wrong() -> None:
+    # every rater is right on 7 of 10, where the truth is known: the model's surest leads are contradicted
+    votes = [
+        replace(vote, label=f"{vote.rater}{at}")
+        for name in "abc"
+        for at, vote in enumerate(votes_of(name, 40, right=0.7, lead=3.0))
+    ]
+    known = reliabilities(votes)
+    assert known.usual == pytest.approx(0.7, abs=0.05)
+    # odds of a label against the model: a / (1 - a) / e^3 = 2.3 / 20, so q = 0.1; for it q = 0.98
+    assert {known.trust(vote.label) for vote in votes if vote.value < 0} == {LEAST_TRUST}
+    assert min(known.trust(vote.label) for vote in votes if vote.value > 0) > 0.9
+    assert known.trust("a tie") == 1.0
+
+
+def test_turned_labels_are_told_from_a_model_that_knows_little() -> None:
+    rng = np.random.default_rng(1)
+    sure = rng.normal(0, 4, 2000)
+    truth = np.where(rng.random(2000) < 1 / (1 + np.exp(-sure)), 1.0, -1.0)  # what a label of its own says
+    assert calibration(sure * truth) == pytest.approx(1.0, rel=0.15)
+    turned = np.where(rng.random(2000) < 0.3, -truth, truth)
+    assert 0.6 < calibration(sure * turned) < 1.0  # on the careful side; taken at their word they make it 0.2
+    assert calibration(rng.normal(0, 4, 2000)) < 0.1  # it knows nothing: softened to nothing
+    assert calibration(np.zeros(0)) == 1.0
