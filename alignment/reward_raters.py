@@ -26,8 +26,9 @@ from alignment.reward_metrics import new_rater_metrics
 from alignment.reward_training import fitted_head, last_states
 from alignment.training_config import RewardConfig
 
-PROMPT_FOLDS = 5
-"""Groups of prompts, each judged by a fit to the labels of the others (the usual five)."""
+PROMPT_FOLDS, RATER_FOLDS = 3, 5
+"""Groups of prompts and of raters: a label is judged by a fit that saw neither its prompt nor its rater's labels, or
+whoever answers questions of their own kind would be judged by themselves."""
 ROUNDS = 2
 """Fits to everybody's labels, then without those who were found to contradict the others."""
 
@@ -65,7 +66,7 @@ def weighed_by_others(
 
 
 def _out_of_fold_leads(fits: _Fits, factors: Mapping[str, float]) -> dict[str, float]:
-    """Return by id the log-odds that a label is right, from a fit to the labels of other prompts, calibrated.
+    """Return by id the log-odds that a label is right, from a fit to others' labels of other prompts, calibrated.
 
     A thumb is compared with its rater's own leniency: somebody who likes nearly everything is not wrong each time.
 
@@ -73,21 +74,26 @@ def _out_of_fold_leads(fits: _Fits, factors: Mapping[str, float]) -> dict[str, f
         factors: the raters' weights in the fit.
     """
     labels: list[Pair | Thumb] = [*fits.pairs, *fits.thumbs]
-    order = sorted(
+    prompts = sorted(
         {label.prompt_key for label in labels}, key=lambda key: hashlib.sha256(key.encode()).digest()
     )
-    fold_of = {key: number % PROMPT_FOLDS for number, key in enumerate(order)}
+    fold_of = {key: number % PROMPT_FOLDS for number, key in enumerate(prompts)}
     leads = np.zeros(len(labels))
-    for fold in range(PROMPT_FOLDS):
-        inside = [number for number, label in enumerate(labels) if fold_of[label.prompt_key] == fold]
-        others = [
-            number
-            for number, label in enumerate(labels)
-            if fold_of[label.prompt_key] != fold and factors[label.rater]
-        ]
-        fit = fits.fit(others, factors)
-        if fit is not None and inside:
-            leads[inside] = fits.leads(fit, inside)
+    for group in rater_folds(sorted(factors), RATER_FOLDS):
+        for fold in range(PROMPT_FOLDS):
+            inside = [
+                number
+                for number, label in enumerate(labels)
+                if label.rater in group and fold_of[label.prompt_key] == fold
+            ]
+            others = [
+                number
+                for number, label in enumerate(labels)
+                if label.rater not in group and fold_of[label.prompt_key] != fold and factors[label.rater]
+            ]
+            fit = fits.fit(others, factors) if inside else None
+            if fit is not None:
+                leads[inside] = fits.leads(fit, inside)
     for part in (slice(0, len(fits.pairs)), slice(len(fits.pairs), None)):
         known = [
             lead
