@@ -187,35 +187,26 @@ def weighted(labels: Preferences, leads: Mapping[str, float] | None = None) -> P
     totals = dict.fromkeys(reliable, 0.0)
     for item in items:
         totals[item.rater] += weights[item.id]
-    cap = rater_cap(reliable)
-    caps = cap_factors(totals, cap=cap)
-    total = sum(totals[rater] * caps[rater] for rater in totals)
-    kept = sum(weight > 0 for weight in weights.values())
-    final = (
-        {item.id: weights[item.id] * caps[item.rater] * kept / total for item in items} if total else weights
-    )
+    caps = cap_factors(totals, cap=rater_cap(reliable))
+    shares = [totals[rater] * caps[rater] for rater in totals]
+    scale = sum(weight > 0 for weight in weights.values()) / (sum(shares) or 1.0)
+    final = {item.id: weights[item.id] * caps[item.rater] * scale for item in items}
     left = Preferences(
         pairs=tuple(replace(pair, weight=final[pair.id]) for pair in labels.pairs if final[pair.id]),
         thumbs=tuple(replace(thumb, weight=final[thumb.id]) for thumb in labels.thumbs if final[thumb.id]),
     )
     met = agreement([vote for vote in votes if reliable[vote.rater]])
-    names = labels.notes.get("names", {})
-    dropped = {CONTRARY: len(items) - kept} if kept < len(items) else {}
     notes = {
-        "names": names,
-        "dropped": {**labels.notes.get("dropped", {}), **dropped},
         "agreement": met.mean,
         "agreement_meetings": met.meetings,
-        "largest_rater_share": max((totals[r] * caps[r] / total for r in totals), default=0.0)
-        if total
-        else 0.0,
-        "rater_cap": cap,
+        "largest_rater_share": max(shares, default=0.0) / (sum(shares) or 1.0),
+        "rater_cap": rater_cap(reliable),
         "rater_cap_enforced": any(factor < 1 for factor in caps.values()),
         "rater_weights": {rater: reliable[rater] * caps[rater] for rater in reliable},
         "rater_reliability": known.raters,
-        "rater_warnings": rater_warnings(known.raters, reliable, names),
+        "rater_warnings": rater_warnings(known.raters, reliable, labels.notes.get("names", {})),
     }
-    return replace(left, notes={**_counts(left), **notes})
+    return replace(left, notes={**_counts(labels, left), **notes})
 
 
 def _trust(label: Pair | Thumb, known: Reliability) -> float:
@@ -223,12 +214,16 @@ def _trust(label: Pair | Thumb, known: Reliability) -> float:
     return math.prod(known.trust(one) for one in label.id.split("+"))
 
 
-def _counts(labels: Preferences) -> dict[str, int]:
+def _counts(before: Preferences, left: Preferences) -> dict[str, Any]:
+    """Return the notes on what is left of the labels, and those that go with them."""
+    gone = len(before.pairs) + len(before.thumbs) - len(left.pairs) - len(left.thumbs)
     return {
-        "pairs": sum(not pair.tie for pair in labels.pairs),
-        "ties": sum(pair.tie for pair in labels.pairs),
-        "thumbs": len(labels.thumbs),
-        "raters": len({item.rater for item in [*labels.pairs, *labels.thumbs]}),
+        "names": before.notes.get("names", {}),
+        "dropped": {**before.notes.get("dropped", {}), **({CONTRARY: gone} if gone else {})},
+        "pairs": sum(not pair.tie for pair in left.pairs),
+        "ties": sum(pair.tie for pair in left.pairs),
+        "thumbs": len(left.thumbs),
+        "raters": len({item.rater for item in [*left.pairs, *left.thumbs]}),
     }
 
 
