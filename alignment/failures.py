@@ -11,7 +11,8 @@ from storage.errors import KotaeError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_ROOM_SAYS = re.compile(
-    r"no space left|disk is full|quota exceeded|file too large|PytorchStreamWriter failed", re.IGNORECASE
+    r"no space left|disk is full|quota exceeded|file too large|PytorchStreamWriter failed|unexpected pos",
+    re.IGNORECASE,
 )
 """safetensors and torch report a full disk in words of their own, without a number."""
 NO_MEMORY_SAYS = re.compile(

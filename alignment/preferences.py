@@ -210,8 +210,8 @@ def weighted(labels: Preferences, leads: Mapping[str, float] | None = None) -> P
 
 
 def _trust(label: Pair | Thumb, known: Reliability) -> float:
-    """Return how much the label counts among its rater's; a pair of two thumbs needs both."""
-    return math.prod(known.trust(one) for one in label.id.split("+"))
+    """Return how much the label counts among its rater's; a pair of two thumbs as much as the less certain one."""
+    return min(known.trust.get(one, 1.0) for one in label.id.split("+"))
 
 
 def _counts(before: Preferences, left: Preferences) -> dict[str, Any]:

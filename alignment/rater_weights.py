@@ -23,7 +23,7 @@ PRIOR_VOTES = 8.0
 USUAL_BOUNDS = (0.55, 0.98)
 """Everybody's reliability is held in here: better than a coin, and never beyond doubt."""
 LEAST_TRUST = 0.05
-"""Factor on the weight of a label that is more likely wrong than right."""
+"""2q - 1 of a label that is more likely wrong than right."""
 EM_STEPS = 100
 TEMPERATURES = np.geomspace(0.05, 20.0, 121)
 FLIP_RATES = np.linspace(0.0, 0.45, 46)
@@ -100,15 +100,9 @@ class Reliability:
     """How often each is right, with a 95% credible interval; who gave no label with a winner is absent."""
     usual: float
     """How often they are right as a whole."""
-    right: Mapping[str, float]
-    """By label with a winner: the chance that it is right."""
-
-    def trust(self, label: str) -> float:
-        """Return the factor 2q - 1 on a label that is right with chance q, 1 for one without a winner.
-
-        That is the slope at 0 of the log loss expected under q, the gradient that its training begins with.
-        """
-        return max(2 * self.right.get(label, 1.0) - 1, LEAST_TRUST)
+    trust: Mapping[str, float]
+    """By label with a winner: 2q - 1 of the chance q that it is right, against its rater's 2a - 1. 2q - 1 is the slope
+    at 0 of the log loss expected under q, the gradient that a label's training begins with."""
 
 
 def reliabilities(votes: Sequence[Vote]) -> Reliability:
@@ -128,8 +122,10 @@ def reliabilities(votes: Sequence[Vote]) -> Reliability:
         sums = np.bincount(table.rater, weights=right, minlength=len(table.raters))
         reliable = (sums + PRIOR_VOTES * usual) / (counts + PRIOR_VOTES)
     found = {name: _posterior(table, row, reliable, usual) for row, name in enumerate(table.raters)}
-    chances = {vote.label: float(chance) for vote, chance in zip(votes, right, strict=True)}
-    return Reliability(raters=found, usual=usual, right=chances)
+    ours = np.maximum(2 * reliable - 1, LOWEST_WEIGHT)[table.rater]
+    trust = np.maximum(2 * right - 1, LEAST_TRUST) / ours  # (N,)
+    of_labels = {vote.label: float(one) for vote, one in zip(votes, trust, strict=True)}
+    return Reliability(raters=found, usual=usual, trust=of_labels)
 
 
 def calibration(leads: Floats) -> float:
