@@ -40,7 +40,7 @@ from alignment.starter.customers import questions
 RATERS = 10
 NOISE = 0.3
 MALICIOUS = "rater-0"
-CONDITIONS = ("clean", "malicious", "noise")
+CONDITIONS = ("malicious", "noise", "clean")
 Label = TypeVar("Label", Pair, Thumb)
 
 
@@ -144,14 +144,17 @@ class Study:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Return a Markdown row for each condition: wins over all seeds, and how far from clean on the same questions."""
+    """Return a Markdown row for each condition: wins over all seeds, and how far from clean on the same questions.
+
+    Clean is what the same training makes of labels that nobody spoilt and nobody weighed.
+    """
     lines = ["| method, taste | labels | rater weights | wins | against clean labels | by seed |"]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     groups: dict[tuple[str, str, str, bool], list[Result]] = {}
     for one in results:
         groups.setdefault((one.method, one.taste, one.condition, one.rater_weights), []).append(one)
-    for (method, taste, condition, weights), found in groups.items():
-        clean = {one.seed: one for one in groups.get((method, taste, "clean", True), [])}
+    for (method, taste, condition, weights), found in sorted(groups.items()):
+        clean = {one.seed: one for one in groups.get((method, taste, "clean", False), [])}
         pairs = [(one, clean[one.seed]) for one in found if one.seed in clean]
         apart = [a - b for one, other in pairs for a, b in zip(one.wins, other.wins, strict=True)]
         wins = mean_with_error(np.array([win for one in found for win in one.wins]))
@@ -194,7 +197,7 @@ def main() -> None:
 
 
 def _all(setting: Setting, results: list[Result], out: Path | None) -> None:
-    cases = [(condition, weights) for condition in CONDITIONS for weights in (True, False)]
+    cases = [(condition, weights) for weights in (False, True) for condition in CONDITIONS]
     known = {(r.method, r.taste, r.seed, r.condition, r.rater_weights) for r in results}
     left = [
         (condition, weights)
