@@ -23,7 +23,6 @@ from alignment.labels import (
     prompt_key,
 )
 from alignment.rater_weights import (
-    Reliability,
     Vote,
     agreement,
     cap_factors,
@@ -49,6 +48,7 @@ __all__ = [
     "weighted",
 ]
 Label = TypeVar("Label", Comparison, Rating, Correction)
+Item = TypeVar("Item", Pair, Thumb)
 CONTRARY = "of a rater who contradicts the others"
 
 
@@ -171,7 +171,7 @@ def _without_repeats(pairs: Sequence[Pair], dropped: Counter[str]) -> list[Pair]
 
 
 def weighted(labels: Preferences, leads: Mapping[str, float] | None = None) -> Preferences:
-    """Apply the weights of raters and labels and the cap, scale to a mean of 1, and write the notes.
+    """Apply the raters' weights and the cap, scale to a mean of 1, and write the notes.
 
     Raters who contradict the others are left out.
 
@@ -183,17 +183,18 @@ def weighted(labels: Preferences, leads: Mapping[str, float] | None = None) -> P
     known = reliabilities(votes)
     items: list[Pair | Thumb] = [*labels.pairs, *labels.thumbs]
     reliable = reliability_weights(sorted({item.rater for item in items}), known)
-    weights = {item.id: item.weight * _trust(item, known) * reliable[item.rater] for item in items}
     totals = dict.fromkeys(reliable, 0.0)
     for item in items:
-        totals[item.rater] += weights[item.id]
+        totals[item.rater] += item.weight * reliable[item.rater]
     caps = cap_factors(totals, cap=rater_cap(reliable))
+    factors = {rater: reliable[rater] * caps[rater] for rater in reliable}
     shares = [totals[rater] * caps[rater] for rater in totals]
-    scale = sum(weight > 0 for weight in weights.values()) / (sum(shares) or 1.0)
-    final = {item.id: weights[item.id] * caps[item.rater] * scale for item in items}
+    scale = sum(factors[item.rater] > 0 for item in items) / (sum(shares) or 1.0)
     left = Preferences(
-        pairs=tuple(replace(pair, weight=final[pair.id]) for pair in labels.pairs if final[pair.id]),
-        thumbs=tuple(replace(thumb, weight=final[thumb.id]) for thumb in labels.thumbs if final[thumb.id]),
+        pairs=tuple(
+            _scaled(pair, scale * factors[pair.rater]) for pair in labels.pairs if factors[pair.rater]
+        ),
+        thumbs=tuple(_scaled(one, scale * factors[one.rater]) for one in labels.thumbs if factors[one.rater]),
     )
     met = agreement([vote for vote in votes if reliable[vote.rater]])
     notes = {
@@ -202,16 +203,15 @@ def weighted(labels: Preferences, leads: Mapping[str, float] | None = None) -> P
         "largest_rater_share": max(shares, default=0.0) / (sum(shares) or 1.0),
         "rater_cap": rater_cap(reliable),
         "rater_cap_enforced": any(factor < 1 for factor in caps.values()),
-        "rater_weights": {rater: reliable[rater] * caps[rater] for rater in reliable},
+        "rater_weights": factors,
         "rater_reliability": known.raters,
         "rater_warnings": rater_warnings(known.raters, reliable, labels.notes.get("names", {})),
     }
     return replace(left, notes={**_counts(labels, left), **notes})
 
 
-def _trust(label: Pair | Thumb, known: Reliability) -> float:
-    """Return how much the label counts among its rater's; a pair of two thumbs as much as the less certain one."""
-    return min(known.trust.get(one, 1.0) for one in label.id.split("+"))
+def _scaled(label: Item, factor: float) -> Item:
+    return replace(label, weight=label.weight * factor)
 
 
 def _counts(before: Preferences, left: Preferences) -> dict[str, Any]:
@@ -245,4 +245,4 @@ def _votes(labels: Preferences, leads: Mapping[str, float]) -> list[Vote]:
 
 
 def _vote(label: Pair | Thumb, item: Hashable, value: int, leads: Mapping[str, float]) -> Vote:
-    return Vote(label.rater, item, value, value * leads.get(label.id, 0.0), label.id)
+    return Vote(label.rater, item, value, value * leads.get(label.id, 0.0))

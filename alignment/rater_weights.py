@@ -22,8 +22,6 @@ PRIOR_VOTES = 8.0
 """A rater's reliability is pulled to everybody's by as much as this many votes: a few unlucky ones change little."""
 USUAL_BOUNDS = (0.55, 0.98)
 """Everybody's reliability is held in here: better than a coin, and never beyond doubt."""
-LEAST_TRUST = 0.05
-"""2q - 1 of a label that is more likely wrong than right."""
 EM_STEPS = 100
 TEMPERATURES = np.geomspace(0.05, 20.0, 121)
 FLIP_RATES = np.linspace(0.0, 0.45, 46)
@@ -50,8 +48,6 @@ class Vote:
     value: int
     lead: float = 0.0
     """Log-odds that 1 is the right value, from elsewhere than the item's votes; 0 where nothing else is known."""
-    label: str = ""
-    """Id of the label that it comes from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,38 +90,31 @@ class _Votes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reliability:
-    """How right the raters and their labels are."""
+    """How right the raters are."""
 
     raters: Mapping[str, Estimate]
     """How often each is right, with a 95% credible interval; who gave no label with a winner is absent."""
     usual: float
     """How often they are right as a whole."""
-    trust: Mapping[str, float]
-    """By label with a winner: 2q - 1 of the chance q that it is right, against its rater's 2a - 1. 2q - 1 is the slope
-    at 0 of the log loss expected under q, the gradient that a label's training begins with."""
 
 
 def reliabilities(votes: Sequence[Vote]) -> Reliability:
-    """Return how right the raters and their labels are.
+    """Return how right the raters are.
 
     EM: the chance that each vote is right given every rater's reliability, then each rater's mean of those chances. The
     interval is the posterior's over a grid, given what all others and the leads say about the rater's items.
     """
-    votes = [vote for vote in votes if vote.value]
-    table = _table(votes)
+    table = _table([vote for vote in votes if vote.value])
     reliable = np.full(len(table.raters), 0.8)
     counts = np.bincount(table.rater, minlength=len(table.raters)).astype(np.float64)
-    usual, right = 0.8, np.ones(len(votes))
+    usual = 0.8
     for _ in range(EM_STEPS):
         right = _sigmoid(table.value * table.evidence(reliable)[table.item])  # (N,)
         usual = float(np.clip(right.mean(), *USUAL_BOUNDS)) if len(right) else usual
         sums = np.bincount(table.rater, weights=right, minlength=len(table.raters))
         reliable = (sums + PRIOR_VOTES * usual) / (counts + PRIOR_VOTES)
     found = {name: _posterior(table, row, reliable, usual) for row, name in enumerate(table.raters)}
-    ours = np.maximum(2 * reliable - 1, LOWEST_WEIGHT)[table.rater]
-    trust = np.maximum(2 * right - 1, LEAST_TRUST) / ours  # (N,)
-    of_labels = {vote.label: float(one) for vote, one in zip(votes, trust, strict=True)}
-    return Reliability(raters=found, usual=usual, trust=of_labels)
+    return Reliability(raters=found, usual=usual)
 
 
 def calibration(leads: Floats) -> float:

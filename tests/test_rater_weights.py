@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from alignment.rater_weights import (
-    LEAST_TRUST,
     LOWEST_WEIGHT,
     PRIOR_VOTES,
     Vote,
@@ -113,23 +111,6 @@ def test_the_cap_does_not_lift_the_unreliable_among_ten() -> None:
     kept = {rater: loud[rater] * factors[rater] for rater in loud}
     assert max(kept.values()) / sum(kept.values()) <= 1 / 8.4 + 1e-9
     assert rater_cap(dict.fromkeys("abcdefghijkl", 1.0)) == 0.1
-
-
-def test_a_label_that_others_contradict_counts_little_when_its_rater_is_often_wrong() -> None:
-    # every rater is right on 7 of 10, where the truth is known: the model's surest leads are contradicted
-    votes = [
-        replace(vote, label=f"{vote.rater}{at}")
-        for name in "abc"
-        for at, vote in enumerate(votes_of(name, 40, right=0.7, lead=3.0))
-    ]
-    known = reliabilities(votes)
-    assert known.usual == pytest.approx(0.7, abs=0.05)
-    # odds of a label against the model: a / (1 - a) / e^3 = 2.3 / 20, so q = 0.1; for it q = 0.98
-    # an unknown label of theirs would have 2 * 0.7 - 1 = 0.4
-    wrong = {known.trust[vote.label] for vote in votes if vote.value < 0}
-    right = {known.trust[vote.label] for vote in votes if vote.value > 0}
-    assert max(wrong) == pytest.approx(LEAST_TRUST / (2 * known.usual - 1), rel=0.1)
-    assert min(right) > 0.9 / 0.4 * 0.9
 
 
 def test_turned_labels_are_told_from_a_model_that_knows_little() -> None:
