@@ -223,7 +223,7 @@ def _counts(before: Preferences, left: Preferences) -> dict[str, Any]:
         "pairs": sum(not pair.tie for pair in left.pairs),
         "ties": sum(pair.tie for pair in left.pairs),
         "thumbs": len(left.thumbs),
-        "raters": len({item.rater for item in [*left.pairs, *left.thumbs]}),
+        "raters": len({pair.rater for pair in left.pairs} | {thumb.rater for thumb in left.thumbs}),
     }
 
 

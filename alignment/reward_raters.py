@@ -45,7 +45,7 @@ def weighed_by_others(
         Interrupted: `progress` asked to stop.
     """
     found = weighted(labels)
-    if len({label.rater for label in (*labels.pairs, *labels.thumbs)}) < FEWEST_RATERS:
+    if len(found.notes["rater_weights"]) < FEWEST_RATERS:
         return found
     pairs = [pair for pair in labels.pairs if pair.source != "ratings"]  # their thumbs are here themselves
     states = last_states(
@@ -137,7 +137,7 @@ def left_out_rater_metrics(
     fits = _Fits(
         base=base, pairs=pairs, thumbs=thumbs, states=states, config=config, seed=seed, progress=progress
     )
-    raters = [label.rater for label in (*pairs, *thumbs)]
+    raters = [pair.rater for pair in pairs] + [thumb.rater for thumb in thumbs]
     everybody = fits.fit(range(len(raters)))
     assert everybody is not None  # there are labels: the caller has trained on them
     new, known = [], []
