@@ -244,7 +244,9 @@ class Boot:
         if vllm.state in ("starting", "restarting"):
             where = f"{self.stage}, {self.elapsed_s:.0f} s"
             return EngineStarting(f"the model is starting ({where}); ask again in a moment")
-        return None if vllm.state == "ready" else EngineUnavailable(f"the model is not running: {vllm.detail}")
+        return (
+            None if vllm.state == "ready" else EngineUnavailable(f"the model is not running: {vllm.detail}")
+        )
 
 
 @contextmanager
