@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from alignment.choose import Method
-from alignment.config import AlignmentConfig, RewardConfig
+from alignment.config import AlignmentConfig
 from alignment.distributed import ALONE, Crew, LostProcess, join, leave
 from alignment.dpo import train_dpo
 from alignment.kto import train_kto
@@ -27,7 +27,7 @@ from alignment.ppo import PpoResult, train_ppo
 from alignment.preferences import Preferences
 from alignment.progress import Interrupted, Progress, Silent
 from alignment.reference_cache import ReferenceCache
-from alignment.reward_model import TrainedReward, train_reward_model
+from alignment.reward_model import RewardConfig, TrainedReward, train_reward_model
 from storage.records import Policy
 
 Made = TypeVar("Made")

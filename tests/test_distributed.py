@@ -155,8 +155,10 @@ def test_two_processes_train_what_one_trains(job: str, alone: Path, two: Path) -
             mine, expected = load_file(two / str(rank) / job / file), load_file(alone / job / file)
             assert mine.keys() == expected.keys()
             for name, weights in expected.items():
-                # float32 sums in another order; Adam's first steps magnify what is near zero
-                torch.testing.assert_close(mine[name], weights, rtol=1e-3, atol=1e-5, msg=f"{file}: {name}")
+                # float32 sums in another order, and Adam's first steps magnify what is near zero: a thousandth of one
+                # step of 1e-2, a hundredth in KTO, where some gradients nearly cancel (measured: 3e-7 to 2e-5)
+                away = 1e-4 if job == "kto" else 1e-5
+                torch.testing.assert_close(mine[name], weights, rtol=0, atol=away, msg=f"{file}: {name}")
 
 
 @pytest.mark.slow
@@ -166,6 +168,9 @@ def test_two_processes_measure_what_one_measures(job: str, alone: Path, two: Pat
     expected = json.loads((alone / job / "curves.json").read_text())
     for rank in range(2):
         found = json.loads((two / str(rank) / job / "curves.json").read_text())
+        if job == "kto":  # of sampled answers: one token that falls differently changes all after it
+            assert found.pop("kto/kl_per_response_nats") > 0
+            expected.pop("kto/kl_per_response_nats", None)
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
