@@ -119,10 +119,10 @@ def _carry_out(
         return _too_few_labels(snapshot, run, config)
     progress.step(1, f"{sum(snapshot.counts.values())} labels")
     # 2. the served policy, and the labels as its tokens
-    from alignment import stages  # torch: only now, so that a run without data ends at once
+    from alignment import stages, together  # torch: only now, so that a run without data ends at once
 
     stages.check_incumbent(incumbent)
-    place = place or stages.Place(progress=progress)
+    place = place or together.Place(progress=progress)
     prepared = stages.prepare(store, snapshot, incumbent, config, progress, place)
     # 3. do the data allow a method?
     corrections = int(snapshot.counts["corrections"])

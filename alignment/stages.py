@@ -32,7 +32,6 @@ from storage.errors import CorruptData, KotaeError
 from storage.records import Evaluation, Json, Policy, RewardModel, Run, Snapshot, new_id, now
 from storage.store import Store
 
-__all__ = ["Place", "Prepared", "TrainingStopped", "Work"]
 CHECKPOINTS_KEPT_S = 7 * 24 * 3600
 """A checkpoint that nobody resumed in a week is removed."""
 

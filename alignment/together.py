@@ -61,15 +61,33 @@ class Place:
 
 @contextmanager
 def leading(progress: Progress, *, cpu: bool) -> Iterator[Place]:
-    """Join the others as process 0, and let them go at the end."""
+    """Join the others as process 0, and let them go at the end.
+
+    Raises:
+        LostProcess: the work was to stop, because a launcher ends all when one has died.
+    """
     place = Place(progress=progress, crew=join(cpu=cpu))
+    stopped = False
     try:
         yield place
+    except Interrupted:
+        stopped = True
+        raise
     finally:
-        if not place.at_work:
-            with suppress(LostProcess):
-                place.crew.told(None)
-        leave()
+        try:
+            _let_go(place)
+        except LostProcess:
+            if stopped:
+                raise
+        finally:
+            leave()
+
+
+def _let_go(place: Place) -> None:
+    """Tell the others that all is done, and hear that they are there."""
+    if not place.at_work:
+        place.crew.told(None)
+        place.crew.any(False)
 
 
 def follow(*, cpu: bool) -> int:
@@ -87,6 +105,7 @@ def follow(*, cpu: bool) -> int:
             work, shared = told
             with suppress(Interrupted):
                 work(place, *shared)
+        crew.any(False)
     except LostProcess:
         return 1
     leave()

@@ -21,10 +21,10 @@ from alignment.models import Base, save_adapter
 from alignment.policy_training import PolicyResult
 from alignment.ppo import PpoConfig, PpoResult, train_ppo
 from alignment.preferences import Preferences
-from alignment.progress import Silent
+from alignment.progress import Interrupted, Silent
 from alignment.reward_model import RewardConfig, TrainedReward, train_reward_model
 from alignment.training_config import DpoConfig, KtoConfig
-from learning_fixtures import base_with_policy, make_pairs, make_thumbs
+from learning_fixtures import StopAfter, base_with_policy, make_pairs, make_thumbs
 from tiny_models import make_tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -186,3 +186,13 @@ def test_alone_nothing_is_sent() -> None:
     assert values.tolist() == [1.0, 2.0]
     assert Crew().any(True)
     assert not Crew().any(False)
+    assert Crew().told("word") == "word"
+    assert Crew().united({1: "one"}) == {1: "one"}
+
+
+def test_what_begins_can_be_stopped() -> None:
+    asked = StopAfter("", 0)
+    with pytest.raises(Interrupted, match="scoring was stopped on request"):
+        Crew().begin(asked, "scoring")
+    watch = StopAfter("", 1)
+    assert Crew().begin(watch, "scoring") is watch

@@ -80,9 +80,7 @@ class Site:
 
     def finish(self) -> dict[str, torch.Tensor]:
         """Run to the end, and return the candidate's weights."""
-        child = self.start()
-        said, errors = child.communicate(timeout=500)
-        assert child.returncode == 0, (said, errors)
+        ended(self.start(), 0)
         made = self.store.all(Policy, "run_id = ?", [self.last().id])
         return load_file(Path(str(made[0].adapter_path)) / "adapter_model.safetensors")
 
@@ -98,6 +96,14 @@ class Site:
                 return run
             time.sleep(0.02)
         pytest.fail(f"never saw {stage}: {child.communicate()}")
+
+
+def ended(child: subprocess.Popen[str], code: int) -> str:
+    """Wait for the end with this exit code; return what was said."""
+    said, errors = child.communicate(timeout=500)
+    if child.returncode != code:
+        pytest.fail(f"exit code {child.returncode}, not {code}\n{said}\n{errors}")
+    return said + errors
 
 
 def copied(filled: Path, data: Path, **config: Any) -> Site:
@@ -128,8 +134,7 @@ def test_interrupted_then_killed_it_goes_on_to_the_same_weights(
     child = site.start()
     site.wait_for(child, method, step=2)
     child.send_signal(signal.SIGINT)
-    said, errors = child.communicate(timeout=100)
-    assert child.returncode == 130, (said, errors)
+    ended(child, 130)
     assert site.last().status == "cancelled"
     assert len(list((site.data / "cache" / "checkpoints").glob("*.pt"))) == 1
 
@@ -163,9 +168,8 @@ def test_several_processes_make_the_adapter_of_one_also_after_a_signal(filled: P
     family = psutil.Process(child.pid).children(recursive=True)
     assert len(family) >= 3  # the launcher and two processes
     child.send_signal(signal.SIGTERM)
-    said, errors = child.communicate(timeout=100)
-    assert (child.returncode, site.last().status) == (130, "cancelled"), (said, errors)
-    assert "stopped on request" in said
+    assert "stopped on request" in ended(child, 130)
+    assert site.last().status == "cancelled"
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
 
@@ -183,9 +187,8 @@ def test_a_process_that_dies_ends_the_others_and_the_run_has_failed(filled: Path
     family = psutil.Process(child.pid).children(recursive=True)
     (victim,) = [one for one in family if one.environ().get("RANK") == "1"]
     victim.kill()
-    said, errors = child.communicate(timeout=100)
-    assert (child.returncode, site.last().status) == (1, "failed"), (said, errors)
-    assert site.last().id == run.id
+    ended(child, 1)
+    assert (site.last().id, site.last().status) == (run.id, "failed")
     assert "another process of this run has ended" in site.last().message
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
@@ -195,10 +198,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_has_failed(filled: Path
 def test_a_launcher_that_starts_nothing_is_named(filled: Path, tmp_path: Path) -> None:
     for launcher, words in (("no-such-launcher", "install no-such-launcher"), ("false", "ended with code 1")):
         site = copied(filled, tmp_path / launcher, launcher=launcher)
-        child = site.start()
-        said, errors = child.communicate(timeout=100)
-        assert child.returncode == 2, (said, errors)
-        assert words in errors
+        assert words in ended(site.start(), 2)
         assert runs.list_runs(site.store) == []
 
 
