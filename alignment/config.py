@@ -175,7 +175,7 @@ class AlignmentConfig:
     core spin: with two cores and a busy server one thread was four times as fast as two (measured on the starter)."""
     launcher: str = ""
     """Command that starts the run in several processes, such as `accelerate launch --multi_gpu --num_processes 2` or
-    `torchrun --nproc_per_node 2`; "" for one process. It must set RANK and WORLD_SIZE."""
+    `torchrun --standalone --nproc_per_node 2`; "" for one process. It must set RANK and WORLD_SIZE."""
     data: DataConfig = DataConfig()
     choice: ChoiceConfig = ChoiceConfig()
     reward: RewardConfig = field(default_factory=RewardConfig)

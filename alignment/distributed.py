@@ -11,6 +11,7 @@ Every process holds the whole base. Absent: a base cut into parts (docs/alignmen
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from alignment.progress import Interrupted, Progress, Silent
-from storage.errors import KotaeError
+from storage.errors import InvalidField, KotaeError
 
 Item = TypeVar("Item")
 Key = TypeVar("Key")
@@ -122,11 +123,18 @@ def _noticing_losses() -> Iterator[None]:
 
 
 def join(*, cpu: bool = False) -> Crew:
-    """Join the processes that the launcher started; without a launcher this one is alone."""
+    """Join the processes that the launcher started; without a launcher this one is alone.
+
+    Raises:
+        InvalidField: the launcher's processes did not find each other.
+    """
     from accelerate import PartialState
 
-    state = PartialState(cpu=cpu, timeout=WAIT)
-    size = int(state.num_processes)
+    # accelerate must be told that there is no GPU: it would connect the processes and then count one
+    state = PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=WAIT)
+    size, wanted = int(state.num_processes), os.environ.get("WORLD_SIZE", "1")
+    if size != int(wanted):
+        raise InvalidField("WORLD_SIZE", wanted, f"set LOCAL_RANK and MASTER_ADDR too: {size} joined")
     apart = size > 1 and state.device.type != "cpu"
     words = dist.new_group(backend="gloo", timeout=WAIT) if apart else None
     return Crew(rank=int(state.process_index), size=size, words=words)

@@ -42,7 +42,10 @@ def rank(environment: Mapping[str, str] = os.environ) -> int | None:
     if "RANK" in environment and int(environment.get("WORLD_SIZE", "1")) > 1:
         return int(environment["RANK"])
     if MARK in environment and "RANK" not in environment:
-        fix = "use one that sets RANK and WORLD_SIZE: torchrun --nproc_per_node 2, or with GPUs accelerate launch"
+        fix = (
+            "use one that sets RANK and WORLD_SIZE: torchrun --standalone --nproc_per_node 2, or with GPUs "
+            "accelerate launch --multi_gpu --num_processes 2"
+        )
         raise InvalidField("launcher", environment[MARK], fix)
     return None
 

@@ -28,7 +28,7 @@ from test_pipeline import OPEN_GATE, PAIRS, SMALL
 from tiny_models import make_tiny_model
 
 ROOT = Path(__file__).parent.parent
-LAUNCHER = "torchrun --nproc_per_node 2"
+LAUNCHER = "torchrun --standalone --nproc_per_node 2"
 LONG: dict[str, dict[str, Any]] = {
     "dpo": {"method": "dpo", "dpo": {**SMALL["dpo"], "epochs": 60}},
     "ppo": {
@@ -166,7 +166,7 @@ def test_several_processes_make_the_adapter_of_one_also_after_a_signal(filled: P
     child = site.start()
     site.wait_for(child, "dpo", step=2)
     family = psutil.Process(child.pid).children(recursive=True)
-    assert len(family) >= 3  # the launcher and two processes
+    assert {one.environ().get("RANK") for one in family} >= {"0", "1"}
     child.send_signal(signal.SIGTERM)
     assert "stopped on request" in ended(child, 130)
     assert site.last().status == "cancelled"
@@ -175,6 +175,7 @@ def test_several_processes_make_the_adapter_of_one_also_after_a_signal(filled: P
 
     weights = site.finish()
     assert first_step(site, "dpo/loss") > 1
+    assert site.last().cost["processes"] == 2
     assert weights.keys() == whole.keys()
     for name, expected in whole.items():
         torch.testing.assert_close(weights[name], expected, rtol=0, atol=1e-3, msg=name)
