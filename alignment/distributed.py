@@ -116,7 +116,7 @@ def _noticing_losses() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        why = str(error).splitlines()[0]
+        why = str(error).split(". This is")[0]
         raise LostProcess(
             f"another process of this run has ended; what it printed says why ({why})"
         ) from error
