@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from alignment.questions import choose_questions, recent_turns, served_sampling
 from alignment.reference_cache import ReferenceCache, reference_identity
 from alignment.report import Card, write_card
 from alignment.reward_model import TrainedReward, train_reward_model
+from alignment.rollout_server import ServedRollouts
 from alignment.run_progress import RunProgress, check_stop
 from alignment.safety import load_suite
 from alignment.training_data import Parts, divide, on_policy_share, recent_policies
@@ -209,15 +211,17 @@ def _trained(work: Work, method: Method, scorer: TrainedReward | None, checkpoin
     labels, seed, progress = work.prepared.parts.policy, config.seed, work.progress
     if method == "ppo":
         assert scorer is not None
-        return train_ppo(
-            base,
-            _prompts(work),
-            scorer,
-            config.ppo,
-            seed=seed,
-            progress=progress,
-            checkpoint=checkpoint,
-        )
+        with _rollout_server(work) as sampler:
+            return train_ppo(
+                base,
+                _prompts(work),
+                scorer,
+                config.ppo,
+                seed=seed,
+                progress=progress,
+                checkpoint=checkpoint,
+                sampler=sampler,
+            )
     identity = reference_identity(
         base, base_sha256=incumbent.base_sha256, reference_sha256=incumbent.adapter_sha256
     )
@@ -235,6 +239,14 @@ def _trained(work: Work, method: Method, scorer: TrainedReward | None, checkpoin
     return train_dpo(
         base, labels.pairs, config.dpo, seed=seed, progress=progress, cache=cache, checkpoint=checkpoint
     )
+
+
+def _rollout_server(work: Work) -> AbstractContextManager[ServedRollouts | None]:
+    """Return the server that answers for the policy while PPO trains it, None without one."""
+    url = work.config.ppo.rollout_url
+    if not url:
+        return nullcontext()
+    return closing(ServedRollouts(url, folder=work.folder / "rollouts", name=new_id("rollouts")))
 
 
 def _prompts(work: Work) -> list[tuple[int, ...]]:
