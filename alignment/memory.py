@@ -28,6 +28,10 @@ GPU_SLACK = 1.1
 """For blocks that fit no request; not measured."""
 
 
+NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+"""Of a configuration, for an estimate."""
+
+
 class DoesNotFit(KotaeError):
     """A training needs more memory than there is; raised before it begins."""
 
@@ -211,21 +215,28 @@ def fitting_tokens(
         fits = max(0, int((room - fixed) / a_token))
         if fits >= longest:
             return min(wanted, fits), checkpointing
+    fixes = [f"lower data.max_tokens so that none exceeds {fits} tokens"] if fits else []
+    fixes += ['set precision = "bfloat16"'] if width == WIDE else []
     raise DoesNotFit(
         f"memory: training on the largest prompt with its answers ({longest} tokens), with checkpointing, needs "
-        f"{(fixed + longest * a_token) / GIB:.2f} GiB beside the model, {room / GIB:.2f} GiB are available; lower "
-        f'data.max_tokens so that none exceeds {fits} tokens, set precision = "bfloat16", or free memory'
+        f"{(fixed + longest * a_token) / GIB:.2f} GiB beside the model, {room / GIB:.2f} GiB are available; "
+        f"{', '.join([*fixes, 'lower lora.rank'])}, or free memory"
     )
 
 
 def plan_batches(base: Base, *, longest: int, rank: int) -> None:
     """Lower `base.batch_tokens` to what the free memory allows, with checkpointing if it must be; no result changes.
 
+    Of a model without the sizes of a Llama nothing is estimated: its budget stays.
+
     Raises:
         DoesNotFit: the largest prompt with its answers (`longest` tokens) is too large for this device.
     """
+    config = base.model.config
+    if not all(hasattr(config, name) for name in NEEDED):
+        return
     base.batch_tokens, base.checkpointing = fitting_tokens(
-        shape_of(base.model.config),
+        shape_of(config),
         rank=rank,
         width=base.dtype.itemsize,
         wanted=base.batch_tokens,

@@ -14,12 +14,7 @@ from typing import Literal
 from assistant.canary import CanaryConfig
 from assistant.canary_evidence import Arms, Null, log_e_value, mean_exceeds
 
-Event = Literal["answer", "empty", "error", "not_finite", "wrong_policy", "engine_died"]
-AT_ONCE: dict[Event, str] = {
-    "not_finite": "the canary's output was not finite (NaN)",
-    "wrong_policy": "another policy answered in the canary's place",
-    "engine_died": "the engine died while the canary answered",
-}
+Event = Literal["answer", "empty", "error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,10 +30,8 @@ class Seen:
 
 def hard_stops(seen: Sequence[Seen], *, now: float, config: CanaryConfig) -> list[str]:
     """Return what stops the canary, from answers in the order of time."""
-    at_once = {one.event for one in seen if one.canary} & AT_ONCE.keys()
     window = [one for one in seen if one.at > now - config.window_s]
-    reasons = [AT_ONCE[event] for event in sorted(at_once)]
-    return [*reasons, *empty_answers(window, config), *error_burst(window, config), *latency(seen, config)]
+    return [*empty_answers(window, config), *error_burst(window, config), *latency(seen, config)]
 
 
 def empty_answers(window: Sequence[Seen], config: CanaryConfig) -> list[str]:

@@ -14,7 +14,9 @@ os.environ.update({"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"})
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+from alignment_fixtures import Filled, open_store
 from running_server import Server
+from tiny_models import make_tiny_model
 
 
 class ByFile(LoadScopeScheduling):
@@ -52,3 +54,23 @@ def server(booted: Server) -> Server:
     """Return the running server, serving the base model to everybody whatever tests before deployed."""
     booted.serve_base()
     return booted
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
+@pytest.fixture
+def filled(tmp_path: Path, model: Path) -> Iterator[Filled]:
+    """A store that serves `model` to one person, without labels."""
+    made = open_store(tmp_path / "data", model)
+    yield made
+    made.store.close()

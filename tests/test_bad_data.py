@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from alignment.failures import explain
 from alignment.reference_cache import ReferenceCache
 from alignment.run_record import new_run
 from alignment.whole_files import whole
-from alignment_fixtures import CURT, KIND, Filled, add_answers, add_comparisons, open_store
+from alignment_fixtures import CURT, KIND, Filled, add_answers, add_comparisons
 from storage import adapters, deployments, feedback, people, policies, runs
 from storage.adapters import import_adapter, verify_adapter
 from storage.errors import StorageUnavailable
@@ -26,7 +26,7 @@ from storage.people import SYSTEM
 from storage.records import Evaluation, Policy, Run, Turn, new_id, now
 from storage.store import Transaction
 from test_pipeline import OPEN_GATE, SMALL
-from tiny_models import make_adapter, make_tiny_model
+from tiny_models import make_adapter
 
 LABELS = 48
 CONFIG: dict[str, Any] = {
@@ -37,25 +37,6 @@ CONFIG: dict[str, Any] = {
     "reward": {**SMALL["reward"], "epochs": 1},
     "gate": OPEN_GATE,
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model)
-
-
-@pytest.fixture
-def filled(tmp_path: Path, model: Path) -> Iterator[Filled]:
-    made = open_store(tmp_path / "data", model)
-    yield made
-    made.store.close()
 
 
 @pytest.fixture

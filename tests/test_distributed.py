@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from alignment.distributed import Crew
-from tiny_models import make_tiny_model
 
 ROOT = Path(__file__).parent.parent
 WORKER = """
@@ -44,11 +43,6 @@ save_adapter(base, "policy", Path(out) / str(crew.rank))
 (Path(out) / f"{crew.rank}.txt").write_text(repr(sorted(result.metrics.items())))
 leave()
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def trained(method: str, model: Path, out: Path, processes: int) -> list[dict[str, torch.Tensor]]:

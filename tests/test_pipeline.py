@@ -29,7 +29,6 @@ from storage.people import SYSTEM
 from storage.policies import get_policy
 from storage.records import Policy
 from storage.store import Store
-from tiny_models import make_tiny_model
 
 PAIRS = 48
 ROOT = Path(__file__).parent.parent
@@ -67,18 +66,6 @@ OPEN_GATE: dict[str, Any] = {
     "safety_loss_max": 1,
     "golden_loss_max": 1,
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model)
 
 
 @pytest.fixture

@@ -3,42 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from alignment.config import AlignmentConfig, config_of
 from alignment.pipeline import Outcome, align, run_folder
-from alignment_fixtures import CURT, KIND, Filled, add_answers, add_comparisons, open_store
+from alignment_fixtures import CURT, KIND, Filled, add_answers, add_comparisons
 from storage import deployments, feedback, people, policies, runs
 from storage.errors import InvalidField
 from storage.people import SYSTEM
 from storage.store import Store
 from test_pipeline import OPEN_GATE, SMALL
-from tiny_models import make_tiny_model
 
 LABELS = 48
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model)
-
-
-@pytest.fixture
-def filled(tmp_path: Path, model: Path) -> Iterator[Filled]:
-    made = open_store(tmp_path / "data", model)
-    yield made
-    made.store.close()
 
 
 def config(**tables: Any) -> AlignmentConfig:

@@ -15,14 +15,8 @@ from alignment.config import config_of
 from alignment.logprobs import completion_logprobs, completion_sums, token_logprobs
 from alignment.models import LoraSpec, active, adapter_parameters, add_policy, load_base, save_adapter
 from storage.errors import InvalidField
-from tiny_models import make_tiny_model
 
 ROWS = [((5, 6, 7, 8), (9, 10, 11)), ((5, 6, 7, 8), (12, 13)), ((20, 21), (22, 23, 24, 25))]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def test_auto_on_a_cpu_is_float32_and_other_names_are_refused(model: Path) -> None:
