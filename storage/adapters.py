@@ -12,6 +12,7 @@ import secrets
 import shutil
 import stat
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,5 +154,6 @@ def _remove(folder: Path) -> None:
 
 def _remove_left_overs(adapters: Path) -> None:
     for folder in adapters.glob(f"{INCOMING}*"):
-        if time.time() - folder.stat().st_mtime > INCOMING_KEPT_S:
-            _remove(folder)
+        with suppress(FileNotFoundError):  # another import has just moved its own to its place
+            if time.time() - folder.stat().st_mtime > INCOMING_KEPT_S:
+                _remove(folder)
