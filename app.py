@@ -48,16 +48,40 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def align(args: argparse.Namespace) -> int:
-    """Run one alignment now, in this process."""
+    """Run one alignment now, in this process or in those of the configured launcher."""
+    from alignment import launch
     from alignment.config import load_config
     from alignment.pipeline import align as run_alignment
 
     config = load_config(args.config)
     if args.method is not None:
         config = replace(config, method=args.method)
-    outcome = run_alignment(Store(args.data), config, trigger=args.trigger)
+    rank = launch.rank()
+    if rank:
+        from alignment.together import follow
+
+        return follow(cpu=config.device == "cpu")
+    store = Store(args.data)
+    if config.launcher and rank is None:
+        outcome = launch.launch(store, config.launcher, again(args))
+    else:
+        outcome = run_alignment(store, config, trigger=args.trigger)
     show(args, asdict(outcome), "\n".join([outcome.message, *outcome.reasons]))
-    return outcome.exit_code
+    if rank is None:
+        return outcome.exit_code
+    return int(outcome.status == "failed")  # a launcher takes any other code for a crash too
+
+
+def again(args: argparse.Namespace) -> list[str]:
+    """Return the command that does what `align` was asked for."""
+    options = {
+        "--data": args.data,
+        "--trigger": args.trigger,
+        "--method": args.method,
+        "--config": args.config,
+    }
+    given = [part for name, value in options.items() if value is not None for part in (name, str(value))]
+    return [str(Path(__file__).resolve()), "align", *given]
 
 
 # -- looking ----------------------------------------------------------------------------------------------

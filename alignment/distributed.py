@@ -1,14 +1,19 @@
-"""Several processes train one adapter: each takes its share of every optimiser batch, and the gradients are summed.
+"""Several processes train one adapter: each takes its share of every pass, and the gradients are summed.
 
 Any launcher that sets RANK, WORLD_SIZE and MASTER_ADDR starts them (accelerate launch, torchrun, a Ray or cluster job).
-Every optimiser batch is cut into micro-batches in the same way however many processes there are, and every micro-batch
-divides by the whole batch's weight; so N processes take the steps of one. Every process holds the whole base and scores
-the reference itself. Absent: a base cut into parts (FSDP2).
+A batch is cut into micro-batches in the same way however many processes there are, every micro-batch divides by the
+whole batch's weight, and what is measured before the gradients is put together; so N processes take the steps of one.
+Every process holds the whole base. Absent: a base cut into parts (docs/alignment.md says what was tried).
+
+    KotaeError
+    └── LostProcess   another process of the run has ended
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -16,9 +21,17 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from alignment.progress import Interrupted, Progress, Silent
+from storage.errors import InvalidField, KotaeError
+
 Item = TypeVar("Item")
+Key = TypeVar("Key")
 WAIT = timedelta(hours=24)
-"""How long a process waits for the others: one of them may be writing a report."""
+"""How long a process waits for the others: process 0 evaluates and reports while they wait."""
+
+
+class LostProcess(KotaeError):
+    """Another process of the run has ended; what it printed says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,17 +40,21 @@ class Crew:
 
     rank: int = 0
     size: int = 1
+    words: dist.ProcessGroup | None = None
+    """Carries what is in the processors' memory; None: the same group that carries the gradients."""
 
     def share(self, plans: Sequence[Item]) -> Sequence[Item]:
-        """Return this process's micro-batches."""
+        """Return this process's part."""
         return plans[self.rank :: self.size]
 
     def sum(self, *tensors: torch.Tensor) -> None:
-        """Replace each tensor, in place, by its sum over the processes."""
+        """Replace each tensor, in place, by its sum over the processes, added in the widest of their types."""
         if self.size == 1:
             return
-        joined = torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors])
-        dist.all_reduce(joined)
+        wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+        joined = torch.cat([tensor.detach().reshape(-1).to(wide) for tensor in tensors])
+        with _noticing_losses():
+            dist.all_reduce(joined, group=self.words if joined.device.type == "cpu" else None)
         parts = torch.split(joined, [tensor.numel() for tensor in tensors])
         with torch.no_grad():
             for tensor, part in zip(tensors, parts, strict=True):
@@ -58,16 +75,69 @@ class Crew:
         self.sum(raised)
         return bool(raised > 0)
 
+    def told(self, value: Item) -> Item:
+        """Return what process 0 gave, in every process; it must be picklable and without device tensors."""
+        if self.size == 1:
+            return value
+        box = [value]
+        with _noticing_losses():
+            dist.broadcast_object_list(box, src=0, group=self.words)
+        return box[0]
+
+    def united(self, found: Mapping[Key, Item]) -> dict[Key, Item]:
+        """Return what all processes found for their shares, in every process."""
+        if self.size == 1:
+            return dict(found)
+        boxes: list[Mapping[Key, Item]] = [{}] * self.size
+        with _noticing_losses():
+            dist.all_gather_object(boxes, found, group=self.words)
+        return {key: value for box in boxes for key, value in box.items()}
+
+    def begin(self, progress: Progress | None, what: str) -> Progress:
+        """Agree to go on with `what`; return whom to ask within it.
+
+        Alone that is `progress`. Several processes stop between two passes only: within one they cannot agree.
+
+        Raises:
+            Interrupted: one of them was asked to stop.
+        """
+        watch = progress or Silent()
+        if self.any(watch.should_stop()):
+            raise Interrupted(f"{what} was stopped on request")
+        return watch if self.size == 1 else Silent()
+
 
 ALONE = Crew()
 
 
+@contextmanager
+def _noticing_losses() -> Iterator[None]:
+    """Tell of a process that is gone: gloo and NCCL raise RuntimeErrors of many texts."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = str(error).split(". This is")[0]
+        raise LostProcess(
+            f"another process of this run has ended; what it printed says why ({why})"
+        ) from error
+
+
 def join(*, cpu: bool = False) -> Crew:
-    """Join the processes that the launcher started; without a launcher this one is alone."""
+    """Join the processes that the launcher started; without a launcher this one is alone.
+
+    Raises:
+        InvalidField: the launcher's processes did not find each other.
+    """
     from accelerate import PartialState
 
-    state = PartialState(cpu=cpu, timeout=WAIT)
-    return Crew(rank=int(state.process_index), size=int(state.num_processes))
+    # accelerate must be told that there is no GPU: it would connect the processes and then count one
+    state = PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=WAIT)
+    size, wanted = int(state.num_processes), os.environ.get("WORLD_SIZE", "1")
+    if size != int(wanted):
+        raise InvalidField("WORLD_SIZE", wanted, f"set LOCAL_RANK and MASTER_ADDR too: {size} joined")
+    apart = size > 1 and state.device.type != "cpu"
+    words = dist.new_group(backend="gloo", timeout=WAIT) if apart else None
+    return Crew(rank=int(state.process_index), size=size, words=words)
 
 
 def leave() -> None:

@@ -65,7 +65,7 @@ def train_dpo(
     """
     pairs = [pair for pair in pairs if not pair.tie]
     _check(base, pairs, config)
-    data = _prepare(base, pairs, config, cache=cache, progress=progress)
+    data = _prepare(base, pairs, config, cache=cache, progress=progress, crew=crew)
     method = Method(
         name="dpo",
         gradients=lambda numbers, nll_weight: _gradients(
@@ -91,12 +91,20 @@ def _check(base: Base, pairs: Sequence[Pair], config: DpoConfig) -> None:
 
 
 def _prepare(
-    base: Base, pairs: Sequence[Pair], config: DpoConfig, *, cache: ReferenceCache | None, progress: Progress
+    base: Base,
+    pairs: Sequence[Pair],
+    config: DpoConfig,
+    *,
+    cache: ReferenceCache | None,
+    progress: Progress,
+    crew: Crew,
 ) -> _Data:
     """Lay out the pairs and score them under the reference."""
     rows = [(p.prompt_ids, answer) for p in pairs for answer in (p.chosen_ids, p.rejected_ids)]
     progress.stage("reference", 1)
-    scored = reference_logprobs(base, rows, cache=cache, batch_tokens=config.batch_tokens, progress=progress)
+    scored = reference_logprobs(
+        base, rows, cache=cache, batch_tokens=config.batch_tokens, progress=progress, crew=crew
+    )
     progress.step(1)
     sums = torch.tensor([float(values.sum(dtype="float64")) for values in scored])
     dpop = [config.correction_dpop_weight if p.source == "correction" else 0.0 for p in pairs]

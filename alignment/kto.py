@@ -85,7 +85,7 @@ def train_kto(
     _check_thumbs(base, thumbs, config)
     ups = [thumb.up for thumb in thumbs]
     batches = thumb_batches(ups, size=config.batch_thumbs, epochs=config.epochs, seed=seed)
-    data = _prepare(base, thumbs, batches, config, cache=cache, progress=progress)
+    data = _prepare(base, thumbs, batches, config, cache=cache, progress=progress, crew=crew)
     method = Method(
         name="kto",
         gradients=lambda numbers, nll_weight: _gradients(
@@ -165,13 +165,14 @@ def _prepare(
     *,
     cache: ReferenceCache | None,
     progress: Progress,
+    crew: Crew,
 ) -> _Data:
     """Make the mismatched rows and score everything under the reference; rows of one prompt share it there."""
     rows: list[Row] = [(thumb.prompt_ids, thumb.answer_ids) for thumb in thumbs]
     mismatched = _mismatched(rows, batches, longest=base.max_positions) if config.loss == "kto" else []
     progress.stage("reference", 1)
     scored = reference_logprobs(
-        base, rows + mismatched, cache=cache, batch_tokens=config.batch_tokens, progress=progress
+        base, rows + mismatched, cache=cache, batch_tokens=config.batch_tokens, progress=progress, crew=crew
     )
     progress.step(1)
     sums = torch.tensor([float(values.sum(dtype="float64")) for values in scored], device=base.device)
@@ -209,7 +210,7 @@ def _gradients(
     z0 comes first, from all mismatched rows, because every answer's gradient depends on it. Every micro-batch
     divides by the whole batch's weight, so the split changes nothing.
     """
-    point = _point(base, data, numbers, config)
+    point = _point(base, data, numbers, config, crew)
     everyone = torch.tensor(numbers, device=base.device)  # (I,)
     lengths = torch.tensor([len(data.rows[number][1]) for number in numbers], device=base.device)
     ratios = torch.zeros(len(numbers), device=base.device)
@@ -243,12 +244,12 @@ def _gradients(
     return curves | moved, change
 
 
-def _point(base: Base, data: _Data, numbers: Sequence[int], config: KtoConfig) -> torch.Tensor:
+def _point(base: Base, data: _Data, numbers: Sequence[int], config: KtoConfig, crew: Crew) -> torch.Tensor:
     """Return z0 of the batch, in nats."""
     if config.loss != "kto":
         return torch.zeros((), device=base.device)
     rows = [data.mismatched[number] for number in numbers]
-    scored = completion_logprobs(base, rows, adapter="policy", batch_tokens=config.batch_tokens)
+    scored = completion_logprobs(base, rows, adapter="policy", batch_tokens=config.batch_tokens, crew=crew)
     policy = torch.tensor([math.fsum(values) for values in scored], device=base.device)
     return reference_point(policy, data.mismatched_reference[list(numbers)])
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from alignment.batching import Batch, collate, group_by_prompt, micro_batches, pays_to_share
+from alignment.distributed import ALONE, Crew
 from alignment.models import Base, active, backbone, checkpointed, head
-from alignment.progress import Progress, Silent, stop_if_asked
+from alignment.progress import Progress, stop_if_asked
 
 LOGITS_A_CHUNK = 4 * 2**20
 """Logits in memory at once (16 MiB in float32): small beside the weights, large enough for full speed."""
@@ -105,6 +106,7 @@ def completion_logprobs(
     batch_tokens: int = 0,
     temperature: float = 1.0,
     progress: Progress | None = None,
+    crew: Crew = ALONE,
 ) -> list[list[float]]:
     """Score answers without gradient: for each row the log-prob in nats of each answer token.
 
@@ -118,14 +120,17 @@ def completion_logprobs(
     """
     trees, numbers = group_by_prompt(rows)
     share = base.share_prefixes and pays_to_share(trees)
-    scored: list[list[float]] = [[] for _ in rows]
+    plans = micro_batches(trees, budget_tokens=batch_tokens or base.batch_tokens, share=share)
+    scored: dict[int, list[float]] = {}
+    watch = crew.begin(progress, "scoring answers")
     with active(base, adapter), torch.no_grad():
-        for plan in micro_batches(trees, budget_tokens=batch_tokens or base.batch_tokens, share=share):
-            stop_if_asked(progress or Silent(), "scoring answers")
+        for plan in crew.share(plans):
+            stop_if_asked(watch, "scoring answers")
             batch = collate([trees[i] for i in plan], share=share, pad_id=base.pad_id, device=base.device)
             values = token_logprobs(base, batch, temperature=temperature)
             parts = torch.split(values, batch.lengths.tolist())
             owners = [number for i in plan for number in numbers[i]]
             for number, part in zip(owners, parts, strict=True):
                 scored[number] = part.tolist()
-    return scored
+    scored = crew.united(scored)
+    return [scored[number] for number in range(len(rows))]

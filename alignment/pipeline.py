@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +27,8 @@ from alignment.choose import (
 from alignment.config import AlignmentConfig
 from alignment.failures import explain
 from alignment.gate import Verdict, judge
+from alignment.launch import rank
+from alignment.outcome import OUTCOME_EXIT_CODES, Outcome
 from alignment.preferences import take_snapshot
 from alignment.progress import Interrupted
 from alignment.run_progress import RunProgress, check_stop, stopping_on_signals
@@ -38,42 +39,19 @@ from storage import runs
 from storage.deployments import served
 from storage.errors import Conflict, NotFound, StorageUnavailable
 from storage.policies import get_policy
-from storage.records import Json, Policy, Run, RunStatus, RunTrigger, Snapshot
+from storage.records import Json, Policy, Run, RunTrigger, Snapshot
 from storage.store import Store
 
 if TYPE_CHECKING:
     from alignment.stages import Work
+    from alignment.together import Place
 
+__all__ = ["OUTCOME_EXIT_CODES", "Outcome", "align", "run_folder", "served_policy"]
 METHODS: tuple[Method, ...] = ("dpo", "kto", "ppo")
-OUTCOME_EXIT_CODES: Mapping[RunStatus, int] = {
-    "passed": 0,
-    "failed": 1,
-    "refused": 3,
-    "not_enough_data": 4,
-    "cancelled": 130,
-}
-"""What the command line returns; 2 is bad input, 130 what shells use for an interrupted program."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """How a run ended."""
-
-    status: RunStatus
-    message: str
-    run_id: str
-    policy_id: str | None = None
-    reasons: tuple[str, ...] = ()
-    """Why the gate refused."""
-
-    @property
-    def exit_code(self) -> int:
-        """Return what the command line returns."""
-        return OUTCOME_EXIT_CODES[self.status]
 
 
 def align(store: Store, config: AlignmentConfig, *, trigger: RunTrigger = "manual") -> Outcome:
-    """Do one run in this process. It always ends with a recorded outcome unless it never began.
+    """Do one run, as process 0 where there are several. It always ends with a recorded outcome unless it never began.
 
     Raises:
         NotFound: nothing is served yet, so there is no policy to improve.
@@ -85,7 +63,8 @@ def align(store: Store, config: AlignmentConfig, *, trigger: RunTrigger = "manua
     progress = RunProgress(store, run.id)
     with stopping_on_signals(progress):
         try:
-            outcome = _carry_out(store, run, config, incumbent, progress, meter)
+            with _leading(config, progress) as place:
+                outcome = _carry_out(store, run, config, incumbent, progress, meter, place)
         except (Interrupted, KeyboardInterrupt) as stop:
             outcome = Outcome(
                 status="cancelled", message=f"Cancelled: {stop or 'interrupted'}.", run_id=run.id
@@ -93,6 +72,17 @@ def align(store: Store, config: AlignmentConfig, *, trigger: RunTrigger = "manua
         except Exception as error:
             outcome = _failure(store, run, error)
         return _close(store, outcome, progress, meter)
+
+
+def _leading(
+    config: AlignmentConfig, progress: RunProgress
+) -> AbstractContextManager[Place] | AbstractContextManager[None]:
+    """Lead the other processes, if there are any; alone, torch is not loaded before it is needed."""
+    if rank() is None:
+        return nullcontext()
+    from alignment.together import leading
+
+    return leading(progress, cpu=config.device == "cpu")
 
 
 def served_policy(store: Store) -> Policy:
@@ -113,7 +103,13 @@ def run_folder(store: Store, run_id: str) -> Path:
 
 
 def _carry_out(
-    store: Store, run: Run, config: AlignmentConfig, incumbent: Policy, progress: RunProgress, meter: Meter
+    store: Store,
+    run: Run,
+    config: AlignmentConfig,
+    incumbent: Policy,
+    progress: RunProgress,
+    meter: Meter,
+    place: Place | None,
 ) -> Outcome:
     """Look at the data, and train and judge a candidate if they allow it."""
     folder = run_folder(store, run.id)
@@ -125,17 +121,27 @@ def _carry_out(
         return _too_few_labels(snapshot, run, config)
     progress.step(1, f"{sum(snapshot.counts.values())} labels")
     # 2. the served policy, and the labels as its tokens
-    from alignment import stages  # torch: only now, so that a run without data ends at once
+    from alignment import stages, together  # torch: only now, so that a run without data ends at once
 
     stages.check_incumbent(incumbent)
-    prepared = stages.prepare(store, snapshot, incumbent, config, progress)
+    place = place or together.Place(progress=progress)
+    prepared = stages.prepare(store, snapshot, incumbent, config, progress, place)
     # 3. do the data allow a method?
     corrections = int(snapshot.counts["corrections"])
     statistics = statistics_of(
-        prepared.preferences, corrections=corrections, on_policy_share=prepared.on_policy_share
+        prepared.preferences,
+        corrections=corrections,
+        on_policy_share=prepared.on_policy_share,
+        effective_sample_share=prepared.effective_sample_share,
     )
     work = stages.Work(
-        store=store, run=run, config=config, folder=folder, prepared=prepared, progress=progress
+        store=store,
+        run=run,
+        config=config,
+        folder=folder,
+        prepared=prepared,
+        progress=progress,
+        place=place,
     )
     choice = _choose(work, statistics, reward=None)
     if choice.method is None and not choice.waits_for_reward_model:

@@ -111,7 +111,7 @@ def train_policy(
         Interrupted: `progress` asked to stop; the checkpoint is written.
         CorruptData: the checkpoint belongs to another run.
     """
-    training = _start(base, method, config, checkpoint=checkpoint)
+    training = _start(base, method, config, checkpoint=checkpoint, crew=crew)
     progress.stage(method.name, len(method.batches))
     stopped_because = _train(base, method, config, training, progress, crew)
     if stopped_because is None and not all_finite(training.parameters):
@@ -122,7 +122,9 @@ def train_policy(
     return PolicyResult(metrics=_means(state.curves), steps=state.step, stopped_because=stopped_because)
 
 
-def _start(base: Base, method: Method, config: PolicyConfig, *, checkpoint: Path | None) -> _Training:
+def _start(
+    base: Base, method: Method, config: PolicyConfig, *, checkpoint: Path | None, crew: Crew
+) -> _Training:
     """Set up the optimiser, and go on from the checkpoint if there is one."""
     parameters = adapter_parameters(base, "policy")
     training = _Training(
@@ -135,7 +137,7 @@ def _start(base: Base, method: Method, config: PolicyConfig, *, checkpoint: Path
         checkpoint=checkpoint,
         fingerprint=method.fingerprint,
     )
-    saved = read_checkpoint(checkpoint, fingerprint=method.fingerprint) if checkpoint else None
+    saved = crew.told(read_checkpoint(checkpoint, fingerprint=method.fingerprint) if checkpoint else None)
     if saved is not None:
         restore_weights(parameters, saved["weights"])
         training.optimiser.load_state_dict(saved["optimiser"])
@@ -190,7 +192,7 @@ def _train(
         state.step += 1
         state.curves = [*state.curves, curves][-config.displacement_window :]
         # 4. has it gone as far as it may?
-        spent = _kl(base, method, state, config)
+        spent = _kl(base, method, state, config, crew)
         if spent is not None:
             curves[f"{name}/kl_per_response_nats"] = spent
         progress.step(state.step, f"{curves[f'{name}/accuracy']:.0%} {method.accuracy_says}", **curves)
@@ -199,12 +201,12 @@ def _train(
     return None
 
 
-def _kl(base: Base, method: Method, state: _State, config: PolicyConfig) -> float | None:
+def _kl(base: Base, method: Method, state: _State, config: PolicyConfig, crew: Crew) -> float | None:
     """Return the KL of an answer from the reference, every few steps of a training that has a budget."""
     if config.kl_budget_nats == 0 or state.step % config.kl_every:
         return None
     with torch.no_grad():
-        return kl_per_response(base, method.kl_prompts, seed=state.step)
+        return kl_per_response(base, method.kl_prompts, seed=state.step, crew=crew)
 
 
 def _watch(

@@ -1,7 +1,7 @@
 """Proximal policy optimisation with a KL penalty: trains the adapter "policy" on its own answers, scored by the judge.
 
 Policy, reference, reward model and critic are adapters of one resident base (arXiv 1909.08593 with 2403.17031's details;
-differences from TRL are listed in `ppo_config`). One process; several GPUs are absent.
+differences from TRL are listed in `ppo_config`).
 
 Names of the curves:
 
@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 
 from alignment.critic import CRITIC
+from alignment.distributed import ALONE, Crew
 from alignment.ema import MOVING, move_reference
 from alignment.models import Base, has_adapter, remove_adapter
 from alignment.ppo_config import PpoConfig
@@ -51,7 +52,7 @@ from alignment.ppo_rollouts import Answers, Sampler, step_prompts
 from alignment.ppo_state import Sample, Training, all_weights, ppo_fingerprint, save, start_training
 from alignment.ppo_update import Experience, minibatch_epochs
 from alignment.ppo_watch import Start, why_stop
-from alignment.progress import Interrupted, Progress, stop_if_asked
+from alignment.progress import Interrupted, Progress
 from alignment.reward_model import TrainedReward
 from alignment.training import all_finite, copy_weights, restore_weights, set_rate
 from storage.errors import InvalidField
@@ -99,6 +100,7 @@ def train_ppo(
     progress: Progress,
     checkpoint: Path | None = None,
     sampler: Sampler | None = None,
+    crew: Crew = ALONE,
 ) -> PpoResult:
     """Train the adapter "policy" (`models.add_policy`) to be scored higher on the prompts, near the reference.
 
@@ -109,6 +111,7 @@ def train_ppo(
         prompts: token ids of prompts, as served.
         scorer: a reward model on the same base.
         sampler: answers prompts elsewhere (`rollout_server`); None: in this process.
+        crew: the processes that train together; checkpoint and sampler belong to process 0.
 
     Raises:
         InvalidField: no prompts, no adapter "policy", a scorer of another base, or a setting out of range.
@@ -118,16 +121,9 @@ def train_ppo(
     _check(base, prompts, scorer, config)
     try:
         training = start_training(
-            base, prompts, scorer, config, seed=seed, checkpoint=checkpoint, sampler=sampler
+            base, prompts, scorer, config, seed=seed, checkpoint=checkpoint, sampler=sampler, crew=crew
         )
-        progress.stage("ppo", config.steps + 1)  # the last batch is only looked at: it shows the final policy
-        try:
-            stopped_because = _train(training, progress)
-        except Interrupted:
-            save(training)  # nothing of a step has changed before its last question to `progress`
-            raise
-        if stopped_because is not None:
-            restore_weights(training.learner.policy_parameters, training.good)
+        stopped_because = _trained(training, progress)
     finally:
         remove_adapter(base, CRITIC)
         remove_adapter(base, MOVING)
@@ -138,6 +134,20 @@ def train_ppo(
         stopped_because=stopped_because,
         samples=(*state.first_samples, *state.last_samples),
     )
+
+
+def _trained(training: Training, progress: Progress) -> str | None:
+    """Train to the end, leaving the last good weights or a checkpoint; return why it stopped early."""
+    steps = training.learner.config.steps
+    progress.stage("ppo", steps + 1)  # the last batch is only looked at: it shows the final policy
+    try:
+        stopped_because = _train(training, progress)
+    except Interrupted:
+        save(training)  # nothing of a step has changed before its last question to `progress`
+        raise
+    if stopped_because is not None:
+        restore_weights(training.learner.policy_parameters, training.good)
+    return stopped_because
 
 
 def _check(base: Base, prompts: Sequence[Sequence[int]], scorer: TrainedReward, config: PpoConfig) -> None:
@@ -195,7 +205,7 @@ def _train(training: Training, progress: Progress) -> str | None:
 
 def _boundary(training: Training, progress: Progress) -> None:
     """Between two steps: stop if asked, save now and then."""
-    stop_if_asked(progress, "training")
+    training.learner.crew.begin(progress, "training")
     step = training.state.step
     if step and step % training.learner.config.checkpoint_every == 0:
         save(training)

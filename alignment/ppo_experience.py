@@ -58,6 +58,7 @@ def rollouts(training: Training, prompts: Sequence[Sequence[int]], progress: Pro
         seed=training.seed,
         step=training.state.step,
         progress=progress,
+        crew=learner.crew,
     )
 
 
@@ -74,6 +75,7 @@ def reference_logprobs(training: Training, answers: Answers, progress: Progress)
             adapter=adapter,
             batch_tokens=config.batch_tokens,
             progress=progress,
+            crew=training.learner.crew,
         )
 
     start = scored("reference")
@@ -83,7 +85,8 @@ def reference_logprobs(training: Training, answers: Answers, progress: Progress)
 def ensemble_score(training: Training, answers: Answers, progress: Progress) -> torch.Tensor:
     """Return (C,) scores of the ensemble, its penalty taken, in log-odds."""
     config = training.learner.config
-    members = torch.from_numpy(training.scorer.score(answers.rows, progress=progress).members)
+    found = training.scorer.score(answers.rows, progress=progress, crew=training.learner.crew)
+    members = torch.from_numpy(found.members)
     scores = ensemble_scores(members, rule=config.ensemble_rule, penalty=config.ensemble_penalty)
     return scores.float().to(training.learner.base.device)
 
@@ -139,6 +142,7 @@ def experience_of(training: Training, answers: Answers, rewards: torch.Tensor) -
         lambda hidden, targets: critic.values(hidden),
         adapter=CRITIC,
         batch_tokens=config.batch_tokens,
+        crew=learner.crew,
     )
     advantages, returns = advantages_and_returns(
         rewards, values, answers.mask, gamma=config.gamma, gae_lambda=config.gae_lambda

@@ -10,21 +10,23 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from alignment.batching import Batch, collate, group_by_prompt, micro_batches, pays_to_share
+from alignment.distributed import ALONE, Crew
 from alignment.logprobs import LOGITS_A_CHUNK, Row, head_logprobs, hidden_states
 from alignment.models import Base, active, head
-from alignment.progress import Progress, Silent, stop_if_asked
+from alignment.progress import Progress, stop_if_asked
 
 TokenNumbers = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(N, D) hidden states and (N,) tokens they predict -> (N,) numbers."""
 
 
 def answer_batches(
-    base: Base, rows: Sequence[Row], numbers: Sequence[int], *, batch_tokens: int
+    base: Base, rows: Sequence[Row], numbers: Sequence[int], *, batch_tokens: int, crew: Crew = ALONE
 ) -> Iterator[tuple[Batch, list[int]]]:
-    """Yield micro-batches of the rows `numbers`, each with the row number of each of its answers."""
+    """Yield this process's micro-batches of the rows `numbers`, each with the row number of each of its answers."""
     trees, groups = group_by_prompt([rows[number] for number in numbers])
     share = base.share_prefixes and pays_to_share(trees)
-    for plan in micro_batches(trees, budget_tokens=batch_tokens or base.batch_tokens, share=share):
+    plans = micro_batches(trees, budget_tokens=batch_tokens or base.batch_tokens, share=share)
+    for plan in crew.share(plans):
         batch = collate([trees[i] for i in plan], share=share, pad_id=base.pad_id, device=base.device)
         yield batch, [numbers[own] for i in plan for own in groups[i]]
 
@@ -43,6 +45,7 @@ def of_each_token(
     adapter: str | None,
     batch_tokens: int,
     progress: Progress | None = None,
+    crew: Crew = ALONE,
 ) -> torch.Tensor:
     """Return (C, T) float32 what `numbers_of` says of each answer token, 0 in the padding; without gradient.
 
@@ -51,13 +54,16 @@ def of_each_token(
     """
     mask = answer_mask(rows, base.device)
     result = torch.zeros(mask.shape, device=base.device)
+    watch = crew.begin(progress, "scoring answers")
+    batches = answer_batches(base, rows, range(len(rows)), batch_tokens=batch_tokens, crew=crew)
     with active(base, adapter), torch.no_grad():
-        for batch, owners in answer_batches(base, rows, range(len(rows)), batch_tokens=batch_tokens):
-            stop_if_asked(progress or Silent(), "scoring answers")
+        for batch, owners in batches:
+            stop_if_asked(watch, "scoring answers")
             found = numbers_of(hidden_states(base, batch)[batch.predictors], batch.targets)
             part = torch.zeros(len(owners), mask.shape[1], device=base.device)
             part[mask[owners]] = found.float()
             result[owners] = part
+    crew.sum(result)  # exact: every answer is one process's, and zero in the others
     return result
 
 

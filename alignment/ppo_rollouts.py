@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from alignment.distributed import ALONE, Crew
 from alignment.logprobs import Row
 from alignment.models import Base
 from alignment.ppo_config import PpoConfig
@@ -81,6 +82,7 @@ def take_answers(
     seed: int,
     step: int,
     progress: Progress,
+    crew: Crew = ALONE,
 ) -> Answers:
     """Answer the prompts with the policy; answer n of a step depends on (seed, step, n) only.
 
@@ -90,23 +92,33 @@ def take_answers(
     Raises:
         Interrupted: `progress` asked to stop.
     """
-    rollouts = _rollouts(base, prompts, config, sampler=sampler, seed=seed, step=step, progress=progress)
+    elsewhere = crew.told(sampler is not None)  # process 0 alone has it
+    if elsewhere:
+        rollouts = crew.told(_served(base, prompts, config, sampler=sampler, seed=seed, step=step))
+    else:
+        rollouts = _sampled(base, prompts, config, seed=seed, step=step, progress=progress, crew=crew)
     rows: list[Row] = [(p, rollout.token_ids) for p, rollout in zip(prompts, rollouts, strict=True)]
     mask = answer_mask(rows, base.device)
     old = torch.zeros(mask.shape, device=base.device)
     old[mask] = torch.tensor([x for rollout in rollouts for x in rollout.logprobs], device=base.device)
     weights = mask.float()
-    if sampler is not None or base.dtype != torch.float32:
+    if elsewhere or base.dtype != torch.float32:
         served, numbers_of = old, logprobs_of(base, temperature=config.temperature)
         old = of_each_token(
-            base, rows, numbers_of, adapter="policy", batch_tokens=config.batch_tokens, progress=progress
+            base,
+            rows,
+            numbers_of,
+            adapter="policy",
+            batch_tokens=config.batch_tokens,
+            progress=progress,
+            crew=crew,
         )
         weights = weights * importance_weights(old, served, cap=config.importance_cap)
     finished = torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts], device=base.device)
     return Answers(rows=rows, finished=finished, mask=mask, old=old, weights=weights)
 
 
-def _rollouts(
+def _served(
     base: Base,
     prompts: Sequence[Sequence[int]],
     config: PpoConfig,
@@ -114,21 +126,46 @@ def _rollouts(
     sampler: Sampler | None,
     seed: int,
     step: int,
-    progress: Progress,
 ) -> list[Rollout]:
-    own_seed = seed * 100_003 + step
-    temperature, room = config.temperature, config.max_new_tokens
-    if sampler is not None:
-        return sampler.sample(
-            base, prompts, temperature=temperature, max_new_tokens=room, seed=own_seed, step=step
-        )
-    return sample(
+    """Let the sampler answer, in the process that has it."""
+    if sampler is None:
+        return []
+    return sampler.sample(
         base,
         prompts,
-        adapter="policy",
-        temperature=temperature,
-        max_new_tokens=room,
-        seed=own_seed,
-        batch_tokens=config.sample_batch_tokens,
-        progress=progress,
+        temperature=config.temperature,
+        max_new_tokens=config.max_new_tokens,
+        seed=_step_seed(seed, step),
+        step=step,
     )
+
+
+def _sampled(
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    config: PpoConfig,
+    *,
+    seed: int,
+    step: int,
+    progress: Progress,
+    crew: Crew,
+) -> list[Rollout]:
+    """Answer in this process, or each process its share."""
+    numbers = crew.share(range(len(prompts)))
+    answers = sample(
+        base,
+        [prompts[number] for number in numbers],
+        adapter="policy",
+        temperature=config.temperature,
+        max_new_tokens=config.max_new_tokens,
+        seed=_step_seed(seed, step),
+        batch_tokens=config.sample_batch_tokens,
+        progress=crew.begin(progress, "sampling"),
+        numbers=numbers,
+    )
+    found = crew.united(dict(zip(numbers, answers, strict=True)))
+    return [found[number] for number in range(len(prompts))]
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return seed * 100_003 + step

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from alignment.critic import CRITIC, add_critic, critic_parameters
+from alignment.distributed import ALONE, Crew
 from alignment.ema import MOVING, add_moving_reference
 from alignment.models import Base, adapter_parameters, remove_adapter
 from alignment.ppo_config import PpoConfig
@@ -92,6 +93,7 @@ def start_training(
     seed: int,
     checkpoint: Path | None,
     sampler: Sampler | None,
+    crew: Crew = ALONE,
 ) -> Training:
     """Add critic and moving reference, set up the optimiser, and go on from the checkpoint if there is one.
 
@@ -110,6 +112,7 @@ def start_training(
         critic_parameters=value,
         optimiser=_optimiser(policy, value, config),
         config=config,
+        crew=crew,
     )
     training = Training(
         learner=learner,
@@ -160,9 +163,10 @@ def save(training: Training) -> None:
 
 
 def _resume(training: Training) -> None:
-    if training.checkpoint is None:
-        return
-    saved = read_checkpoint(training.checkpoint, fingerprint=training.fingerprint)
+    file = training.checkpoint
+    saved = training.learner.crew.told(
+        read_checkpoint(file, fingerprint=training.fingerprint) if file else None
+    )
     if saved is None:
         return
     device, state = training.learner.base.device, saved["state"]

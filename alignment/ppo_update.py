@@ -14,6 +14,7 @@ import torch
 
 from alignment.batching import Batch
 from alignment.critic import CRITIC, Critic
+from alignment.distributed import ALONE, Crew
 from alignment.logprobs import Row, hidden_states
 from alignment.models import Base, active
 from alignment.ppo_config import PpoConfig
@@ -55,6 +56,8 @@ class Learner:
     critic_parameters: Parameters
     optimiser: torch.optim.Optimizer
     config: PpoConfig
+    crew: Crew = ALONE
+    """Every process knows all answers; the passes over them are shared."""
 
 
 def minibatches(rows: Sequence[Row], *, count: int, seed: int) -> list[list[int]]:
@@ -129,13 +132,13 @@ def minibatch_epochs(
 def add_gradients(
     learner: Learner, experience: Experience, numbers: Sequence[int], *, with_entropy: bool
 ) -> torch.Tensor:
-    """Add the gradients of one minibatch; return its sums, (7,) by `POLICY_SUMS` and `VALUE_SUMS`.
+    """Add the gradients of one minibatch, of all processes; return its sums, (7,) by `POLICY_SUMS` and `VALUE_SUMS`.
 
     Every micro-batch divides by the whole minibatch's tokens, so the split changes nothing.
     """
-    base = learner.base
+    base, crew, budget = learner.base, learner.crew, learner.config.batch_tokens
     tokens = experience.mask[list(numbers)].sum()
-    batches = list(answer_batches(base, experience.rows, numbers, batch_tokens=learner.config.batch_tokens))
+    batches = list(answer_batches(base, experience.rows, numbers, batch_tokens=budget, crew=crew))
     policy = torch.zeros(len(POLICY_SUMS), device=base.device)
     value = torch.zeros(len(VALUE_SUMS), device=base.device)
     with active(base, "policy", trainable=True):
@@ -144,7 +147,10 @@ def add_gradients(
     with active(base, CRITIC, trainable=True):
         for batch, owners in batches:
             value += _critic_pass(learner, experience, batch, owners, tokens)
-    return torch.cat([policy, value])
+    sums = torch.cat([policy, value])
+    crew.sum(sums)
+    crew.sum_gradients([*learner.policy_parameters.values(), *learner.critic_parameters.values()])
+    return sums
 
 
 def _policy_pass(

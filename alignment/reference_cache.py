@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from alignment.distributed import ALONE, Crew
 from alignment.logprobs import Row, completion_logprobs
 from alignment.models import Base
 from alignment.progress import Progress
@@ -89,16 +90,19 @@ def reference_logprobs(
     cache: ReferenceCache | None,
     batch_tokens: int = 0,
     progress: Progress | None = None,
+    crew: Crew = ALONE,
 ) -> list[Values]:
-    """Return each row's per-token log-probs under the reference, scoring only what the cache lacks.
+    """Return each row's per-token log-probs under the reference, scoring only what the cache (of process 0) lacks.
 
     Raises:
         Interrupted: `progress` asked to stop; nothing of this call was cached.
     """
-    known = [cache.get(row) if cache else None for row in rows]
+    known = crew.told([cache.get(row) if cache else None for row in rows])
     missing = [number for number, values in enumerate(known) if values is None]
     new = [rows[number] for number in missing]
-    scored = completion_logprobs(base, new, adapter="reference", batch_tokens=batch_tokens, progress=progress)
+    scored = completion_logprobs(
+        base, new, adapter="reference", batch_tokens=batch_tokens, progress=progress, crew=crew
+    )
     if cache and new:
         cache.put(new, scored)
     fresh = {number: np.asarray(values, np.float32) for number, values in zip(missing, scored, strict=True)}

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alignment.batching import group_by_prompt
+from alignment.distributed import ALONE, Crew
 from alignment.intervals import Floats
 from alignment.logprobs import Row
 from alignment.models import (
@@ -34,6 +35,7 @@ from alignment.reward_metrics import held_out_metrics, length_slopes, thumb_metr
 from alignment.reward_raters import left_out_rater_metrics
 from alignment.reward_training import last_states, train_member_heads
 from alignment.training_config import RewardConfig
+from alignment.training_data import without_prompts
 from storage.digests import base_digest
 from storage.errors import InvalidField
 
@@ -79,7 +81,7 @@ class TrainedReward:
     seen_prompts: frozenset[str] = frozenset()
     """Keys of the prompts that it or a model it was started from learnt from."""
 
-    def score(self, rows: Sequence[Row], *, progress: Progress | None = None) -> Scores:
+    def score(self, rows: Sequence[Row], *, progress: Progress | None = None, crew: Crew = ALONE) -> Scores:
         """Score (prompt ids, answer ids) rows.
 
         Raises:
@@ -89,7 +91,7 @@ class TrainedReward:
         order = torch.tensor([number for group in numbers for number in group], dtype=torch.int64)
         tokens, watch = self.config.batch_tokens, progress or Silent()
         parts = [
-            last_states(self.base, name, trees, batch_tokens=tokens, progress=watch) @ head.T
+            last_states(self.base, name, trees, batch_tokens=tokens, progress=watch, crew=crew) @ head.T
             for name, head in zip(self.adapters, self.heads, strict=True)
         ]
         found = torch.cat(parts, dim=1).double().cpu()  # (C, A*M), tree by tree
@@ -202,6 +204,7 @@ def train_reward_model(
     seed: int,
     progress: Progress,
     start_from: Path | None = None,
+    crew: Crew = ALONE,
 ) -> TrainedReward:
     """Train on pairs, ties and thumbs of `train` and measure on the pairs and thumbs of `held_out`.
 
@@ -213,6 +216,7 @@ def train_reward_model(
     Args:
         start_from: folder of a former reward model (`TrainedReward.save`) whose adapters and heads the training continues
             from; the adapters' own rank counts. Held-out prompts that it has learnt from are not measured on.
+        crew: the processes that train together; process 0 alone measures, the others return without metrics.
 
     Raises:
         InvalidField: nothing to learn from, an answer without tokens, or a former model that does not fit.
@@ -222,10 +226,12 @@ def train_reward_model(
     if not pairs and not train.thumbs:
         raise InvalidField("pairs", 0, "collect comparisons or thumbs first")
     start = _start(base, start_from, config)
-    trained = _trained(base, start, pairs, train.thumbs, config, seed=seed, progress=progress)
+    trained = _trained(base, start, pairs, train.thumbs, config, seed=seed, progress=progress, crew=crew)
     if config.length_debias:
-        trained = _without_length(trained, pairs, train.thumbs, progress)
-    fresh = _unseen(held_out, start.seen_prompts)
+        trained = _without_length(trained, pairs, train.thumbs, progress, crew)
+    if crew.rank > 0:
+        return trained
+    fresh = without_prompts(held_out, start.seen_prompts)
     metrics = _measure(trained, pairs, fresh, progress)
     asked = [pair for pair in fresh.pairs if not pair.tie]
     metrics |= left_out_rater_metrics(base, pairs, train.thumbs, asked, config, seed=seed, progress=progress)
@@ -244,6 +250,7 @@ def _trained(
     *,
     seed: int,
     progress: Progress,
+    crew: Crew,
 ) -> TrainedReward:
     """Train every adapter with its heads; nothing is measured yet."""
     names, heads, stops = [], [], []
@@ -258,6 +265,7 @@ def _trained(
             seed=seed + 1_299_709 * number,
             progress=progress,
             former=None if start.heads is None else start.heads[number],
+            crew=crew,
         )
         heads.append(head)
         stops.append(stop)
@@ -282,21 +290,12 @@ def _adapter(base: Base, start: _Start, number: int, config: RewardConfig, *, se
     return name
 
 
-def _unseen(held_out: Preferences, seen: frozenset[str]) -> Preferences:
-    """Leave out what a former model has learnt from."""
-    return replace(
-        held_out,
-        pairs=tuple(pair for pair in held_out.pairs if pair.prompt_key not in seen),
-        thumbs=tuple(thumb for thumb in held_out.thumbs if thumb.prompt_key not in seen),
-    )
-
-
 def _rows(pairs: Sequence[Pair]) -> list[Row]:
     return [(p.prompt_ids, answer) for p in pairs for answer in (p.chosen_ids, p.rejected_ids)]
 
 
 def _without_length(
-    trained: TrainedReward, pairs: Sequence[Pair], thumbs: Sequence[Thumb], progress: Progress
+    trained: TrainedReward, pairs: Sequence[Pair], thumbs: Sequence[Thumb], progress: Progress, crew: Crew
 ) -> TrainedReward:
     """Measure each member's length term within the training pairs, and among the thumbs, and take it off its scores."""
     rows = _rows(pairs) + [(thumb.prompt_ids, thumb.answer_ids) for thumb in thumbs]
@@ -304,7 +303,7 @@ def _without_length(
     groups = np.array(
         [*(n // 2 for n in range(2 * len(pairs))), *(len(pairs) for _ in thumbs)], dtype=np.int64
     )
-    slopes = length_slopes(trained.score(rows, progress=progress).members, lengths, groups)
+    slopes = length_slopes(trained.score(rows, progress=progress, crew=crew).members, lengths, groups)
     return replace(trained, length_slopes=slopes, mean_length=float(lengths.mean()))
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 
 from alignment.batching import Tree, collate, micro_batches, pays_to_share
+from alignment.distributed import ALONE, Crew
 from alignment.logprobs import hidden_states
 from alignment.models import Base, active, adapter_parameters
 from alignment.progress import Progress, stop_if_asked
@@ -56,7 +57,13 @@ def new_parameters(
 
 
 def last_states(
-    base: Base, name: str | None, trees: Sequence[Tree], *, batch_tokens: int, progress: Progress
+    base: Base,
+    name: str | None,
+    trees: Sequence[Tree],
+    *,
+    batch_tokens: int,
+    progress: Progress,
+    crew: Crew = ALONE,
 ) -> torch.Tensor:
     """Return (C, D) float32 hidden states of each answer's last token, tree by tree."""
     share = base.share_prefixes and pays_to_share(trees)
@@ -64,12 +71,15 @@ def last_states(
     for tree in trees:
         starts.append(starts[-1] + len(tree.completions))
     result = torch.zeros(starts[-1], int(base.model.config.hidden_size), device=base.device)
+    plans = micro_batches(trees, budget_tokens=batch_tokens or base.batch_tokens, share=share)
+    watch = crew.begin(progress, "scoring answers")
     with active(base, name), torch.no_grad():
-        for plan in micro_batches(trees, budget_tokens=batch_tokens or base.batch_tokens, share=share):
-            stop_if_asked(progress, "scoring answers")
+        for plan in crew.share(plans):
+            stop_if_asked(watch, "scoring answers")
             batch = collate([trees[i] for i in plan], share=share, pad_id=base.pad_id, device=base.device)
             owners = [number for i in plan for number in range(starts[i], starts[i + 1])]
             result[owners] = hidden_states(base, batch)[batch.lasts].float()
+    crew.sum(result)  # exact: every state is one process's, and zero in the others
     return result
 
 
@@ -118,6 +128,7 @@ def train_member_heads(
     seed: int,
     progress: Progress,
     former: torch.Tensor | None = None,
+    crew: Crew = ALONE,
 ) -> tuple[torch.Tensor, str | None]:
     """Train one adapter and its heads; return the heads (M, D) and why it stopped early.
 
@@ -126,7 +137,9 @@ def train_member_heads(
     adapter = adapter_parameters(base, name)
     own = new_parameters(base, items, config, seed=seed, former=former)
     progress.stage("reward heads", 1)
-    states = last_states(base, name, items.trees, batch_tokens=config.batch_tokens, progress=progress)
+    states = last_states(
+        base, name, items.trees, batch_tokens=config.batch_tokens, progress=progress, crew=crew
+    )
     fit_heads(states, own, items, config)
     progress.step(1)
     parameters = {**adapter, **own}
@@ -137,10 +150,11 @@ def train_member_heads(
     progress.stage("reward model", len(batches))
     with active(base, name, trainable=True):
         for step, numbers in enumerate(batches):
-            stop_if_asked(progress, "the reward model")
+            crew.begin(progress, "the reward model")
             set_rate(optimiser, rate_factor(step, len(batches), warmup_share=config.warmup_share))
             optimiser.zero_grad(set_to_none=True)
-            loss = add_gradients(base, own, items, numbers, config)
+            loss = add_gradients(base, own, items, numbers, config, crew=crew)
+            crew.sum_gradients(list(parameters.values()))
             norm = clip_gradients(list(parameters.values()), config.gradient_clip)
             if not math.isfinite(loss + norm):
                 restore_weights(parameters, good)
@@ -167,13 +181,16 @@ def add_gradients(
     items: Items,
     numbers: Sequence[int],
     config: RewardConfig,
+    *,
+    crew: Crew = ALONE,
 ) -> float:
     """Add the gradients of the items' weighted mean loss, over the members' mean; return that loss."""
     trees = [items.trees[number] for number in numbers]
     share = base.share_prefixes and pays_to_share(trees)
     total = items.plain_weights[list(numbers)].sum()
-    value = 0.0
-    for plan in micro_batches(trees, budget_tokens=config.batch_tokens or base.batch_tokens, share=share):
+    value = torch.zeros((), dtype=torch.float64)
+    plans = micro_batches(trees, budget_tokens=config.batch_tokens or base.batch_tokens, share=share)
+    for plan in crew.share(plans):
         ordered = sorted(plan, key=lambda i: numbers[i])  # pairs first, then thumbs
         batch = collate([trees[i] for i in ordered], share=share, pad_id=base.pad_id, device=base.device)
         scores = hidden_states(base, batch)[batch.lasts].float() @ own["heads"].T  # (C, M)
@@ -182,6 +199,8 @@ def add_gradients(
         loss = (items.weights[chosen] * losses).sum() / (total * config.members)
         loss.backward()  # type: ignore[no-untyped-call]
         value += float(loss.detach())
-    penalty = thumb_penalty(slopes=own["slopes"], biases=own["biases"])
-    (config.rater_bias_penalty / config.members * penalty).backward()  # type: ignore[no-untyped-call]
-    return value
+    if crew.rank == 0:  # once, not once a process
+        penalty = thumb_penalty(slopes=own["slopes"], biases=own["biases"])
+        (config.rater_bias_penalty / config.members * penalty).backward()  # type: ignore[no-untyped-call]
+    crew.sum(value)
+    return float(value)

@@ -60,11 +60,13 @@ def sample(
     seed: int = 0,
     batch_tokens: int = 8192,
     progress: Progress | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[Rollout]:
     """Answer each prompt once, in order. Temperature 0 is greedy. A prompt given twice gets two answers.
 
     Args:
         batch_tokens: most prompt and answer tokens in one batch, padding counted.
+        numbers: of the prompts among all that are answered, when others answer the rest; each names its random numbers.
 
     Raises:
         InvalidField: a setting is out of range, or a prompt is empty or fills the model's context.
@@ -73,9 +75,10 @@ def sample(
     _check(base, prompts, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
     answers: list[list[tuple[int, float]]] = [[] for _ in prompts]
     with active(base, adapter), torch.no_grad():
-        for numbers in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_tokens):
-            uniforms = torch.stack([_uniforms(seed, number, max_new_tokens) for number in numbers])
-            running, hidden = _prefill(base, prompts, numbers, uniforms.to(base.device))
+        for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_tokens):
+            streams = rows if numbers is None else [numbers[row] for row in rows]
+            uniforms = torch.stack([_uniforms(seed, stream, max_new_tokens) for stream in streams])
+            running, hidden = _prefill(base, prompts, rows, uniforms.to(base.device))
             for step in range(max_new_tokens):
                 stop_if_asked(progress or Silent(), "sampling")
                 logits = head(base)(hidden).float()  # (B, V)

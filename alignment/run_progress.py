@@ -5,6 +5,7 @@ Implements `alignment.progress.Progress`. A stop comes from a signal, or from th
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -18,6 +19,8 @@ from storage.errors import Conflict
 from storage.store import Store
 
 WRITE_EVERY_S = 0.5
+SAME_SIGNAL_S = 1.0
+"""A terminal's Ctrl-C may reach a process twice: by itself, and passed on by the launcher that started it."""
 STAGE_SHARES: Mapping[str, float] = {
     "preparing": 0.02,
     "reward model": 0.20,
@@ -139,9 +142,14 @@ def stopping_on_signals(progress: RunProgress) -> Iterator[None]:
         yield
         return
 
+    asked_at = -math.inf
+
     def ask(number: int, frame: FrameType | None) -> None:
-        if progress.should_stop():
+        nonlocal asked_at
+        if progress.should_stop() and time.monotonic() - asked_at > SAME_SIGNAL_S:
             raise KeyboardInterrupt
+        if not progress.should_stop():
+            asked_at = time.monotonic()
         progress.ask_to_stop()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

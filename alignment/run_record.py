@@ -26,7 +26,7 @@ class Meter:
         self._cpu = _cpu_seconds()
 
     def cost(self, *, stage_seconds: dict[str, float]) -> Json:
-        """Return seconds, peak memory of the process and of the device in bytes, and the device's name."""
+        """Return what this process cost (seconds, peak bytes of its memory and of its device), and how many they were."""
         device, device_bytes = _device()
         return {
             "wall_s": round(time.monotonic() - self._wall, 3),
@@ -34,6 +34,7 @@ class Meter:
             "peak_memory_bytes": _peak_bytes(),
             "peak_device_bytes": device_bytes,
             "device": device,
+            "processes": int(os.environ.get("WORLD_SIZE", "1")),
             "stages_s": {name: round(seconds, 2) for name, seconds in stage_seconds.items()},
         }
 

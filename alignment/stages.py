@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 from alignment.choose import Choice, DataStatistics, Method
 from alignment.config import AlignmentConfig
-from alignment.dpo import train_dpo
 from alignment.evaluation import Evidence, Trial, evaluate
 from alignment.fixed_questions import FixedQuestions
 from alignment.gate import Verdict
 from alignment.golden import golden_file, load_golden
-from alignment.kto import train_kto
-from alignment.memory import plan_batches
-from alignment.models import Base, adapter_parameters, add_policy, answer_ids, load_base, save_adapter
-from alignment.policy_training import PolicyResult
-from alignment.ppo import PpoResult, ppo_fingerprint, train_ppo
+from alignment.models import Base, answer_ids, save_adapter
+from alignment.ppo import ppo_fingerprint
 from alignment.preferences import Preferences, load_preferences
 from alignment.questions import choose_questions, recent_turns, served_sampling
 from alignment.reference_cache import ReferenceCache, reference_identity
 from alignment.report import Card, write_card
-from alignment.reward_model import TrainedReward, train_reward_model
+from alignment.reward_model import TrainedReward
 from alignment.reward_raters import weighed_by_others
 from alignment.run_progress import RunProgress, check_stop
 from alignment.safety import load_suite
-from alignment.training import all_finite
+from alignment.sample_share import measured_share
+from alignment.together import Place, Trained, load, plan_together, train_policy_by, train_reward
 from alignment.training_data import Parts, divide, on_policy_share, recent_policies
+from alignment.warm_start import Former, former_judge
 from alignment.whole_files import whole
 from storage import policies, runs, settings
 from storage.adapters import import_adapter, verify_adapter
@@ -39,7 +34,6 @@ from storage.errors import CorruptData, KotaeError
 from storage.records import Evaluation, Json, Policy, RewardModel, Run, Snapshot, new_id, now
 from storage.store import Store
 
-Trained = PolicyResult | PpoResult
 CHECKPOINTS_KEPT_S = 7 * 24 * 3600
 """A checkpoint that nobody resumed in a week is removed."""
 
@@ -57,6 +51,10 @@ class Prepared:
     preferences: Preferences
     parts: Parts
     on_policy_share: float
+    effective_sample_share: float | None
+    """Of the answers under the served policy; None: not measured."""
+    former: Former | None
+    """The judge of a former run that this run's judge starts from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +68,8 @@ class Work:
     """Of the run's files."""
     prepared: Prepared
     progress: RunProgress
+    place: Place
+    """This process's, where all of the run's processes meet."""
 
 
 def check_incumbent(incumbent: Policy) -> None:
@@ -90,23 +90,20 @@ def check_incumbent(incumbent: Policy) -> None:
 
 
 def prepare(
-    store: Store, snapshot: Snapshot, incumbent: Policy, config: AlignmentConfig, progress: RunProgress
+    store: Store,
+    snapshot: Snapshot,
+    incumbent: Policy,
+    config: AlignmentConfig,
+    progress: RunProgress,
+    place: Place,
 ) -> Prepared:
-    """Load the base with the trainable adapter (a copy of the served one, if any) and read the labels.
+    """Load the model in every process, and read the labels as its tokens.
 
     Raises:
         CorruptData: the served adapter's weights are not finite.
+        DoesNotFit: the largest prompt with its answers is too large for a device.
     """
-    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // 2))
-    base = load_base(incumbent.base_path, device=config.device, dtype=config.precision)
-    start = Path(incumbent.adapter_path) if incumbent.adapter_path else None
-    loras = {"ppo": config.ppo.lora, "kto": config.kto.lora}
-    lora = loras.get(config.method, config.dpo.lora)
-    add_policy(base, lora, seed=config.seed, start_from=start)
-    if start is not None and not all_finite(adapter_parameters(base, "policy")):
-        raise CorruptData(
-            f"adapter {start}: a weight is not a finite number; roll back to a policy before {incumbent.id}"
-        )
+    base = place.together(load, incumbent, config)
     progress.step(2, "model loaded")
     preferences = load_preferences(
         store,
@@ -118,14 +115,18 @@ def prepare(
             base, labels, config.reward, seed=config.seed, progress=progress
         ),
     )
-    plan_batches(base, longest=_longest(base, preferences, config), rank=lora.rank)
+    place.together(plan_together, _longest(base, preferences, config))
     check_stop(progress)
+    former = former_judge(store, config.reward, base_sha256=incumbent.base_sha256)
+    parts = divide(preferences, config.data, seed=config.seed)
     prepared = Prepared(
         base=base,
         incumbent=incumbent,
         preferences=preferences,
-        parts=divide(preferences, config.data, seed=config.seed),
+        parts=parts.unseen_by(former.seen_prompts) if former else parts,
         on_policy_share=on_policy_share(store, preferences, recent_policies(store, incumbent, config)),
+        effective_sample_share=measured_share(store, base, preferences, incumbent, config, progress=progress),
+        former=former,
     )
     progress.step(3, f"{len(preferences.pairs)} pairs, {len(preferences.thumbs)} thumbs")
     return prepared
@@ -153,7 +154,8 @@ def train_judge(work: Work) -> TrainedReward:
         TrainingStopped: its numbers were not finite.
         Interrupted: the run was stopped.
     """
-    scorer = _reward_model(work, work.prepared.parts.judge, seed=work.config.seed)
+    former = work.prepared.former
+    scorer = _reward_model(work, work.prepared.parts.judge, seed=work.config.seed, former=former)
     target = work.folder / "reward_model"
     with whole(target) as aside:
         scorer.save(aside)
@@ -163,7 +165,7 @@ def train_judge(work: Work) -> TrainedReward:
         run_id=work.run.id,
         sha256=sha256_of(files),
         path=str(target.absolute()),
-        metrics=dict(scorer.metrics),
+        metrics={**scorer.metrics, **({"start_from": former.id} if former else {})},
         created_at=now(),
     )
     runs.add_reward_model(work.store, record)
@@ -180,15 +182,11 @@ def train_scorer(work: Work) -> TrainedReward:
     return _reward_model(work, work.prepared.parts.policy, seed=work.config.seed + 1)
 
 
-def _reward_model(work: Work, labels: Preferences, *, seed: int) -> TrainedReward:
-    scorer = train_reward_model(
-        work.prepared.base,
-        labels,
-        work.prepared.parts.held_out,
-        work.config.reward,
-        seed=seed,
-        progress=work.progress,
-    )
+def _reward_model(
+    work: Work, labels: Preferences, *, seed: int, former: Former | None = None
+) -> TrainedReward:
+    held_out, start = work.prepared.parts.held_out, former.folder if former else None
+    scorer = work.place.together(train_reward, labels, held_out, work.config.reward, seed, start)
     if scorer.stopped_because:
         raise TrainingStopped(
             f"the reward model's training stopped: {scorer.stopped_because}; lower reward.learning_rate"
@@ -207,7 +205,7 @@ def update_policy(work: Work, method: Method, scorer: TrainedReward | None) -> T
         Interrupted: the run was stopped; the checkpoint is kept.
     """
     checkpoint = _checkpoint(work, method, scorer)
-    result = _trained(work, method, scorer, checkpoint)
+    result = _trained(work, method, checkpoint)
     adapter = work.folder / "adapter"
     with whole(adapter) as aside:
         save_adapter(work.prepared.base, "policy", aside)
@@ -220,36 +218,15 @@ def update_policy(work: Work, method: Method, scorer: TrainedReward | None) -> T
     return result
 
 
-def _trained(work: Work, method: Method, scorer: TrainedReward | None, checkpoint: Path) -> Trained:
-    base, incumbent, config = work.prepared.base, work.prepared.incumbent, work.config
-    labels, seed, progress = work.prepared.parts.policy, config.seed, work.progress
-    if method == "ppo":
-        assert scorer is not None
-        return train_ppo(
-            base,
-            _prompts(work),
-            scorer,
-            config.ppo,
-            seed=seed,
-            progress=progress,
-            checkpoint=checkpoint,
-        )
+def _trained(work: Work, method: Method, checkpoint: Path) -> Trained:
+    incumbent = work.prepared.incumbent
     identity = reference_identity(
-        base, base_sha256=incumbent.base_sha256, reference_sha256=incumbent.adapter_sha256
+        work.prepared.base, base_sha256=incumbent.base_sha256, reference_sha256=incumbent.adapter_sha256
     )
     cache = ReferenceCache(work.store.data / "cache", identity=identity)
-    if method == "kto":
-        return train_kto(
-            base,
-            labels.thumbs,
-            config.kto,
-            seed=seed,
-            progress=progress,
-            cache=cache,
-            checkpoint=checkpoint,
-        )
-    return train_dpo(
-        base, labels.pairs, config.dpo, seed=seed, progress=progress, cache=cache, checkpoint=checkpoint
+    labels, prompts = work.prepared.parts.policy, _prompts(work)
+    return work.place.together(
+        train_policy_by, method, labels, prompts, work.config, cache=cache, checkpoint=checkpoint
     )
 
 

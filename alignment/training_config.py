@@ -30,6 +30,10 @@ class RewardConfig:
     """How the reward model is trained. Defaults without a source were measured on the starter model."""
 
     lora: LoraSpec = LoraSpec(rank=8, alpha=16)
+    start_from: Literal["nothing", "last_run"] = "nothing"
+    """Where the judge begins. "last_run": adapters and heads of the last run's judge on the same base, of the same shape;
+    prompts that it learnt from then are taken from the policy's and the held-out part. Keep the seed: with another one
+    the parts are drawn anew, and most prompts would be taken. PPO's own reward model always begins from nothing."""
     members: int = 4
     """Heads per adapter, each with its own seed and bootstrap (arXiv 2310.02743: 4 to 5)."""
     adapters: int = 1

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 
 from alignment.config import AlignmentConfig, ChoiceConfig, DataConfig
 from alignment.preferences import Preferences, split_by_prompt
@@ -26,9 +26,24 @@ class Parts:
     judge: Preferences
     held_out: Preferences
 
+    def unseen_by(self, seen: Set[str]) -> Parts:
+        """Return the parts where the judge may have learnt from the prompts `seen` before, and nobody else from them."""
+        return replace(
+            self, policy=without_prompts(self.policy, seen), held_out=without_prompts(self.held_out, seen)
+        )
+
     def learnt_prompts(self) -> set[str]:
         """Return the keys of the prompts that the policy or the judge was trained on."""
         return prompts_of(self.policy) | prompts_of(self.judge)
+
+
+def without_prompts(preferences: Preferences, keys: Set[str]) -> Preferences:
+    """Leave out the labels on prompts of these keys."""
+    return replace(
+        preferences,
+        pairs=tuple(pair for pair in preferences.pairs if pair.prompt_key not in keys),
+        thumbs=tuple(thumb for thumb in preferences.thumbs if thumb.prompt_key not in keys),
+    )
 
 
 def prompts_of(preferences: Preferences) -> set[str]:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from assistant.engine.adapter_gate import base_shape, check_adapter
-from assistant.engine.errors import AdapterRefused, EngineError
+from assistant.engine.errors import AdapterRefused, EngineError, EngineStarting
 from assistant.engine.protocol import Engine
 from assistant.engine.reconcile import reconcile
 from assistant.routing import assign
@@ -199,7 +199,10 @@ class Release:
             await self.sync()
         except KotaeError as error:
             if type(error) is not self._last_trouble:
-                log.warning("the engine is not yet at what should be served: %s", error)
+                if isinstance(error, EngineStarting):
+                    log.info("waiting for the engine: %s", error)
+                else:
+                    log.warning("the engine is not yet at what should be served: %s", error)
             self._last_trouble = type(error)
             return False
         self._last_trouble = None

@@ -23,7 +23,7 @@ import uvicorn
 from assistant.accounts import first_administrator
 from assistant.base_model import find_model
 from assistant.chat import Chat
-from assistant.engine.errors import EngineUnavailable
+from assistant.engine.errors import EngineStarting, EngineUnavailable
 from assistant.engine.protocol import Engine
 from assistant.engine.supervisor import VllmOptions, VllmProcess, choose_engine
 from assistant.engine.vllm import VllmEngine
@@ -239,11 +239,14 @@ class Boot:
             print(f"  vLLM  {elapsed_s:5.1f} s  {stage}", flush=True)
         self.stage, self.elapsed_s = stage, elapsed_s
 
-    def explain(self, vllm: VllmProcess) -> str | None:
+    def explain(self, vllm: VllmProcess) -> EngineUnavailable | None:
         """Return why vLLM does not answer; None when it should."""
         if vllm.state in ("starting", "restarting"):
-            return f"the model is starting ({self.stage}, {self.elapsed_s:.0f} s); ask again in a moment"
-        return None if vllm.state == "ready" else f"the model is not running: {vllm.detail}"
+            where = f"{self.stage}, {self.elapsed_s:.0f} s"
+            return EngineStarting(f"the model is starting ({where}); ask again in a moment")
+        return (
+            None if vllm.state == "ready" else EngineUnavailable(f"the model is not running: {vllm.detail}")
+        )
 
 
 @contextmanager

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from alignment import stages
+from alignment import run_progress, stages
 from alignment.config import AlignmentConfig, config_of
 from alignment.evaluation import Evidence
 from alignment.pipeline import OUTCOME_EXIT_CODES, align, run_folder
-from alignment.run_progress import RunProgress
+from alignment.run_progress import RunProgress, stopping_on_signals
 from alignment.run_record import new_run
 from alignment_fixtures import Filled, add_comparisons, open_store
 from storage import deployments, people, policies, runs
@@ -424,3 +424,16 @@ def test_a_run_that_was_closed_is_asked_to_stop(opened: tuple[Store, str]) -> No
     runs.close_run(store, run_id, status="cancelled", message="enough", cost={})
     progress.stage("dpo", 10)
     assert progress.should_stop()
+
+
+def test_a_second_signal_ends_the_run_at_once_unless_it_is_the_first_one_passed_on(
+    opened: tuple[Store, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress = RunProgress(*opened)
+    with stopping_on_signals(progress):
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        assert progress.should_stop()
+        monkeypatch.setattr(run_progress, "SAME_SIGNAL_S", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

@@ -63,7 +63,7 @@ class Taste:
     heads: torch.Tensor
     liked: frozenset[int] = frozenset()
 
-    def score(self, rows, *, progress=None) -> Scores:
+    def score(self, rows, *, progress=None, crew=None) -> Scores:
         mean = np.array([np.mean([token in self.liked for token in answer]) for _, answer in rows])
         return Scores(mean=mean, std=0 * mean, members=np.stack([mean, mean], axis=1))
 

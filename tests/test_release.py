@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from pathlib import Path
 
 import pytest
 
 from assistant import release
-from assistant.engine.errors import AdapterRefused, EngineUnavailable, PolicyNotLoaded
+from assistant.engine.errors import AdapterRefused, EngineStarting, EngineUnavailable, PolicyNotLoaded
 from assistant.engine.protocol import ProbeResult
 from chat_fixtures import Desk, add_random_candidate, make_real_desk
 from storage import audit, deployments, policies
@@ -241,6 +242,34 @@ def test_an_engine_that_cannot_be_reached_withdraws_nothing(
     with pytest.raises(EngineUnavailable):
         asyncio.run(desk.release.sync())
     assert deployments.served(desk.world.store).stable.policy_id == policy.id  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("error", "level", "words"),
+    [
+        (EngineStarting("the model is starting (weights, 3 s)"), logging.INFO, "waiting for the engine"),
+        (EngineUnavailable("nobody answers"), logging.WARNING, "not yet at what should be served"),
+    ],
+)
+def test_an_engine_that_boots_is_progress_and_one_that_is_gone_a_warning(
+    desk: Desk,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: EngineUnavailable,
+    level: int,
+    words: str,
+) -> None:
+    async def silent() -> set[str]:
+        raise error
+
+    async def watch_a_moment() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(desk.release.watch(), timeout=0.1)
+
+    monkeypatch.setattr(desk.engine, "loaded", silent)
+    with caplog.at_level(logging.INFO):
+        asyncio.run(watch_a_moment())
+    assert [(record.levelno, words in record.message) for record in caplog.records] == [(level, True)]
 
 
 def test_an_engine_that_restarted_gets_its_adapters_back_on_the_next_question(

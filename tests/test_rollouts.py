@@ -77,6 +77,15 @@ def test_an_answer_does_not_depend_on_its_batch(base: Base) -> None:
     )
 
 
+def test_an_answer_does_not_depend_on_who_answers_the_other_prompts(base: Base) -> None:
+    everything = tokens(sample(base, prompts(), adapter="policy", seed=3))
+    shares = [
+        sample(base, prompts()[start::2], adapter="policy", seed=3, numbers=range(start, 9, 2))
+        for start in range(2)
+    ]
+    assert [tokens(share) for share in shares] == [everything[0::2], everything[1::2]]
+
+
 def test_a_prompt_given_twice_gets_two_answers(base: Base) -> None:
     one, other = sample(base, [prompts()[0]] * 2, adapter="policy", temperature=1.0, max_new_tokens=16)
     assert one.token_ids != other.token_ids

@@ -3,6 +3,7 @@
 KotaeError
 └── EngineError
     ├── EngineUnavailable   nobody answers, or the process died
+    │   └── EngineStarting  not yet: it is being started
     ├── EngineBusy          the queue is full; try again
     ├── PolicyNotLoaded     the engine does not know this policy (it restarted)
     ├── ContextTooLong      the messages do not fit the model
@@ -21,6 +22,10 @@ class EngineError(KotaeError):
 
 class EngineUnavailable(EngineError):
     """Nobody answers at the engine's address, or its process died."""
+
+
+class EngineStarting(EngineUnavailable):
+    """The engine is being started, which takes a while and is no fault."""
 
 
 class EngineBusy(EngineError):

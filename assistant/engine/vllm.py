@@ -60,7 +60,7 @@ class VllmEngine:
         api_key: str | None = None,
         read_timeout_s: float = READ_TIMEOUT_S,
         transport: httpx.AsyncBaseTransport | None = None,
-        explain: Callable[[], str | None] = lambda: None,
+        explain: Callable[[], EngineUnavailable | None] = lambda: None,
     ) -> None:
         """Prepare a client; nothing is sent yet.
 
@@ -316,8 +316,8 @@ class VllmEngine:
         reason = str(error) or type(error).__name__
         if begun:
             return StreamBroken(f"stream: lost {replica.url} in mid-answer ({reason}); ask again")
-        known = self._explain()
-        return EngineUnavailable(known or f"engine: {replica.url} does not answer ({reason}); is it running?")
+        silent = f"engine: {replica.url} does not answer ({reason}); is it running?"
+        return self._explain() or EngineUnavailable(silent)
 
 
 def _worse(first: EngineError, second: EngineError) -> EngineError:

@@ -1,0 +1,226 @@
+"""What the processes of a run do together: process 0 names a piece of work, and each does it at its own place.
+
+Process 0 alone has storage, progress, caches, checkpoints and files. The others hold the model and what was trained on it;
+they need the base's and the adapters' folders at the same paths. Alone, a place is just where the model is.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from alignment.choose import Method
+from alignment.config import AlignmentConfig
+from alignment.distributed import ALONE, Crew, LostProcess, join, leave
+from alignment.dpo import train_dpo
+from alignment.kto import train_kto
+from alignment.memory import plan_batches
+from alignment.models import Base, adapter_parameters, add_policy, load_base
+from alignment.policy_training import PolicyResult
+from alignment.ppo import PpoResult, train_ppo
+from alignment.preferences import Preferences
+from alignment.progress import Interrupted, Progress, Silent
+from alignment.reference_cache import ReferenceCache
+from alignment.reward_model import RewardConfig, TrainedReward, train_reward_model
+from alignment.training import all_finite
+from storage.errors import CorruptData
+from storage.records import Policy
+
+Made = TypeVar("Made")
+Trained = PolicyResult | PpoResult
+
+
+@dataclass(slots=True, kw_only=True)
+class Place:
+    """One process's part of a run."""
+
+    progress: Progress
+    crew: Crew = ALONE
+    base: Base | None = None
+    scorer: TrainedReward | None = None
+    """The latest trained reward model."""
+    at_work: bool = False
+    """The others are busy with a piece of work and hear nothing else."""
+
+    def together(self, work: Callable[..., Made], *shared: Any, **own: Any) -> Made:
+        """Do `work(place, *shared, **own)` here, and `work(place, *shared)` in the other processes."""
+        self.crew.told((work, shared))
+        self.at_work = True
+        try:
+            made = work(self, *shared, **own)
+        except Interrupted:  # agreed by all, or in a part that is process 0's alone
+            self.at_work = False
+            raise
+        self.at_work = False
+        return made
+
+
+@contextmanager
+def leading(progress: Progress, *, cpu: bool) -> Iterator[Place]:
+    """Join the others as process 0, and let them go at the end.
+
+    Raises:
+        LostProcess: the work was to stop, because a launcher ends all when one has died.
+    """
+    place = Place(progress=progress, crew=join(cpu=cpu))
+    stopped = False
+    try:
+        yield place
+    except Interrupted:
+        stopped = True
+        raise
+    finally:
+        try:
+            _let_go(place)
+        except LostProcess:
+            if stopped:
+                raise
+        finally:
+            leave()
+
+
+def _let_go(place: Place) -> None:
+    """Tell the others that all is done, and hear that they are there."""
+    if not place.at_work:
+        place.crew.told(None)
+        place.crew.any(False)
+
+
+def follow(*, cpu: bool) -> int:
+    """Do what process 0 names until it lets go; return the exit code.
+
+    Signals are process 0's to answer: it ends the work in all processes, after a checkpoint.
+    """
+    crew = join(cpu=cpu)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    place = Place(progress=Silent(), crew=crew)
+    nothing: Any = None
+    try:
+        while (told := crew.told(nothing)) is not None:
+            work, shared = told
+            with suppress(Interrupted):
+                work(place, *shared)
+        crew.any(False)
+    except LostProcess:
+        return 1
+    leave()
+    return 0
+
+
+# -- the pieces of work -----------------------------------------------------------------------------------
+
+
+def load(place: Place, incumbent: Policy, config: AlignmentConfig) -> Base:
+    """Load the base with the trainable adapter: a copy of the served one, if any.
+
+    Raises:
+        CorruptData: the served adapter's weights are not finite.
+    """
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // 2 // beside))
+    base = load_base(incumbent.base_path, device=config.device, dtype=config.precision)
+    start = Path(incumbent.adapter_path) if incumbent.adapter_path else None
+    loras = {"ppo": config.ppo.lora, "kto": config.kto.lora}
+    add_policy(base, loras.get(config.method, config.dpo.lora), seed=config.seed, start_from=start)
+    if start is not None and not all_finite(adapter_parameters(base, "policy")):
+        raise CorruptData(
+            f"adapter {start}: a weight is not a finite number; roll back to a policy before {incumbent.id}"
+        )
+    place.base = base
+    return base
+
+
+def plan_together(place: Place, longest: int) -> None:
+    """Lower the micro-batches to what the process with the least free memory allows: all must cut a batch alike.
+
+    Args:
+        longest: tokens of the largest prompt with its answers.
+
+    Raises:
+        DoesNotFit: it is too large for this process's device.
+    """
+    base = place.base
+    assert base is not None
+    plan_batches(base, longest=longest, rank=int(base.model.peft_config["policy"].r))
+    plans = place.crew.united({place.crew.rank: (base.batch_tokens, base.checkpointing)}).values()
+    base.batch_tokens = min(tokens for tokens, _ in plans)
+    base.checkpointing = any(checkpointing for _, checkpointing in plans)
+
+
+def train_reward(
+    place: Place,
+    labels: Preferences,
+    held_out: Preferences,
+    config: RewardConfig,
+    seed: int,
+    start_from: Path | None,
+) -> TrainedReward:
+    """Train a reward model; the latest is the one that PPO optimises."""
+    assert place.base is not None
+    place.scorer = train_reward_model(
+        place.base,
+        labels,
+        held_out,
+        config,
+        seed=seed,
+        progress=place.progress,
+        start_from=start_from,
+        crew=place.crew,
+    )
+    return place.scorer
+
+
+def train_policy_by(
+    place: Place,
+    method: Method,
+    labels: Preferences,
+    prompts: list[tuple[int, ...]],
+    config: AlignmentConfig,
+    *,
+    cache: ReferenceCache | None = None,
+    checkpoint: Path | None = None,
+) -> Trained:
+    """Train the adapter "policy" by the method: on pairs, on thumbs, or on its own answers to the prompts."""
+    base, seed, progress, crew = place.base, config.seed, place.progress, place.crew
+    assert base is not None
+    if method == "ppo":
+        assert place.scorer is not None
+        return train_ppo(
+            base,
+            prompts,
+            place.scorer,
+            config.ppo,
+            seed=seed,
+            progress=progress,
+            checkpoint=checkpoint,
+            crew=crew,
+        )
+    if method == "kto":
+        return train_kto(
+            base,
+            labels.thumbs,
+            config.kto,
+            seed=seed,
+            progress=progress,
+            cache=cache,
+            checkpoint=checkpoint,
+            crew=crew,
+        )
+    return train_dpo(
+        base,
+        labels.pairs,
+        config.dpo,
+        seed=seed,
+        progress=progress,
+        cache=cache,
+        checkpoint=checkpoint,
+        crew=crew,
+    )
