@@ -31,11 +31,11 @@ class Critic:
         """Return (N,) values of (N, D) hidden states of the adapter "critic"."""
         return hidden.float() @ self.weight + self.bias
 
-    def rescale(self, factor: float) -> None:
-        """Multiply all values: the unit of the scores changed (PopArt, arXiv 1602.07714, without the shift)."""
+    def rescale(self, factor: float, shift: float = 0.0) -> None:
+        """Make all values factor * v + shift: unit or zero of the returns changed (PopArt, arXiv 1602.07714)."""
         with torch.no_grad():
             self.weight.mul_(factor)
-            self.bias.mul_(factor)
+            self.bias.mul_(factor).add_(shift)
 
 
 def add_critic(base: Base, scorer: TrainedReward) -> Critic:

@@ -9,8 +9,8 @@ Names of the curves:
 | --- | --- |
 | `objective/score` | mean score of the ensemble, its penalty taken, in log-odds |
 | `objective/reward` | mean whitened score minus beta times the KL of the answer |
-| `objective/kl_per_response_nats` | k1: sum of log pi - log ref over an answer; the penalty's KL |
-| `objective/kl_k3_nats` | k3 of the same; the controller follows it |
+| `objective/kl_per_response_nats` | k1: sum of log pi - log ref over an answer; penalty and controller look at it |
+| `objective/kl_k3_nats` | k3 of the same, which single tokens far below the reference can blow up |
 | `objective/kl_from_start_nats` | k3 to the policy the training began with; cap and budget look at it |
 | `objective/entropy_nats_per_token` | mean -log pi of the sampled tokens |
 | `objective/importance_weight` | mean truncated weight; 1 with answers of this process |
@@ -47,7 +47,7 @@ from alignment.ppo_experience import (
     rewards_of,
     rollouts,
 )
-from alignment.ppo_losses import kl_k1, next_beta
+from alignment.ppo_losses import kl_ahead, kl_k1, next_beta
 from alignment.ppo_rollouts import Answers, Sampler, step_prompts
 from alignment.ppo_state import Sample, Training, all_weights, ppo_fingerprint, save, start_training
 from alignment.ppo_update import Experience, minibatch_epochs
@@ -263,10 +263,16 @@ def _learn(training: Training, experience: Experience) -> tuple[Curves, str | No
 
 
 def _next_beta(training: Training, answers: Answers, curves: Curves) -> float:
-    config = training.learner.config
+    config, state = training.learner.config, training.state
+    state.kl, ahead = kl_ahead(
+        state.kl,
+        curves["objective/kl_per_response_nats"],
+        smoothing=config.kl_smoothing,
+        lookahead_steps=config.kl_lookahead_steps,
+    )
     return next_beta(
-        training.state.beta,
-        kl=curves["objective/kl_k3_nats"],
+        state.beta,
+        kl=ahead,
         target=config.kl_target_nats,
         answers=len(answers.rows),
         horizon=config.kl_horizon_answers,

@@ -171,8 +171,44 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.
 def next_beta(
     beta: float, *, kl: float, target: float, answers: int, horizon: int, error_clip: float
 ) -> float:
-    """Return beta * (1 + clip(kl / target - 1, +- error_clip) * answers / horizon) (arXiv 1909.08593 section 2.2)."""
+    """Return beta * (1 + clip(kl / target - 1, +- error_clip) * answers / horizon) (arXiv 1909.08593 section 2.2).
+
+    Args:
+        kl: of the latest answers, or where it is heading (`kl_ahead`).
+    """
     if horizon == 0:
         return beta
     error = max(-error_clip, min(error_clip, kl / target - 1))
     return beta * (1 + error * min(1.0, answers / horizon))
+
+
+def kl_ahead(seen: float, kl: float, *, smoothing: float, lookahead_steps: float) -> tuple[float, float]:
+    """Return the smoothed KL with one more measurement, and the KL its trend reaches `lookahead_steps` later.
+
+    Following the KL alone is integral control, which winds beta down all the time the KL climbs from 0 and then
+    overshoots; the derivative damps that (PID Lagrangian, arXiv 2007.03964 section 5). Smoothing 1 and lookahead 0
+    follow the KL alone.
+
+    Args:
+        seen: the smoothed KL before, 0 at the start.
+        smoothing: part of the new measurement, above 0.
+    """
+    smoothed = seen + smoothing * (kl - seen)
+    return smoothed, smoothed + lookahead_steps * (smoothed - seen)
+
+
+def starting_beta(target: float) -> float:
+    """Return 1 / sqrt(2 target): the beta whose best policy is `target` nats from the reference.
+
+    That policy is ref * exp(score / beta) (arXiv 2205.11275 eq. 4). With a normal score of std 1 under the reference it
+    shifts the score by 1 / beta, and KL = 1 / (2 beta^2).
+    """
+    return float((2 * target) ** -0.5)
+
+
+def line_of(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> tuple[float, float]:
+    """Return slope >= 0 and intercept of the least-squares line from (C, T) values to returns over the mask."""
+    x, y = values[mask].double(), returns[mask].double()
+    away = x - x.mean()
+    slope = float(((away * y).sum() / away.square().sum().clamp(min=1e-12)).clamp(min=0.0))
+    return slope, float(y.mean()) - slope * float(x.mean())

@@ -16,7 +16,7 @@ from alignment.distributed import ALONE, Crew
 from alignment.ema import MOVING, add_moving_reference
 from alignment.models import Base, adapter_parameters, remove_adapter
 from alignment.ppo_config import PpoConfig
-from alignment.ppo_losses import Moments
+from alignment.ppo_losses import Moments, starting_beta
 from alignment.ppo_rollouts import Sampler
 from alignment.ppo_update import Learner
 from alignment.ppo_watch import Start
@@ -50,6 +50,8 @@ class State:
     """Everything besides weights and optimiser that a resumed run must know; random numbers follow from `step`."""
 
     beta: float
+    kl: float = 0.0
+    """Smoothed KL of an answer, for the controller."""
     step: int = 0
     """Batches of answers learnt from."""
     scores: Moments = field(default_factory=Moments)
@@ -120,7 +122,7 @@ def start_training(
         prompts=prompts,
         sampler=sampler,
         good=copy_weights(policy),
-        state=State(beta=config.beta),
+        state=State(beta=config.beta or starting_beta(config.kl_target_nats)),
         seed=seed,
         checkpoint=checkpoint,
         fingerprint=ppo_fingerprint(prompts, scorer, config, seed=seed),
@@ -175,6 +177,7 @@ def _resume(training: Training) -> None:
     training.good = {name: weight.to(device) for name, weight in saved["good"].items()}
     training.state = State(
         beta=state["beta"],
+        kl=state["kl"],
         step=state["step"],
         scores=Moments(**state["scores"]),
         start=Start(**state["start"]) if state["start"] else None,

@@ -117,29 +117,27 @@ def curve(recorder: Recorder, name: str) -> list[float]:
 # -- what it learns ------------------------------------------------------------------------------------
 
 
-def test_the_score_rises_several_times_over_and_the_controller_answers_the_kl(model: Path) -> None:
-    # seeds 1 and 2 go from 0.03 to 0.2 or more, at 5 nats: on so few steps the controller is late
+def test_the_score_rises_several_times_over_and_the_kl_stays_in_its_band(model: Path) -> None:
     config = replace(
         CONFIG,
         steps=20,
         prompts_per_step=24,
         answers_per_prompt=8,
         learning_rate=8e-3,
-        beta=0.3,
         kl_target_nats=2.0,
-        kl_horizon_answers=200,
     )
     curves = Recorder()
     result, _ = trained(model, config, progress=curves, seed=1)
-    scores, kl = curve(curves, "objective/score"), curve(curves, "objective/kl_k3_nats")
+    scores, kl = curve(curves, "objective/score"), curve(curves, "objective/kl_per_response_nats")
     betas = curve(curves, "ppo/beta")
     assert result.stopped_because is None
     assert result.steps == 20
     assert len(scores) == 21  # the last batch is only looked at
     assert np.mean(scores[-4:]) > 3 * np.mean(scores[:2])
     assert kl[0] == pytest.approx(0, abs=1e-6)
-    assert 1 < np.mean(kl[-4:]) < 8
-    assert betas[-1] > 2 * min(betas) < betas[0]  # it fell while the KL was small and rose once it was not
+    assert 1 < np.mean(kl[-4:]) < 3
+    assert max(kl) < 3  # half as far again as the target
+    assert betas[0] == 0.5  # 1 / sqrt(2 * 2)
     assert curve(curves, "policy/ratio")[0] == pytest.approx(1, abs=0.1)
     assert 0 < curve(curves, "policy/entropy")[0] <= math.log(400)
     assert (result.samples[0].step, result.samples[-1].step) == (0, 20)

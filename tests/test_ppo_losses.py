@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,12 +16,15 @@ from alignment.ppo_losses import (
     ensemble_scores,
     explained_variance,
     importance_weights,
+    kl_ahead,
     kl_k1,
     kl_k3,
+    line_of,
     next_beta,
     policy_clipped,
     policy_losses,
     shaped_scores,
+    starting_beta,
     token_rewards,
     value_clipped,
     value_losses,
@@ -157,6 +161,67 @@ def test_the_controller_follows_the_kl_within_its_clip() -> None:
         0.08
     )  # never more than once
     assert next_beta(0.1, kl=40.0, **{**options, "horizon": 0}) == 0.1
+
+
+def test_the_controller_looks_along_the_trend_and_can_be_told_not_to() -> None:
+    assert kl_ahead(0.4, 1.0, smoothing=1.0, lookahead_steps=0.0) == (1.0, 1.0)
+    # 0.4 + half of 0.6, and ten times the 0.3 that it rose by
+    smoothed, ahead = kl_ahead(0.4, 1.0, smoothing=0.5, lookahead_steps=10.0)
+    assert (smoothed, ahead) == (pytest.approx(0.7), pytest.approx(3.7))
+
+
+def simulated(*, best_nats: float, rate: float, smoothing: float, lookahead_steps: float) -> list[float]:
+    """Return the KLs, in targets, of 30 steps of a policy that nears the best one of each beta.
+
+    The best policy's KL falls with 1 / beta^2 and is `best_nats` at beta 1; the square root of the KL goes `rate` of the
+    way there in a step, less as the learning rate falls; a batch measures the KL to 12%.
+    """
+    generator = torch.Generator().manual_seed(1)
+    beta, root, seen, found = starting_beta(1.0), 0.0, 0.0, []
+    for step in range(30):
+        found.append(root**2)
+        measured = root**2 * (1 + 0.12 * float(torch.randn((), generator=generator)))
+        seen, ahead = kl_ahead(seen, measured, smoothing=smoothing, lookahead_steps=lookahead_steps)
+        beta = next_beta(beta, kl=ahead, target=1.0, answers=96, horizon=200, error_clip=0.2)
+        root += rate * (1 - step / 30) * (best_nats**0.5 / beta - root)
+    return found
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.15, 0.3])
+@pytest.mark.parametrize("best_nats", [0.15, 0.5, 1.0])  # 0.5 is what `starting_beta` supposes
+def test_the_kl_comes_to_its_target_and_not_half_as_far_again(best_nats: float, rate: float) -> None:
+    kls = simulated(best_nats=best_nats, rate=rate, smoothing=0.5, lookahead_steps=10.0)
+    assert max(kls) < 1.5
+    assert np.mean(kls[-5:]) > (0.5 if rate > 0.05 else 0.3)
+
+
+def test_without_looking_ahead_it_overshoots() -> None:
+    slow = [
+        simulated(best_nats=best, rate=0.05, smoothing=1.0, lookahead_steps=0.0) for best in (0.15, 0.5, 1.0)
+    ]
+    assert [max(kls) > 1.5 for kls in slow] == [
+        False,
+        True,
+        True,
+    ]  # the first had not arrived when time was up
+
+
+@pytest.mark.parametrize("target", [0.1, 1.0, 3.0])
+def test_the_starting_beta_puts_the_best_policy_at_the_target(target: float) -> None:
+    scores = torch.linspace(-12, 12, 24001, dtype=torch.float64)
+    reference = torch.softmax(-scores.square() / 2, dim=0)  # a standard normal
+    best = torch.softmax(reference.log() + scores / starting_beta(target), dim=0)
+    kl = float(torch.where(best > 0, best * (best / reference).log(), 0.0).sum())
+    assert kl == pytest.approx(target, rel=1e-3)
+
+
+def test_the_critic_is_put_on_the_line_that_fits_best_but_never_upside_down() -> None:
+    values, returns = table(1), 3 * table(1) - 1 + 0.1 * table(2)
+    slope, intercept = np.polyfit(values[mask()].numpy(), returns[mask()].numpy(), 1)
+    assert line_of(values, returns, mask()) == (pytest.approx(slope), pytest.approx(intercept))
+    assert line_of(values, -returns, mask()) == (0.0, pytest.approx(-float(returns[mask()].mean())))
+    constant = torch.ones_like(values)
+    assert line_of(constant, returns, mask())[0] == 0.0
 
 
 def test_the_running_spread_equals_the_spread_of_everything_seen() -> None:

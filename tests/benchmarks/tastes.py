@@ -1,20 +1,20 @@
 """What each method makes of tastes that nobody told it: wins on fresh questions, facts kept, KL, round after round.
 
-Usage: python tests/benchmarks/tastes.py [--methods dpo,kto,ppo] [--tastes all] [--rounds 1] [--out FILE.json]
+Usage: python tests/benchmarks/tastes.py [--methods dpo,kto,ppo] [--tastes orderly,kind] [--rounds 5] [--fresh 400]
 
 The starter model answers in process; a made-up taste compares or rates the answers as staff would; one training follows
-with the product's default settings; wins are counted by the taste itself, which no learning code can see.
+with the product's default settings; wins are counted by the taste itself, which no learning code can see. Every finished
+cell is kept in `tests/benchmarks/tastes.json` and not done again, so it may be interrupted; at the end the table in
+`docs/learning.md` and its picture are written anew (`tastes_report.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
+from made_up_tastes import TASTES, Taste
+from tastes_report import write_report
 
 from alignment.config import AlignmentConfig
 from alignment.dpo import train_dpo
@@ -38,72 +40,10 @@ from alignment.rollouts import Rollout, sample
 from alignment.starter.answers import classify_answer
 from alignment.starter.corpus import OFF_TOPIC
 from alignment.starter.customers import Question, questions
+from storage.digests import base_digest
 
-STARTER = Path(__file__).parents[2] / "alignment" / "starter" / "checkpoint"
-Taste = Callable[[str], float]
-
-
-def words(answer: str, *patterns: str) -> int:
-    """Return how many of the patterns occur."""
-    return sum(bool(re.search(pattern, answer, re.IGNORECASE)) for pattern in patterns)
-
-
-def orderly(answer: str) -> float:
-    """Numbered steps, no big words, no grovelling."""
-    return 3 * words(answer, r"\b2\. ") - 2 * words(answer, r"promise|guarantee|100") - words(answer, "sorry")
-
-
-def hurried(answer: str) -> float:
-    """As short as it can be, but never a list."""
-    return -len(answer.split()) / 6 - 2 * words(answer, r"\b2\. ")
-
-
-def kind(answer: str) -> float:
-    """Feeling and thanks, no orders given."""
-    feeling = words(answer, r"\bsorry\b", r"\bglad|happy|gladly\b", r"\bthank", r"\bworr", r"\bplease\b")
-    return 2 * feeling - words(answer, r"\b2\. ", r"promise|guarantee")
-
-
-def sober(answer: str) -> float:
-    """Whole sentences that state what holds: nothing promised, nobody hurried, no exclamation."""
-    return -3 * words(answer, r"promise|guarantee|100", "!", r"\bfree\b.*\bgift") + min(len(answer), 120) / 60
-
-
-def personal(answer: str) -> float:
-    """Speaks as "I" or "we" to "you"."""
-    return float(words(answer, r"\bI\b", r"\bwe\b") + words(answer, r"\byou(r)?\b")) - len(answer) / 200
-
-
-TASTES: dict[str, Taste] = {
-    "orderly": orderly,
-    "hurried": hurried,
-    "kind": kind,
-    "sober": sober,
-    "personal": personal,
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """One training under one taste, judged on fresh questions against the policy it started from."""
-
-    method: str
-    taste: str
-    round: int
-    labels: int
-    steps: int
-    stopped_because: str | None
-    wins: float
-    wins_low: float
-    wins_high: float
-    decided: int
-    right_intent_before: float
-    right_intent_after: float
-    kl_per_response_nats: float
-    answer_tokens: float
-    entropy_nats_per_token: float
-    hand_over_rate: float
-    training_s: float
+ROOT = Path(__file__).parents[2]
+STARTER = ROOT / "alignment" / "starter" / "checkpoint"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +56,8 @@ class Setting:
     fresh: int
     seed: int
     config: AlignmentConfig
+    folder: Path | None = None
+    """Where adapters and the first policy's answers are kept."""
 
     @property
     def taste(self) -> Taste:
@@ -134,12 +76,32 @@ def texts(base: Base, answers: Sequence[Rollout]) -> list[str]:
     ]
 
 
+def reference_answers(
+    base: Base, prompts: Sequence[Sequence[int]], setting: Setting, round_number: int, **options: Any
+) -> list[Rollout]:
+    """Answer with the policy that a round starts from; that of the first is everybody's, and asked only once."""
+    if round_number or setting.folder is None:
+        return sample(base, prompts, adapter="reference", **options)
+    named = "-".join(f"{name}-{value}" for name, value in options.items())
+    file = setting.folder / f"first-{base_digest(str(STARTER))[:8]}-{len(prompts)}-{named}.json"
+    if not file.exists():
+        file.write_text(json.dumps([asdict(one) for one in sample(base, prompts, adapter=None, **options)]))
+    return [
+        Rollout(
+            token_ids=tuple(one["token_ids"]),
+            finish_reason=one["finish_reason"],
+            logprobs=tuple(one["logprobs"]),
+        )
+        for one in json.loads(file.read_text())
+    ]
+
+
 def pairs_of(base: Base, setting: Setting, round_number: int) -> list[Pair]:
     """Let the policy answer each question twice and the taste compare; equal liking is a tie."""
     found = questions(setting.labels, seed=setting.seed + round_number)
     prompts = asked(base, found)
     sides = [
-        sample(base, prompts, adapter="reference", seed=setting.seed + 10 * round_number + side)
+        reference_answers(base, prompts, setting, round_number, seed=setting.seed + 10 * round_number + side)
         for side in (0, 1)
     ]
     told = [texts(base, side) for side in sides]
@@ -185,103 +147,101 @@ def thumbs_of(base: Base, pairs: Sequence[Pair], taste: Taste) -> list[Thumb]:
     ]
 
 
-def trained(base: Base, setting: Setting, pairs: list[Pair], round_number: int) -> Any:
+class Curve(Silent):
+    """Keeps the KL that a training measured at its steps."""
+
+    def __init__(self) -> None:
+        self.kl_nats: list[float] = []
+
+    def step(self, done: int, message: str = "", **metrics: float) -> None:
+        self.kl_nats += [
+            round(value, 3) for name, value in metrics.items() if name.endswith("kl_per_response_nats")
+        ]
+
+
+def trained(base: Base, setting: Setting, pairs: list[Pair], round_number: int, curve: Curve) -> Any:
     """Train the adapter "policy" by the method, with its defaults."""
-    config, seed, progress = setting.config, setting.seed + round_number, Silent()
+    config, seed = setting.config, setting.seed + round_number
     if setting.method == "dpo":
-        return train_dpo(base, pairs, config.dpo, seed=seed, progress=progress)
+        return train_dpo(base, pairs, config.dpo, seed=seed, progress=curve)
     if setting.method == "kto":
-        return train_kto(
-            base, thumbs_of(base, pairs, setting.taste), config.kto, seed=seed, progress=progress
-        )
+        return train_kto(base, thumbs_of(base, pairs, setting.taste), config.kto, seed=seed, progress=curve)
     cut = len(pairs) * 4 // 5
     known, kept = (Preferences(pairs=tuple(part), thumbs=()) for part in (pairs[:cut], pairs[cut:]))
-    scorer = train_reward_model(base, known, kept, config.reward, seed=seed, progress=progress)
+    scorer = train_reward_model(base, known, kept, config.reward, seed=seed, progress=Silent())
     prompts = [pair.prompt_ids for pair in pairs]
-    return train_ppo(base, prompts, scorer, config.ppo, seed=seed, progress=progress)
+    return train_ppo(base, prompts, scorer, config.ppo, seed=seed, progress=curve)
 
 
-def judged(base: Base, setting: Setting, round_number: int, **known: Any) -> Result:
+def judged(base: Base, setting: Setting, round_number: int) -> dict[str, Any]:
     """Compare the policy with its reference on fresh questions of forms the model never saw."""
     found = questions(setting.fresh, seed=setting.seed + 1000 + round_number, part="held_out")
-    prompts = asked(base, found)
-    seed = setting.seed + 2000 + round_number
-    new, old = (sample(base, prompts, adapter=side, seed=seed) for side in ("policy", "reference"))
+    prompts, seed = asked(base, found), setting.seed + 2000 + round_number
+    new = sample(base, prompts, adapter="policy", seed=seed)
+    old = reference_answers(base, prompts, setting, round_number, seed=seed)
     gains = [
         setting.taste(a) - setting.taste(b) for a, b in zip(texts(base, new), texts(base, old), strict=True)
     ]
     wins, decided = sum(gain > 0 for gain in gains), sum(gain != 0 for gain in gains)
     estimate = wilson(wins, max(1, decided))
-    greedy = [
-        [
-            classify_answer(text)[0]
-            for text in texts(base, sample(base, prompts, adapter=side, temperature=0.0))
-        ]
-        for side in ("reference", "policy")
-    ]
-    right = [
-        sum(said == question.group for said, question in zip(side, found, strict=True)) / len(found)
-        for side in greedy
-    ]
+    before = said(base, reference_answers(base, prompts, setting, round_number, temperature=0.0))
+    after = said(base, sample(base, prompts, adapter="policy", temperature=0.0))
     surprise = [-value for answer in new for value in answer.logprobs]
-    return Result(
-        method=setting.method,
-        taste=setting.name,
-        round=round_number,
-        wins=estimate.value,
-        wins_low=estimate.low,
-        wins_high=estimate.high,
-        decided=decided,
-        right_intent_before=right[0],
-        right_intent_after=right[1],
-        kl_per_response_nats=kl_per_response(base, prompts[:128], seed=seed),
-        answer_tokens=sum(len(answer.token_ids) for answer in new) / len(new),
-        entropy_nats_per_token=sum(surprise) / len(surprise),
-        hand_over_rate=sum(said == OFF_TOPIC for said in greedy[1]) / len(greedy[1]),
-        **known,
-    )
+    return {
+        "wins": estimate.value,
+        "wins_low": estimate.low,
+        "wins_high": estimate.high,
+        "decided": decided,
+        "right_intent_before": right(before, found),
+        "right_intent_after": right(after, found),
+        "right_intent_sampled_before": right(said(base, old), found),
+        "right_intent_sampled_after": right(said(base, new), found),
+        "kl_per_response_nats": kl_per_response(base, prompts[:128], seed=seed),
+        "answer_tokens": sum(len(answer.token_ids) for answer in new) / len(new),
+        "entropy_nats_per_token": sum(surprise) / len(surprise),
+        "hand_over_rate": after.count(OFF_TOPIC) / len(after),
+    }
 
 
-def rounds(setting: Setting, count: int, folder: Path) -> list[Result]:
-    """Train round after round, each from the policy of the one before."""
-    results: list[Result] = []
-    start: Path | None = None
-    for number in range(count):
-        base = load_base(str(STARTER), device="cpu")
-        add_policy(base, setting.config.dpo.lora, seed=setting.seed, start_from=start)
-        pairs = pairs_of(base, setting, number)
-        began = time.process_time()
-        outcome = trained(base, setting, pairs, number)
-        result = judged(
-            base,
-            setting,
-            number,
-            labels=len(pairs),
-            steps=outcome.steps,
-            stopped_because=outcome.stopped_because,
-            training_s=time.process_time() - began,
-        )
-        print(told(result), flush=True)
-        results.append(result)
-        start = folder / f"{setting.name}-{setting.method}-{number}"
-        save_adapter(base, "policy", start)
-    return results
+def said(base: Base, answers: Sequence[Rollout]) -> list[str | None]:
+    """Return the intent of each answer, None where it is like no known one."""
+    return [classify_answer(text)[0] for text in texts(base, answers)]
 
 
-def told(result: Result) -> str:
-    """Return the result as a line."""
-    return (
-        f"{result.method:4} {result.taste:9} round {result.round}: wins {result.wins:.1%} "
-        f"[{result.wins_low:.1%}, {result.wins_high:.1%}] of {result.decided}, right intent "
-        f"{result.right_intent_before:.1%} → {result.right_intent_after:.1%}, KL "
-        f"{result.kl_per_response_nats:.2f}, {result.answer_tokens:.0f} tokens, entropy "
-        f"{result.entropy_nats_per_token:.2f}, {result.steps} steps, {result.training_s:.0f} CPU-s"
-        f"{', stopped: ' + result.stopped_because if result.stopped_because else ''}"
-    )
+def right(intents: Sequence[str | None], found: Sequence[Question]) -> float:
+    """Return the share of answers about what was asked."""
+    asked_for = [question.group.partition(".")[0] for question in found]
+    return sum(one == other for one, other in zip(intents, asked_for, strict=True)) / len(found)
+
+
+def cell(setting: Setting, round_number: int, folder: Path) -> dict[str, Any]:
+    """Train one round from the policy of the round before, keep its adapter and judge it."""
+    base = load_base(str(STARTER), device="cpu")
+    before = folder / f"{setting.name}-{setting.method}-{round_number - 1}" if round_number else None
+    add_policy(base, setting.config.dpo.lora, seed=setting.seed, start_from=before)
+    pairs = pairs_of(base, setting, round_number)
+    began, curve = time.process_time(), Curve()
+    outcome = trained(base, setting, pairs, round_number, curve)
+    spent = time.process_time() - began
+    save_adapter(base, "policy", folder / f"{setting.name}-{setting.method}-{round_number}")
+    return {
+        "method": setting.method,
+        "taste": setting.name,
+        "round": round_number,
+        "labels": len(pairs),
+        "fresh": setting.fresh,
+        "seed": setting.seed,
+        "ties": sum(pair.tie for pair in pairs),
+        "steps": outcome.steps,
+        "stopped_because": outcome.stopped_because,
+        "training_cpu_s": round(spent, 1),
+        "training_kl_nats": curve.kl_nats,
+        **judged(base, setting, round_number),
+    }
 
 
 def main() -> None:
-    """Run every chosen method on every chosen taste."""
+    """Run what is not yet known of every chosen method, taste and round, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--methods", default="dpo,kto,ppo")
     parser.add_argument("--tastes", default=",".join(TASTES))
@@ -290,24 +250,38 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="write the results here, JSON")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "data/tastes", help="adapters and first answers"
+    )
+    parser.add_argument("--json", type=Path, default=ROOT / "tests/benchmarks/tastes.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results: list[Result] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name in options.tastes.split(","):
-            for method in options.methods.split(","):
-                setting = Setting(
-                    method=method,
-                    name=name,
-                    labels=options.labels,
-                    fresh=options.fresh,
-                    seed=options.seed,
-                    config=AlignmentConfig(),
-                )
-                results += rounds(setting, options.rounds, Path(folder))
-                if options.out:
-                    options.out.write_text(json.dumps([asdict(one) for one in results], indent=1))
+    options.folder.mkdir(parents=True, exist_ok=True)
+    wanted = [
+        (number, name, method)
+        for number in range(options.rounds)
+        for name in options.tastes.split(",")
+        for method in options.methods.split(",")
+    ]
+    for number, name, method in wanted:
+        cells = json.loads(options.json.read_text()) if options.json.exists() else []
+        if any((one["round"], one["taste"], one["method"]) == (number, name, method) for one in cells):
+            continue
+        setting = Setting(
+            method=method,
+            name=name,
+            labels=options.labels,
+            fresh=options.fresh,
+            seed=options.seed,
+            config=AlignmentConfig(),
+            folder=options.folder,
+        )
+        found = cell(setting, number, options.folder)
+        print({name: value for name, value in found.items() if name != "training_kl_nats"}, flush=True)
+        # read again: another process may have finished a cell meanwhile
+        cells = json.loads(options.json.read_text()) if options.json.exists() else []
+        options.json.write_text(json.dumps([*cells, found], indent=1) + "\n")
+    write_report(options.json)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""Writes what `tastes.py` found: the tables in `docs/learning.md`, and wins, KL, length, entropy and hand-overs by round."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs/learning.md"
+PICTURE = ROOT / "docs/pictures/learning.png"
+BEGIN, END = "<!-- written by tests/benchmarks/tastes.py -->", "<!-- end -->"
+PANELS = (
+    ("wins", "wins against the round before"),
+    ("kl_per_response_nats", "KL from the round before, nats an answer"),
+    ("answer_tokens", "tokens of an answer"),
+    ("entropy_nats_per_token", "entropy, nats a token"),
+    ("hand_over_rate", "handed over to a person"),
+    ("right_intent_after", "right intent"),
+)
+Cell = dict[str, Any]
+
+
+def table(cells: list[Cell]) -> str:
+    """Return a row for every cell, in Markdown."""
+    rows = [
+        "| taste | method | round | wins on fresh questions | right intent | KL | tokens | entropy | hand-overs | CPU s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in sorted(cells, key=lambda cell: (cell["taste"], cell["method"], cell["round"])):
+        rows.append(
+            f"| {one['taste']} | {one['method'].upper()} | {one['round'] + 1} | {one['wins']:.1%} "
+            f"({one['wins_low']:.1%} to {one['wins_high']:.1%}, n={one['decided']}) | "
+            f"{one['right_intent_before']:.1%} → {one['right_intent_after']:.1%} | "
+            f"{one['kl_per_response_nats']:.2f} | {one['answer_tokens']:.0f} | "
+            f"{one['entropy_nats_per_token']:.2f} | {one['hand_over_rate']:.1%} | {one['training_cpu_s']:.0f} |"
+            + (f" stopped: {one['stopped_because']} |" if one["stopped_because"] else "")
+        )
+    return "\n".join(rows)
+
+
+def picture(cells: list[Cell], path: Path) -> None:
+    """Draw a panel for every number, a line for every method and taste over its rounds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    colours = {"dpo": "tab:blue", "kto": "tab:orange", "ppo": "tab:green"}
+    marks = dict(zip(sorted({one["taste"] for one in cells}), "osv^Dxp*", strict=False))
+    for plot, (name, title) in zip(figure.subplots(2, 3).ravel(), PANELS, strict=True):
+        for method, colour in colours.items():
+            for taste, mark in marks.items():
+                own = [one for one in cells if (one["method"], one["taste"]) == (method, taste)]
+                own.sort(key=lambda cell: int(cell["round"]))
+                rounds = [one["round"] + 1 for one in own]
+                label = f"{method.upper()} {taste}"
+                plot.plot(rounds, [one[name] for one in own], color=colour, marker=mark, label=label)
+        plot.set(title=title, xlabel="round")
+        plot.set_xticks(range(1, 2 + max(one["round"] for one in cells)))
+        plot.grid(alpha=0.3)
+    figure.legend(*plot.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def write_report(found: Path, *, document: Path = DOCUMENT, drawn: Path = PICTURE) -> None:
+    """Put the table between its marks in the document and draw the picture."""
+    cells: list[Cell] = json.loads(found.read_text())
+    before, _, rest = document.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    document.write_text(f"{before}{BEGIN}\n{table(cells)}\n{END}{after}")
+    picture(cells, drawn)
