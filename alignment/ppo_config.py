@@ -50,6 +50,8 @@ class PpoConfig:
     max_new_tokens: int = 128
     temperature: float = 1.0
     """Of the sampling and of every log-prob (1.0: arXiv 1909.08593; TRL 0.7)."""
+    rollout_url: str = ""
+    """Address of a vLLM server that gives the answers; empty: this process does (see `rollout_server`)."""
 
     epochs: int = 1
     """Passes over a batch of answers (4 in arXiv 2403.17031). Two passes in halves take as many optimiser steps as one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from alignment.reference_cache import ReferenceCache, reference_identity
 from alignment.report import Card, write_card
 from alignment.reward_model import TrainedReward
 from alignment.reward_raters import weighed_by_others
+from alignment.rollout_server import ServedRollouts
 from alignment.run_progress import RunProgress, check_stop
 from alignment.safety import load_suite
 from alignment.sample_share import measured_share
@@ -225,9 +227,25 @@ def _trained(work: Work, method: Method, checkpoint: Path) -> Trained:
     )
     cache = ReferenceCache(work.store.data / "cache", identity=identity)
     labels, prompts = work.prepared.parts.policy, _prompts(work)
-    return work.place.together(
-        train_policy_by, method, labels, prompts, work.config, cache=cache, checkpoint=checkpoint
-    )
+    with _rollout_server(work, method) as sampler:
+        return work.place.together(
+            train_policy_by,
+            method,
+            labels,
+            prompts,
+            work.config,
+            cache=cache,
+            checkpoint=checkpoint,
+            sampler=sampler,
+        )
+
+
+def _rollout_server(work: Work, method: Method) -> AbstractContextManager[ServedRollouts | None]:
+    """Return the server that answers for the policy while PPO trains it, None without one."""
+    url = work.config.ppo.rollout_url
+    if method != "ppo" or not url:
+        return nullcontext()
+    return closing(ServedRollouts(url, folder=work.folder / "rollouts", name=new_id("rollouts")))
 
 
 def _prompts(work: Work) -> list[tuple[int, ...]]:

@@ -25,6 +25,7 @@ from alignment.memory import plan_batches
 from alignment.models import Base, adapter_parameters, add_policy, load_base
 from alignment.policy_training import PolicyResult
 from alignment.ppo import PpoResult, train_ppo
+from alignment.ppo_rollouts import Sampler
 from alignment.preferences import Preferences
 from alignment.progress import Interrupted, Progress, Silent
 from alignment.reference_cache import ReferenceCache
@@ -187,6 +188,7 @@ def train_policy_by(
     *,
     cache: ReferenceCache | None = None,
     checkpoint: Path | None = None,
+    sampler: Sampler | None = None,
 ) -> Trained:
     """Train the adapter "policy" by the method: on pairs, on thumbs, or on its own answers to the prompts."""
     base, seed, progress, crew = place.base, config.seed, place.progress, place.crew
@@ -201,6 +203,7 @@ def train_policy_by(
             seed=seed,
             progress=progress,
             checkpoint=checkpoint,
+            sampler=sampler,
             crew=crew,
         )
     if method == "kto":

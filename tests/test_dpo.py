@@ -25,7 +25,12 @@ from storage.errors import CorruptData, InvalidField
 from tiny_models import make_tiny_model
 
 CONFIG = DpoConfig(
-    lora=LoraSpec(rank=4, alpha=8), epochs=2, batch_pairs=8, learning_rate=5e-3, kl_budget_nats=0.0
+    lora=LoraSpec(rank=4, alpha=8),
+    epochs=2,
+    batch_pairs=8,
+    learning_rate=5e-3,
+    kl_budget_nats=0.0,
+    nll_weight=0.0,
 )
 
 

@@ -8,12 +8,18 @@ import shutil
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from alignment.logprobs import completion_logprobs
+from alignment.models import prompt_ids
+from alignment.ppo_config import PpoConfig
+from alignment.ppo_rollouts import Answers, take_answers
+from alignment.progress import Silent
+from alignment.rollout_server import ServedRollouts
 from assistant.engine.errors import AdapterRefused, ContextTooLong, PolicyNotLoaded
 from assistant.engine.local import LocalEngine
 from assistant.engine.protocol import Engine, Sampling
@@ -29,6 +35,7 @@ from engine_fixtures import (
     running_engine,
     text_of,
 )
+from learning_fixtures import base_with_policy, randomise
 from storage.errors import InvalidField
 from tiny_models import EOS, make_tokenizer
 
@@ -271,6 +278,46 @@ def test_engines_agree_with_transformers_to_the_last_digits(running: Running, wo
         assert found.text == expected.text
         assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
     loop.run(oracle.close())
+
+
+@pytest.mark.parametrize("running", [pytest.param("vllm", marks=pytest.mark.vllm)], indirect=True)
+def test_rollouts_of_a_vllm_server_come_from_the_policy_and_are_weighed_once_they_do_not(
+    running: Running, world: TinyWorld, tmp_path: Path
+) -> None:
+    """PPO's answers (`alignment.rollout_server`) against log-probs of this process, float32 on both sides."""
+    base = base_with_policy(world.model, spread=0.1)
+    rows = [{"role": "user", "content": QUESTION}], [{"role": "user", "content": "Hello"}]
+    prompts = [prompt_ids(base, messages) for messages in rows for _ in range(2)]
+    config = PpoConfig(max_new_tokens=16, importance_cap=1.5)
+    url = running[0]._replicas[0].url
+
+    def answers(*, step: int) -> Answers:
+        return take_answers(base, prompts, config, sampler=served, seed=1, step=step, progress=Silent())
+
+    with closing(ServedRollouts(url, folder=tmp_path, name="rollouts-1")) as served:
+        first = answers(step=0)
+        assert [prompt for prompt, _ in first.rows] == prompts
+        assert first.rows[0] != first.rows[1]  # a prompt given twice has two answers
+        for row, (_, ids) in enumerate(first.rows):
+            assert bool(first.finished[row]) is (ids[-1] in base.stop_ids)
+            assert 0 < len(ids) == int(first.mask[row].sum()) <= 16
+        ours = completion_logprobs(base, first.rows, adapter="policy")
+        for row, expected in enumerate(ours):
+            assert first.old[row, : len(expected)].tolist() == pytest.approx(expected, abs=1e-4)
+        # the weight is exp(ours - served): 1 says that the served log-probs are ours
+        assert first.weights[first.mask].tolist() == pytest.approx([1.0] * int(first.mask.sum()), abs=1e-3)
+        theirs = completion_logprobs(base, first.rows, adapter="reference")
+        assert (
+            max(abs(a - b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True))
+            > 0.1
+        )
+        randomise(base, "policy", seed=5, spread=0.1)
+        late = answers(step=0)  # the server still answers for the former policy under this name
+        weights = late.weights[late.mask]
+        assert float(weights.min()) < 0.9
+        assert float(weights.max()) == 1.5
+        now = answers(step=1)
+        assert now.weights[now.mask].tolist() == pytest.approx([1.0] * int(now.mask.sum()), abs=1e-3)
 
 
 def test_a_probe_of_an_adapter_full_of_nan_shows_it(

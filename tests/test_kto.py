@@ -30,6 +30,7 @@ CONFIG = KtoConfig(
     batch_thumbs=8,
     learning_rate=5e-3,
     kl_budget_nats=0.0,
+    nll_weight=0.0,
     min_class_thumbs=1,
 )
 DRIFTED = 7

@@ -128,12 +128,13 @@ def make_thumbs(count: int, lengths: Lengths, *, vocabulary: int, seed: int = 3)
 
 
 EQUAL: Mapping[str, dict[str, Any]] = {
-    # What keeps Kotae from doing more than TRL: no KL measurements, no watch over displacement, plain margins.
+    # What keeps Kotae from doing more than TRL: no KL measurements, no NLL term, no watch over displacement, plain margins.
     "dpo": {
         "loss": "dpo",
         "beta": 0.1,
         "learning_rate": 1e-3,
         "kl_budget_nats": 0.0,
+        "nll_weight": 0.0,
         "margin_weight": 0.0,
         "displacement_cap_nats_per_token": 1e9,
         "displacement_share_cap": 2.0,
@@ -143,6 +144,7 @@ EQUAL: Mapping[str, dict[str, Any]] = {
         "beta": 0.1,
         "learning_rate": 1e-3,
         "kl_budget_nats": 0.0,
+        "nll_weight": 0.0,
         "desirable_weight": 1.0,
         "undesirable_weight": 1.0,
         "min_class_thumbs": 1,
@@ -167,6 +169,7 @@ def make_ppo_job(prompts: list[dict[str, Any]], *, model: Path, adapter: Path, *
         "temperature": 1.0,
         "learning_rate": 1e-5,
         "beta": 0.05,
+        "gae_lambda": 0.95,
         "kl_cap_nats": 1e4,
         "epoch_kl_cap_nats_per_token": 1e3,
         "entropy_share_min": 0.0,
