@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -85,7 +86,9 @@ def reference_answers(
     named = "-".join(f"{name}-{value}" for name, value in options.items())
     file = setting.folder / f"first-{base_digest(str(STARTER))[:8]}-{len(prompts)}-{named}.json"
     if not file.exists():
-        file.write_text(json.dumps([asdict(one) for one in sample(base, prompts, adapter=None, **options)]))
+        whole = file.with_suffix(f".{os.getpid()}")  # another process may look for the file meanwhile
+        whole.write_text(json.dumps([asdict(one) for one in sample(base, prompts, adapter=None, **options)]))
+        whole.rename(file)
     return [
         Rollout(
             token_ids=tuple(one["token_ids"]),
