@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import app
-from alignment import models, report, reward_model, stages, training
+from alignment import models, report, reward_model, together, training
 from alignment.config import AlignmentConfig
 from alignment.failures import explain
 from alignment.reference_cache import ReferenceCache
@@ -314,7 +314,7 @@ def test_too_little_memory_fails_the_run_and_says_what_to_lower(
         return torch.empty(2**55)
 
     add_comparisons(filled, tokenizer, LABELS)
-    monkeypatch.setattr(stages, "train_dpo", hungry)
+    monkeypatch.setattr(together, "train_dpo", hungry)
     code, printed = align()
     assert code == 1
     assert "There is too little memory: lower dpo.batch_tokens" in printed

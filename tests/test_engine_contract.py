@@ -162,6 +162,24 @@ def test_policies_answer_side_by_side_each_with_its_own_weights(running: Running
 
 
 @pytest.mark.usefixtures("adapters")
+def test_the_base_answers_as_itself_beside_more_policies_than_an_engine_holds_at_once(
+    running: Running, world: TinyWorld
+) -> None:
+    engine, loop = running
+    many = {f"policy-1{number:03}-dddddd": (world.first, world.second)[number % 2] for number in range(6)}
+    loop.run(reconcile(engine, many))
+    alone = {policy: ids_of(loop.run(collect(engine, policy, QUESTION))) for policy in (*many, BASE)}
+    last = list(many)[-1]
+
+    async def in_a_mixed_batch() -> list[list[int]]:
+        asked = [collect(engine, policy, QUESTION) for policy in [BASE, last] * 12]
+        return [ids_of(pieces) for pieces in await asyncio.gather(*asked)]
+
+    for policy, ids in zip([BASE, last] * 12, loop.run(in_a_mixed_batch()), strict=True):
+        assert ids == alone[policy]
+
+
+@pytest.mark.usefixtures("adapters")
 def test_loading_twice_is_fine_but_a_name_keeps_its_files(running: Running, world: TinyWorld) -> None:
     engine, loop = running
     loop.run(engine.load(policy_id="policy-0001-aaaaaa", adapter=world.first))

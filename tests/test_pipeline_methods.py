@@ -60,7 +60,16 @@ def test_ppo_optimises_a_reward_model_that_is_not_the_judge(filled: Filled, toke
     outcome = align(filled.store, config(method="ppo"))
     assert outcome.status == "passed", outcome.message
     assert {"objective/score", "ppo/beta", "value/loss"} <= curves(filled.store, outcome)
-    assert "ppo, beta 0.05" in (run_folder(filled.store, outcome.run_id) / "report.md").read_text()
+    assert (
+        "ppo, beta automatic at first" in (run_folder(filled.store, outcome.run_id) / "report.md").read_text()
+    )
+
+
+def test_ppo_asks_the_server_that_its_configuration_names(filled: Filled, tokenizer: Any) -> None:
+    add_comparisons(filled, tokenizer, LABELS)
+    outcome = align(filled.store, config(method="ppo", ppo={"rollout_url": "http://127.0.0.1:9"}))
+    assert outcome.status == "failed"
+    assert "rollout server: /v1/load_lora_adapter failed" in outcome.message
 
 
 def test_labels_on_a_former_policy_wait_for_a_reward_model_that_is_good_enough(

@@ -27,7 +27,7 @@ FENCES = {
     "torch": ("alignment/", "assistant/engine/local.py"),
     "transformers": ("alignment/", "assistant/engine/local.py"),
     "peft": ("alignment/", "assistant/engine/local.py"),
-    "vllm": (),
+    "vllm": ("assistant/engine/vllm_plugin.py",),  # loaded by vLLM's own processes
     "trl": (),
 }
 

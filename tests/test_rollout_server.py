@@ -1,4 +1,4 @@
-"""Rollouts from a server: what is asked of it, what of its failures is named, and when a run uses one.
+"""Rollouts from a server: what is asked of it, and which of its failures are named.
 
 The same against a real vLLM server is in `test_engine_contract.py`, which has one running.
 """
@@ -7,25 +7,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
 import pytest
 
-from alignment import stages
-from alignment.config import config_of
 from alignment.rollout_server import RolloutsFailed, ServedRollouts
 from alignment.rollouts import Rollout
 from learning_fixtures import base_with_policy
 from storage.errors import InvalidField
-from tiny_models import make_tiny_model
 
 PROMPTS = [(11, 12, 13), (14, 15), (16, 17, 18, 19)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 class FakeServer:
@@ -85,24 +76,3 @@ def test_a_server_that_is_gone_is_a_named_failure(model: Path, tmp_path: Path) -
     )
     with pytest.raises(RolloutsFailed, match="is it running"):
         served.sample(base, PROMPTS[:1], temperature=1.0, max_new_tokens=8, seed=5, step=0)
-
-
-@pytest.mark.parametrize("url", ["", "http://127.0.0.1:9"])
-def test_a_run_asks_the_server_that_its_configuration_names(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[ServedRollouts | None] = []
-    monkeypatch.setattr(stages, "train_ppo", lambda *_, sampler, **options: asked.append(sampler))
-    prepared = SimpleNamespace(
-        base=SimpleNamespace(max_positions=100),
-        incumbent=None,
-        parts=SimpleNamespace(policy=SimpleNamespace(pairs=[], thumbs=[])),
-    )
-    config = config_of({"ppo": {"rollout_url": url}})
-    work = SimpleNamespace(prepared=prepared, config=config, progress=None, folder=tmp_path)
-    stages._trained(work, "ppo", SimpleNamespace(), tmp_path / "ppo.pt")
-    (sampler,) = asked
-    assert (sampler is not None) is bool(url)
-    if sampler is not None:
-        assert sampler._client.base_url == url
-        assert sampler._client.is_closed  # the training is over

@@ -219,6 +219,7 @@ class _Model:
         """Take an adapter's layers out, also when it was only half put in."""
         if self.paths:
             if policy_id in self.peft.peft_config:
+                self.peft.set_adapter(next(iter(self.paths)))  # PEFT warns when it must choose by itself
                 self.peft.delete_adapter(policy_id)
         else:
             self.peft, self.base = None, self._load_base()  # sure to leave nothing behind
