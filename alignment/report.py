@@ -198,7 +198,8 @@ def _recipe(card: Card) -> str:
     if card.choice.method == "ppo":
         return (
             f"ppo, beta {ppo.beta or 'automatic'} at first, KL target {ppo.kl_target_nats} nats, "
-            f"learning rate {ppo.learning_rate}, {ppo.steps} steps of {ppo.prompts_per_step * ppo.answers_per_prompt} answers, LoRA rank {ppo.lora.rank}"
+            f"learning rate {ppo.learning_rate}, {ppo.steps} steps of "
+            f"{ppo.prompts_per_step * ppo.answers_per_prompt} answers, LoRA rank {ppo.lora.rank}"
         )
     if card.choice.method == "kto":
         return (
