@@ -2,7 +2,8 @@
 
 A decision is rows in storage (`approve`, `promote`, `rollback`: they work without a server). `Release` brings a running
 engine to what the rows say, in this order: load → check → flip → drain. The flip is one reference in this process, so no
-request is cut: a request keeps the policy it started with, and the policy before stays loaded for the way back.
+request is cut: a request keeps the policy it started with, and the policy before stays loaded for the way back, which
+therefore asks nothing of the engine first.
 """
 
 from __future__ import annotations
@@ -134,6 +135,8 @@ class Release:
         self._lock = asyncio.Lock()
         self._last_trouble: type[KotaeError] | None = None
         self._base_logprobs: dict[str, tuple[float, ...]] = {}
+        self._checked: set[str] = set()
+        """Policies that the engine had and that passed their probes when it was last asked."""
 
     @contextmanager
     def lease(self, conversation_id: str) -> Iterator[Deployment]:
@@ -163,24 +166,37 @@ class Release:
     async def sync(self) -> Served:
         """Load what is wanted, check it, flip to it, and unload what nobody uses. Safe to call at any time.
 
+        Where all that should answer was loaded and checked before, the flip comes first: a way back waits neither for a
+        busy engine nor for another policy that is being loaded. If the engine has lost it since, the first question
+        finds out, as with the policy before.
+
         Raises:
             EngineError: the engine cannot be reached; what was served goes on being served.
         """
+        self._flip_if_checked()
         async with self._lock:
             wanted = self._wanted(serving(self.store))
             paths = {id: Path(p.adapter_path) for id, p in wanted.items() if p.adapter_path is not None}
             result = await reconcile(self.engine, paths, in_use=frozenset(self.in_flight))
-            for policy_id, error in result.failed.items():
-                if not isinstance(error, AdapterRefused):
-                    raise error
-                self._withdraw(policy_id, str(error))
+            refused = dict(result.failed)
             for policy_id in sorted(result.loaded):
                 try:
                     await self._probe(wanted[policy_id])
                 except AdapterRefused as error:
-                    self._withdraw(policy_id, str(error))
+                    refused[policy_id] = error
+            for policy_id, reason in refused.items():
+                if not isinstance(reason, AdapterRefused):
+                    raise reason
+                self._withdraw(policy_id, str(reason))
             self.served = serving(self.store)
+            self._checked = wanted.keys() - refused.keys()
             return self.served
+
+    def _flip_if_checked(self) -> None:
+        wanted = serving(self.store)
+        answering = (wanted.stable, wanted.canary)
+        if {row.policy_id for row in answering if row is not None} <= self._checked:
+            self.served = wanted
 
     async def watch(self) -> None:
         """Sync at once, whenever another process committed, and on a timer (an engine may have lost its adapters)."""
@@ -222,6 +238,7 @@ class Release:
         except AdapterRefused:
             await self.engine.unload(policy.id)
             raise
+        self._checked.add(policy.id)
 
     async def _probe(self, policy: Policy) -> None:
         """The behaviour gate: greedy answers must be finite, not empty, and not the base's own.

@@ -61,6 +61,36 @@ def test_a_rollback_goes_back_in_one_flip_because_the_previous_policy_stays_load
     assert answered_by(desk) == first.id
 
 
+def test_the_way_back_waits_neither_for_the_engine_nor_for_a_policy_that_is_being_loaded(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = (candidate(desk, tmp_path, seed) for seed in (1, 2, 3))
+    approve(desk, first)
+    approve(desk, second)
+
+    async def go_back_while_the_third_is_being_loaded() -> None:
+        free = asyncio.Event()
+
+        async def busy(**_: object) -> None:
+            await free.wait()
+
+        monkeypatch.setattr(desk.engine, "load", busy)
+        approval = asyncio.create_task(
+            desk.release.approve(policy_id=third.id, person=desk.world.admin, reason="better")
+        )
+        await asyncio.sleep(0.05)
+        release.rollback(desk.world.store, actor=desk.world.admin.id, reason="complaints")
+        way_back = asyncio.create_task(desk.release.sync())
+        await asyncio.sleep(0)
+        assert desk.release.served.stable.policy_id == first.id
+        assert not way_back.done()  # what nobody uses is unloaded later
+        approval.cancel()
+        await way_back
+
+    asyncio.run(go_back_while_the_third_is_being_loaded())
+    assert answered_by(desk) == first.id
+
+
 def test_a_policy_older_than_the_previous_one_is_unloaded(desk: Desk, tmp_path: Path) -> None:
     first, second, third = (candidate(desk, tmp_path, seed) for seed in (1, 2, 3))
     for policy in (first, second, third):
