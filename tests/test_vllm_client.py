@@ -310,6 +310,27 @@ def test_a_replica_that_failed_is_tried_last_until_it_answers_again(server: Serv
     assert server.requests[-1].url.host == "one"
 
 
+def test_a_replica_that_came_back_is_asked_for_an_adapter_only_when_it_has_it_again(server: Server) -> None:
+    engine = engine_of(server, ONE, TWO)
+    for host in ("one", "two"):
+        server.on(host, "/v1/models", models(BASE, policy_0001_aaaaaa="/a"))
+        server.chat(host, GOOD)
+    asyncio.run(engine.loaded())
+    server.on("one", "/v1/models", httpx.ConnectError("refused"))  # it dies, comes back empty ...
+    asyncio.run(engine.loaded())
+    server.on("one", "/v1/models", models(BASE))
+    assert asyncio.run(engine.health()).detail == "2 of 2 replicas answer"
+    server.requests.clear()
+    for _ in range(4):
+        ask(engine)
+    assert {request.url.host for request in server.requests} == {"two"}
+    server.on("one", "/v1/models", models(BASE, policy_0001_aaaaaa="/a"))  # ... and catches up
+    asyncio.run(engine.loaded())
+    server.requests.clear()
+    ask(engine)
+    assert {request.url.host for request in server.requests} == {"one"}
+
+
 def test_health_counts_replicas_and_never_raises(server: Server) -> None:
     server.on("two", "/health", httpx.ConnectError("refused"))
     health = asyncio.run(engine_of(server, ONE, TWO).health())

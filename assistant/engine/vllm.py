@@ -11,7 +11,7 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -47,6 +47,8 @@ class _Replica:
     ready: bool = True
     base: str | None = None
     """The name under which it serves the base model; learnt from its model list."""
+    policies: set[str] = field(default_factory=set)
+    """What it can serve; learnt from its model list and from what was done since."""
 
 
 class VllmEngine:
@@ -87,7 +89,7 @@ class VllmEngine:
     ) -> AsyncGenerator[Piece, None]:
         """Stream an answer; closing the iterator early aborts the request in vLLM. See `Engine.stream`."""
         failure: EngineError = EngineUnavailable("engine: no replica is configured")
-        for replica in self._by_load():
+        for replica in self._by_load(policy_id):
             begun = False
             try:
                 async with aclosing(
@@ -100,6 +102,8 @@ class VllmEngine:
             except WORTH_ANOTHER_REPLICA as error:
                 if begun:
                     raise
+                if isinstance(error, PolicyNotLoaded):
+                    replica.policies.discard(policy_id)
                 failure = _worse(failure, error)
         raise failure
 
@@ -154,7 +158,7 @@ class VllmEngine:
             return wire.read_probe(response.json(), model=model)
 
         failure: EngineError = EngineUnavailable("engine: no replica is configured")
-        for replica in self._by_load():
+        for replica in self._by_load(policy_id):
             try:
                 return await ask(replica)
             except WORTH_ANOTHER_REPLICA as error:
@@ -180,6 +184,7 @@ class VllmEngine:
         body = {"lora_name": policy_id, "lora_path": path}
         response = await self._send(replica, "POST", "/v1/load_lora_adapter", json=body)
         if response.status_code == 200:
+            replica.policies.add(policy_id)
             return
         error = wire.error_of_body(response.text)
         message = str(error["message"])
@@ -207,6 +212,7 @@ class VllmEngine:
             response = await self._send(replica, "POST", "/v1/unload_lora_adapter", json=body)
             if response.status_code not in (200, 404):
                 await _raise_for_status(response, policy_id=policy_id, url=replica.url)
+            replica.policies.discard(policy_id)
 
         await self._on_every_replica(forget)
 
@@ -260,6 +266,7 @@ class VllmEngine:
         if not bases:
             raise EngineUnavailable(f"engine: {replica.url} lists no base model; check the address")
         replica.base = self.base_name if self.base_name in bases else bases[0]
+        replica.policies = {self.base_name, *paths}
         return {self.base_name: None, **paths}
 
     async def _name_on(self, replica: _Replica, policy_id: str) -> str:
@@ -270,9 +277,16 @@ class VllmEngine:
             await self._models(replica)
         return replica.base or self.base_name
 
-    def _by_load(self) -> list[_Replica]:
-        """Return the replicas in the order to try: those that answered last time, least in flight first."""
-        return sorted(self._replicas, key=lambda replica: (not replica.ready, replica.in_flight))
+    def _by_load(self, policy_id: str) -> list[_Replica]:
+        """Return the replicas in the order to try: those that answer and have the policy, least in flight first.
+
+        One that came back without its adapters is asked for them only when no other is left.
+        """
+
+        def last(replica: _Replica) -> tuple[bool, bool, int]:
+            return not replica.ready, policy_id not in replica.policies, replica.in_flight
+
+        return sorted(self._replicas, key=last)
 
     async def _on_every_replica(self, act: Callable[[_Replica], Awaitable[T]]) -> list[T]:
         """Act on all replicas at once and return the results of those that answer.
@@ -312,7 +326,7 @@ class VllmEngine:
 
     def _lost(self, replica: _Replica, error: httpx.TransportError, *, begun: bool) -> EngineError:
         """Return a failed connection as our error, and try this replica last from now on."""
-        replica.ready = False
+        replica.ready, replica.base, replica.policies = False, None, set()
         reason = str(error) or type(error).__name__
         if begun:
             return StreamBroken(f"stream: lost {replica.url} in mid-answer ({reason}); ask again")
