@@ -62,7 +62,7 @@ class CanaryWatch:
 
     def _count(self, served: Served, canary: Deployment, until: float) -> None:
         """Add what concluded since the last look; a canary that is new here starts from nothing."""
-        stages = stages_of(deployments.deployments_of(self.store, canary.policy_id))
+        stages = deployments.stages_of(deployments.deployments_of(self.store, canary.policy_id))
         if not self._stages or stages[0].id != self._stages[0].id:
             self._arms, self._hand_overs, self._lengths, self._read_until = [], [], ([], []), 0.0
             self._seen, self._seen_seq = [], 0
@@ -121,14 +121,6 @@ def seen_of(answer: Answered, *, is_canary: bool) -> Seen:
     elif answer.is_empty and answer.finish_reason != "cancelled":
         event = "empty"
     return Seen(at=answer.created_at, canary=is_canary, event=event, total_s=answer.total_s)
-
-
-def stages_of(rows: list[Deployment]) -> list[Deployment]:
-    """Return the rows of the policy's present stay as a canary, oldest first, from all its rows."""
-    stages: list[Deployment] = []
-    for row in rows:
-        stages = [*stages, row] if row.role == "canary" else []
-    return stages
 
 
 def last_verdict(store: Store) -> tuple[str, Status, list[str]] | None:

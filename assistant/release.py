@@ -22,6 +22,7 @@ from assistant.engine.protocol import Engine
 from assistant.engine.reconcile import reconcile
 from assistant.routing import assign
 from storage import adapters, deployments, policies
+from storage.conversations import first_policy_since
 from storage.errors import Conflict, InvalidField, KotaeError
 from storage.records import Deployment, Person, Policy, Served
 from storage.store import Store
@@ -141,13 +142,19 @@ class Release:
     @contextmanager
     def lease(self, conversation_id: str) -> Iterator[Deployment]:
         """Yield the deployment that answers now; its policy stays loaded until the lease ends."""
-        deployment = assign(conversation_id, self.served)
+        deployment = self._assigned(conversation_id)
         self.in_flight[deployment.policy_id] += 1
         try:
             yield deployment
         finally:
             self.in_flight[deployment.policy_id] -= 1
             self.in_flight += Counter()  # forget the zeros
+
+    def _assigned(self, conversation_id: str) -> Deployment:
+        served, first = self.served, None
+        if served.canary_since is not None:
+            first = first_policy_since(self.store, conversation_id, served.canary_since)
+        return assign(conversation_id, served, first_answer_by=first)
 
     async def approve(
         self, *, policy_id: str, person: Person, reason: str, canary_percent: float | None = None

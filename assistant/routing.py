@@ -1,4 +1,4 @@
-"""Which policy answers this conversation: a pure function of its id and of what is served."""
+"""Which policy answers this conversation: a pure function of its id, of what is served and of who answered it first."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ import hashlib
 from storage.records import Deployment, Served
 
 
-def assign(conversation_id: str, served: Served) -> Deployment:
+def assign(conversation_id: str, served: Served, *, first_answer_by: str | None = None) -> Deployment:
     """Return the deployment that answers `conversation_id`.
 
-    The draw is a hash of the conversation and the canary's deployment, so it is sticky while this canary
-    runs and independent between canaries (nobody is always the first to try).
+    The draw is a hash of the conversation and the canary's deployment, so it is independent between canaries (nobody
+    is always the first to try). Once drawn, a conversation stays with its policy while this canary runs, also when the
+    share is changed.
+
+    Args:
+        first_answer_by: the policy of the conversation's first answer since the canary began, None without one.
     """
     canary = served.canary
-    if canary is not None and draw(conversation_id, canary.id) < canary.share:
+    if canary is None or first_answer_by == served.stable.policy_id:
+        return served.stable
+    if first_answer_by == canary.policy_id or draw(conversation_id, canary.id) < canary.share:
         return canary
     return served.stable
 

@@ -5,14 +5,14 @@ Moving the engine to the served state is the business of `assistant.release`.
 
 from __future__ import annotations
 
-from storage.deployments_read import deployments_of, served
+from storage.deployments_read import deployments_of, served, stages_of
 from storage.errors import Conflict, InvalidField, NotAllowed
 from storage.people import require_actor
 from storage.policies import get_policy, is_approved
 from storage.records import Deployment, DeploymentRole, Served, new_id, now
 from storage.store import Store
 
-__all__ = ["deploy", "deployments_of", "history", "served"]
+__all__ = ["deploy", "deployments_of", "history", "served", "stages_of"]
 
 
 def deploy(

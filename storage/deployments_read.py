@@ -22,6 +22,14 @@ def deployments_of(store: Store, policy_id: str) -> list[Deployment]:
     return store.all(Deployment, "policy_id = ?", [policy_id], order="seq")
 
 
+def stages_of(rows: list[Deployment]) -> list[Deployment]:
+    """Return the rows of the policy's present stay as a canary, oldest first, from all its rows."""
+    stages: list[Deployment] = []
+    for row in rows:
+        stages = [*stages, row] if row.role == "canary" else []
+    return stages
+
+
 def _around(store: Store, stable: Deployment) -> Served:
     previous = store.all(
         Deployment,
@@ -40,5 +48,8 @@ def _around(store: Store, stable: Deployment) -> Served:
         limit=1,
     )
     return Served(
-        stable=stable, previous=previous[0] if previous else None, canary=canary[0] if canary else None
+        stable=stable,
+        previous=previous[0] if previous else None,
+        canary=canary[0] if canary else None,
+        canary_since=stages_of(deployments_of(store, canary[0].policy_id))[0].created_at if canary else None,
     )

@@ -303,3 +303,5 @@ class Served:
     stable: Deployment
     previous: Deployment | None = None
     canary: Deployment | None = None
+    canary_since: float | None = None
+    """When the canary's stay began, at whatever share (Unix seconds)."""

@@ -39,6 +39,16 @@ def test_a_conversation_stays_where_it_is() -> None:
     assert all(assign(id, served) is assign(id, served) for id in CONVERSATIONS[:100])
 
 
+def test_a_conversation_keeps_its_first_policy_when_the_share_changes() -> None:
+    more = Served(stable=STABLE, canary=deployment("dep_3", role="canary", share=0.5))
+    for drawn in (STABLE, CANARY):
+        arm = STABLE if drawn is STABLE else more.canary
+        by = arm.policy_id if arm else None
+        assert {assign(id, more, first_answer_by=by) for id in CONVERSATIONS[:200]} == {arm}
+    other = {assign(id, more, first_answer_by="policy-before").role for id in CONVERSATIONS[:200]}
+    assert other == {"stable", "canary"}  # the policy that answered it is neither: drawn again
+
+
 def test_another_canary_asks_other_conversations() -> None:
     both = sum(draw(id, "dep_2") < 0.1 and draw(id, "dep_3") < 0.1 for id in CONVERSATIONS)
     # Independent draws: 1% of 20000 = 200, sd 14.
