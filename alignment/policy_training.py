@@ -32,6 +32,8 @@ from alignment.training import (
 )
 from alignment.training_config import DpoConfig, KtoConfig
 
+HALVINGS = 4
+"""How often the way back from over the KL budget is halved: to a sixteenth of the last steps."""
 PolicyConfig = DpoConfig | KtoConfig
 Gradients = Callable[[Sequence[int], float], tuple[dict[str, float], Change | None]]
 """Adds the gradients of a batch's loss, given its items and the weight of the NLL term; returns the step's curves and
@@ -88,6 +90,8 @@ class _Training:
     optimiser: torch.optim.Optimizer
     good: Weights
     """The last weights that were neither displaced nor broken."""
+    within: Weights
+    """The last weights whose KL was measured within the budget."""
     state: _State
     checkpoint: Path | None
     fingerprint: str
@@ -133,6 +137,7 @@ def _start(
             [(list(parameters.values()), config.learning_rate)], weight_decay=config.weight_decay
         ),
         good=copy_weights(parameters),
+        within=copy_weights(parameters),
         state=_State(nll_weight=config.nll_weight),
         checkpoint=checkpoint,
         fingerprint=method.fingerprint,
@@ -141,7 +146,10 @@ def _start(
     if saved is not None:
         restore_weights(parameters, saved["weights"])
         training.optimiser.load_state_dict(saved["optimiser"])
-        training.good = {name: weight.to(base.device) for name, weight in saved["good"].items()}
+        training.good, training.within = (
+            {name: weight.to(base.device) for name, weight in saved[kept].items()}
+            for kept in ("good", "within")
+        )
         window = [Change(**change) for change in saved["state"].pop("window")]
         training.state = _State(**saved["state"], window=window)
     return training
@@ -153,6 +161,7 @@ def _save(training: _Training) -> None:
             "fingerprint": training.fingerprint,
             "weights": copy_weights(training.parameters),
             "good": training.good,
+            "within": training.within,
             "optimiser": training.optimiser.state_dict(),
             "state": asdict(training.state),
         }
@@ -192,21 +201,50 @@ def _train(
         state.step += 1
         state.curves = [*state.curves, curves][-config.displacement_window :]
         # 4. has it gone as far as it may?
-        spent = _kl(base, method, state, config, crew)
-        if spent is not None:
+        measured = config.kl_budget_nats > 0 and state.step % config.kl_every == 0
+        spent = _kl(base, method, state, crew) if measured else 0.0
+        over = spent > config.kl_budget_nats > 0
+        if over:
+            spent = _step_back(base, method, config, training, crew, spent=spent)
+        elif measured:
+            training.within = copy_weights(training.parameters)
+        if measured:
             curves[f"{name}/kl_per_response_nats"] = spent
         progress.step(state.step, f"{curves[f'{name}/accuracy']:.0%} {method.accuracy_says}", **curves)
-        if spent is not None and spent >= config.kl_budget_nats:
+        if over:
             break
     return None
 
 
-def _kl(base: Base, method: Method, state: _State, config: PolicyConfig, crew: Crew) -> float | None:
-    """Return the KL of an answer from the reference, every few steps of a training that has a budget."""
-    if config.kl_budget_nats == 0 or state.step % config.kl_every:
-        return None
+def _kl(base: Base, method: Method, state: _State, crew: Crew) -> float:
+    """Return the KL of an answer from the reference."""
     with torch.no_grad():
         return kl_per_response(base, method.kl_prompts, seed=state.step, crew=crew)
+
+
+def _step_back(
+    base: Base, method: Method, config: PolicyConfig, training: _Training, crew: Crew, *, spent: float
+) -> float:
+    """Go back from weights over the KL budget towards the last ones within it; return the KL there.
+
+    In the steep part of a training two steps can more than double the KL, so the end is looked for on the line between
+    both by halving: as far as it may, and no farther.
+    """
+    there, within, kl, share = copy_weights(training.parameters), 0.0, spent, 1.0
+    for halving in range(1, HALVINGS + 1):
+        share += (-1 if kl > config.kl_budget_nats else 1) * 0.5**halving
+        _put_between(training, there, share)
+        kl = _kl(base, method, training.state, crew)
+        if kl <= config.kl_budget_nats:
+            within, found = share, kl
+    _put_between(training, there, within)
+    return found if within else _kl(base, method, training.state, crew)
+
+
+def _put_between(training: _Training, there: Weights, share: float) -> None:
+    """Set the weights to the last ones within the budget plus `share` of the way from them."""
+    between = {name: torch.lerp(training.within[name], weight, share) for name, weight in there.items()}
+    restore_weights(training.parameters, between)
 
 
 def _watch(

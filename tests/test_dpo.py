@@ -155,15 +155,15 @@ def test_training_lowers_the_loss_and_ranks_the_pairs(model: Path) -> None:
     assert result.metrics["dpo/accuracy"] > 0.9
 
 
-def test_a_spent_kl_budget_ends_the_training_without_a_fault(model: Path) -> None:
+def test_a_training_ends_within_its_kl_budget_and_without_a_fault(model: Path) -> None:
     curves = Recorder()
     config = replace(CONFIG, epochs=8, kl_budget_nats=0.2, kl_every=2)
     result, _ = trained(model, make_pairs(16), config, progress=curves)
     spent = [p["dpo/kl_per_response_nats"] for p in curves.points if "dpo/kl_per_response_nats" in p]
     assert result.stopped_because is None
     assert result.steps == 2 * len(spent) < 16
-    assert spent[-1] >= 0.2
-    assert all(kl < 0.2 for kl in spent[:-1])
+    assert all(kl <= 0.2 for kl in spent)
+    assert spent[-1] > 0.1  # two more steps go far beyond: it lies between
 
 
 def test_the_kl_of_a_policy_from_itself_is_zero_and_otherwise_that_of_a_plain_loop(model: Path) -> None:
