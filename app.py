@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from assistant.admission import Limits
 from storage import audit, deployments, people, policies, runs
 from storage.errors import KotaeError, NotFound
 from storage.records import ROLES, Person
@@ -40,6 +41,7 @@ def serve(args: argparse.Namespace) -> int:
         host=args.host,
         port=args.port,
         behind_https=args.behind_https,
+        limits=Limits(everybody=args.max_answers, one_person=args.max_answers_each),
         align_command=(sys.executable, str(Path(__file__).resolve()), "align", "--data", str(args.data)),
     )
     from alignment.schedule import Scheduler
@@ -297,6 +299,16 @@ def _add_serve(one: argparse.ArgumentParser) -> None:
     one.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     one.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
     one.add_argument("--behind-https", action="store_true", help="a TLS proxy stands in front of this server")
+    limits, words = (
+        Limits(),
+        "answers under way at once, %s; more are told to come back (default: %%(default)s)",
+    )
+    one.add_argument(
+        "--max-answers", type=int, default=limits.everybody, metavar="N", help=words % "of everybody"
+    )
+    one.add_argument(
+        "--max-answers-each", type=int, default=limits.one_person, metavar="N", help=words % "of one person"
+    )
 
 
 def _add_decisions(commands: Any) -> None:

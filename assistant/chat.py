@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
+from assistant.admission import Admission, Limits
 from assistant.engine.errors import ContextTooLong, PolicyNotLoaded, StreamBroken
 from assistant.engine.protocol import Engine, Piece, Sampling
 from assistant.release import Release
@@ -93,10 +94,13 @@ class _Stream:
 class Chat:
     """Conversations between people and the served policy."""
 
-    def __init__(self, store: Store, engine: Engine, release: Release) -> None:
+    def __init__(
+        self, store: Store, engine: Engine, release: Release, *, limits: Limits | None = None
+    ) -> None:
         self.store = store
         self.engine = engine
         self.release = release
+        self.admission = Admission(limits)
 
     # -- asking ---------------------------------------------------------------------------------------
 
@@ -171,9 +175,13 @@ class Chat:
         `cancelled`.
 
         Raises:
+            QueueFull, TooManyAtOnce: too many answers are under way; nothing was asked.
             EngineError: the engine refused or broke; a partial answer is recorded as `error`.
         """
-        with self.release.lease(ask.conversation_id) as deployment:
+        with (
+            self.admission.admit(ask.person.id),
+            self.release.lease(ask.conversation_id) as deployment,
+        ):
             started = time.monotonic()
             stream = _Stream()
             try:

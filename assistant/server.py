@@ -14,13 +14,14 @@ import subprocess
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import uvicorn
 
 from assistant.accounts import first_administrator
+from assistant.admission import Limits
 from assistant.base_model import find_model
 from assistant.chat import Chat
 from assistant.engine.errors import EngineStarting, EngineUnavailable
@@ -54,6 +55,8 @@ class ServeOptions:
     port: int
     behind_https: bool
     """A TLS proxy stands in front: session cookies go over https only."""
+    limits: Limits = field(default_factory=Limits)
+    """Answers under way at once; beyond them requests are told to come back."""
     align_command: tuple[str, ...]
     """Starts one alignment run in a process of its own; the trigger is appended."""
 
@@ -172,7 +175,7 @@ async def _serve(
             store=store,
             engine=engine,
             release=release,
-            chat=Chat(store, engine, release),
+            chat=Chat(store, engine, release, limits=options.limits),
             launch_run=launcher.launch,
             schedule_text=scheduler.next_text,
             model_name=Path(base.base_path).name,

@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from assistant.admission import QueueFull, TooManyAtOnce
 from assistant.engine.errors import (
     AdapterRefused,
     ContextTooLong,
@@ -88,6 +89,8 @@ KINDS: tuple[tuple[type[KotaeError], Kind], ...] = (
     (NotFound, Kind(404, "invalid_request_error", "not_found")),
     (NotAllowed, Kind(403, "permission_error", "not_allowed")),
     (Conflict, Kind(409, "invalid_request_error", "conflict")),
+    (TooManyAtOnce, Kind(429, "rate_limit_error", "too_many_at_once", retry_after_s=2)),
+    (QueueFull, Kind(503, "server_error", "queue_full", retry_after_s=2)),
     (Busy, Kind(503, "server_error", "busy", retry_after_s=1)),
     (StorageUnavailable, Kind(503, "server_error", "storage_unavailable", retry_after_s=5)),
 )
