@@ -1,0 +1,275 @@
+"""What Kotae adds to the engine it stands before, on real vLLM: throughput, time to the first token, memory over time.
+
+Usage: python tests/benchmarks/serving.py [--people 16] [--seconds 20] [--rounds 3] [--soak-min 30] [--out FILE.json]
+
+The same questions go to vLLM directly and through our API, alternating in one run; people on the page press Enter through
+Gradio's own protocol, as a browser does. Ratios and differences are what counts: engine and gateway share the processors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import secrets
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from alignment.starter.customers import questions
+from running_server import Server
+from storage import people as staff
+from storage.store import Store
+
+MAX_TOKENS = 64
+PROBES = 60
+"""Questions one after the other, for the time that the gateway adds."""
+ANSWER = {
+    "temperature": 0,
+    "max_tokens": MAX_TOKENS,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+}
+
+
+@dataclass
+class Seen:
+    """What one way of asking brought."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    first_token_s: list[float] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else float("nan")
+
+
+@dataclass(frozen=True)
+class Way:
+    """An address that streams chat completions."""
+
+    client: httpx.AsyncClient
+    model: str
+
+    async def ask(self, question: str, seen: Seen) -> None:
+        """Stream one answer and note its tokens and when the first came."""
+        body = {"model": self.model, "messages": [{"role": "user", "content": question}], **ANSWER}
+        started, first = time.monotonic(), 0.0
+        async with self.client.stream("POST", "/v1/chat/completions", json=body) as reply:
+            if reply.status_code != 200:
+                seen.failures.append((await reply.aread()).decode()[:200])
+                return
+            async for line in reply.aiter_lines():
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                event = json.loads(line[6:])
+                told = any(choice["delta"].get("content") for choice in event.get("choices", ()))
+                if told and not first:
+                    first = time.monotonic() - started
+                    seen.first_token_s.append(first)
+                seen.tokens += (event.get("usage") or {}).get("completion_tokens", 0)
+
+
+async def crowd(
+    ask: Callable[[str, Seen], Awaitable[None]], seen: Seen, *, people: int, seconds: float, texts: list[str]
+) -> None:
+    """Let so many people ask one question after the other for so long."""
+    numbers, ends = count(), time.monotonic() + seconds
+
+    async def one() -> None:
+        while time.monotonic() < ends:
+            await ask(texts[next(numbers) % len(texts)], seen)
+
+    started = time.monotonic()
+    await asyncio.gather(*(one() for _ in range(people)))
+    seen.seconds += time.monotonic() - started
+
+
+class Tab:
+    """A browser tab on the chat page, by Gradio's protocol: one event asks, a second streams the answer."""
+
+    def __init__(self, client: httpx.AsyncClient, config: dict[str, object]) -> None:
+        self.client = client
+        self.session = secrets.token_hex(6)
+        by_name = {one["api_name"]: one for one in config["dependencies"]}  # type: ignore[attr-defined, union-attr]
+        self.ask_event, self.stream_event = by_name["ask"], by_name["stream"]
+
+    async def ask(self, question: str, seen: Seen) -> None:
+        """Press Enter and wait for the first words, then for the end."""
+        started = time.monotonic()
+        asked = await self._send("/gradio_api/run/predict", self.ask_event, [None, question])
+        if asked.status_code != 200:
+            seen.failures.append(asked.text[:200])
+            return
+        await self._send("/gradio_api/queue/join", self.stream_event, [None])
+        first = False
+        url = f"/gradio_api/queue/data?session_hash={self.session}"
+        async with self.client.stream("GET", url) as events:
+            async for line in events.aiter_lines():
+                event = json.loads(line[6:]) if line.startswith("data: ") else {}
+                if event.get("msg") == "process_generating" and not first:
+                    first = True
+                    seen.first_token_s.append(time.monotonic() - started)
+                if event.get("msg") == "process_completed":
+                    if not event["success"]:
+                        seen.failures.append(str(event["output"])[:200])
+                    return
+
+    async def _send(self, path: str, event: dict[str, object], data: list[object]) -> httpx.Response:
+        body = {"data": data, "fn_index": event["id"], "session_hash": self.session, "event_data": None}
+        return await self.client.post(path, json=body)
+
+
+def quantile(values: list[float], share: float) -> float:
+    """Return the value below which a share of the values lies; nan without values."""
+    return float(np.quantile(values, share)) if values else float("nan")
+
+
+@asynccontextmanager
+async def ways(server: Server) -> AsyncIterator[tuple[Way, Way]]:
+    """Yield the engine itself and our API before it."""
+    words = psutil.Process(json.loads((server.data / "vllm.pid.json").read_text())["pid"]).cmdline()
+    engine_url = f"http://127.0.0.1:{words[words.index('--port') + 1]}"
+    limits = httpx.Limits(max_connections=None)
+    token = {"Authorization": f"Bearer {server.token('staff')}"}
+    async with (
+        httpx.AsyncClient(base_url=engine_url, timeout=300, limits=limits) as engine,
+        httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits, headers=token) as api,
+    ):
+        models = (await engine.get("/v1/models")).json()["data"]
+        yield Way(engine, models[0]["id"]), Way(api, "kotae")
+
+
+@asynccontextmanager
+async def tabs(server: Server, people: int) -> AsyncIterator[list[Tab]]:
+    """Yield so many tabs of one signed-in person."""
+    async with httpx.AsyncClient(
+        base_url=server.url, timeout=300, limits=httpx.Limits(max_connections=None)
+    ) as client:
+        password = secrets.token_urlsafe(12)
+        with closing(Store(server.data)) as store:
+            person = staff.person_named(store, "reader") or staff.add_person(
+                store, name="reader", role="staff", actor="system"
+            )
+            staff.set_password(store, person.id, password=password, actor="system")
+        reply = await client.post("/login", data={"name": person.name, "password": password})
+        assert reply.status_code == 303, reply.text
+        config = (await client.get("/config")).json()
+        yield [Tab(client, config) for _ in range(people)]
+
+
+async def measure(server: Server, *, people: int, seconds: float, rounds: int) -> dict[str, object]:
+    """Run the comparisons, each way in turn."""
+    texts = [question.text for question in questions(400, seed=7)]
+    alone = {"engine": Seen(), "api": Seen()}
+    busy = {"engine": Seen(), "api": Seen(), "page": Seen()}
+    async with ways(server) as (engine, api), tabs(server, people) as opened:
+        by_name = {"engine": engine, "api": api}
+        for number in range(PROBES):  # one after the other, by turns; the first ones warm up
+            for name in ("engine", "api") if number % 2 else ("api", "engine"):
+                await by_name[name].ask(texts[number], Seen() if number < 8 else alone[name])
+        free = asyncio.Queue[Tab]()
+        for tab in opened:
+            free.put_nowait(tab)
+
+        async def on_the_page(question: str, seen: Seen) -> None:
+            tab = await free.get()
+            await tab.ask(question, seen)
+            free.put_nowait(tab)
+
+        asks = {"engine": engine.ask, "api": api.ask, "page": on_the_page}
+        for number in range(rounds):
+            for name, ask in asks.items() if number % 2 == 0 else reversed(asks.items()):
+                await crowd(ask, busy[name], people=people, seconds=seconds, texts=texts)
+                print(f"  round {number + 1} of {rounds}: {name}", flush=True)
+    return {**report(alone, busy), "people": people, "rounds": rounds, "seconds": seconds}
+
+
+def report(alone: dict[str, Seen], busy: dict[str, Seen]) -> dict[str, object]:
+    """Return ratios and differences."""
+    failures = [text for seen in (*alone.values(), *busy.values()) for text in seen.failures]
+    first = {name: seen.first_token_s for name, seen in busy.items()}
+    return {
+        "failures": len(failures),
+        "first_failures": failures[:3],
+        "engine_tokens_per_s": busy["engine"].tokens_per_s,
+        "api_tokens_per_s": busy["api"].tokens_per_s,
+        "throughput_ratio": busy["api"].tokens_per_s / busy["engine"].tokens_per_s,
+        "alone_engine_first_token_p50_ms": 1e3 * quantile(alone["engine"].first_token_s, 0.5),
+        "gateway_adds_p50_ms": 1e3
+        * (quantile(alone["api"].first_token_s, 0.5) - quantile(alone["engine"].first_token_s, 0.5)),
+        "busy_engine_first_token_p95_ms": 1e3 * quantile(first["engine"], 0.95),
+        "busy_api_first_token_p95_ms": 1e3 * quantile(first["api"], 0.95),
+        "busy_page_first_token_p95_ms": 1e3 * quantile(first["page"], 0.95),
+        "page_adds_p95_ms": 1e3 * (quantile(first["page"], 0.95) - quantile(first["engine"], 0.95)),
+        "answers": {name: len(times) for name, times in first.items()},
+    }
+
+
+async def soak(server: Server, *, minutes: float, people: int) -> dict[str, object]:
+    """Use API and page for a while and return the web process's memory at the start of each tenth, MiB."""
+    texts = [question.text for question in questions(400, seed=8)]
+    assert server.process is not None
+    process, memory = psutil.Process(server.process.pid), []
+    async with ways(server) as (_, api), tabs(server, people) as opened:
+        for _ in range(10):
+            await crowd(api.ask, Seen(), people=people, seconds=minutes * 3, texts=texts)
+            asking = [
+                crowd(tab.ask, Seen(), people=1, seconds=minutes * 3, texts=texts[number:])
+                for number, tab in enumerate(opened)
+            ]
+            await asyncio.gather(*asking)
+            memory.append(process.memory_info().rss / 2**20)
+            print(f"  soak: {memory[-1]:.0f} MiB", flush=True)
+    return {
+        "soak_min": minutes,
+        "soak_memory_mib": memory,
+        "soak_growth_after_first_fifth": memory[-1] / memory[1] - 1,
+    }
+
+
+def main() -> None:
+    """Measure and print; write the figures where asked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--people", type=int, default=16, help="who ask at once (16)")
+    parser.add_argument("--seconds", type=float, default=20, help="of each way in a round (20)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--soak-min", type=float, default=0, help="minutes of steady use, for the memory (0: none)"
+    )
+    parser.add_argument("--out", type=Path, help="write the figures here as JSON")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(Path(folder) / "data").start()
+        try:
+            found = asyncio.run(
+                measure(server, people=options.people, seconds=options.seconds, rounds=options.rounds)
+            )
+            if options.soak_min:
+                found |= asyncio.run(soak(server, minutes=options.soak_min, people=options.people))
+        finally:
+            server.stop()
+    text = json.dumps(found, indent=1)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
