@@ -53,7 +53,7 @@ def create_conversation(
         external_id=external_id,
         active_at=at,
     )
-    with store.transaction(person_id) as changes:
+    with store.transaction(person_id, durable=False) as changes:  # worth nothing before its first turn
         changes.insert(conversation)
         changes.audit("conversation.created", conversation.id)
     return conversation

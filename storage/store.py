@@ -198,10 +198,13 @@ class Store:
         return [decode(record_type, row) for row in rows]
 
     @contextmanager
-    def transaction(self, actor: str, *, audited: bool = True) -> Iterator[Transaction]:
+    def transaction(self, actor: str, *, audited: bool = True, durable: bool = True) -> Iterator[Transaction]:
         """Open a write transaction of `actor` (a person's id or "system"); it is kept when the block ends.
 
-        `audited=False` is for readings that are no change of the facts (a run's step count, its curves).
+        Args:
+            audited: False for readings that are no change of the facts (a run's step count, its curves).
+            durable: False does not wait for the disk, which a person would wait for too. The change outlives this
+                process, and a power cut from the next durable one on, before which it stands in the log.
 
         Raises:
             Busy: another writer did not finish in time.
@@ -215,6 +218,7 @@ class Store:
         try:
             with translated():
                 connection.execute("PRAGMA query_only = OFF")
+                connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
                 connection.execute("BEGIN IMMEDIATE")
             transaction = Transaction(connection, actor)
             yield transaction
