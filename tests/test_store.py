@@ -91,11 +91,11 @@ def test_every_connection_enforces_foreign_keys_and_syncs_fully(world: World) ->
     assert seen == [{"foreign_keys": 1, "synchronous": 2, "journal_mode": "wal"}] * 3
 
 
-def test_a_change_that_need_not_be_durable_waits_for_no_disk_and_the_next_one_does(store: Store) -> None:
+def test_a_change_that_need_not_be_durable_waits_for_no_disk_and_the_next_one_does(world: World) -> None:
     seen = []
     for durable in (True, False, True):
-        with store.transaction("system", audited=False, durable=durable):
-            seen.append(store.rows("PRAGMA synchronous")[0]["synchronous"])
+        with world.store.transaction("system", audited=False, durable=durable):
+            seen.append(world.store.rows("PRAGMA synchronous")[0]["synchronous"])
     assert seen == [2, 1, 2]  # FULL, NORMAL: https://sqlite.org/pragma.html#pragma_synchronous
 
 
