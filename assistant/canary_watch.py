@@ -7,9 +7,9 @@ Deliberately absent: promotion, which is a person's, and requests that failed be
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
-from assistant.canary import CanaryConfig, Status, Verdict, judge
+from assistant.canary import CanaryConfig, Evidence, Status, Verdict, judge
 from assistant.canary_evidence import Arms
 from assistant.canary_stops import Event, Seen, hard_stops, length_outside, refusals_outside
 from assistant.release import rollback
@@ -121,6 +121,26 @@ def seen_of(answer: Answered, *, is_canary: bool) -> Seen:
     elif answer.is_empty and answer.finish_reason != "cancelled":
         event = "empty"
     return Seen(at=answer.created_at, canary=is_canary, event=event, total_s=answer.total_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """The last verdict, as it was kept."""
+
+    policy_id: str
+    status: Status
+    evidence: Evidence
+    at: float
+    """When the status or a number last changed, in seconds since the epoch."""
+
+
+def last_judged(store: Store) -> Judged | None:
+    """Return the last verdict with its numbers; None before the first."""
+    kept: Json = settings.get(store, VERDICT, {})
+    if not kept:
+        return None
+    evidence = Evidence(**kept["evidence"])
+    return Judged(policy_id=kept["policy_id"], status=kept["status"], evidence=evidence, at=kept["at"])
 
 
 def last_verdict(store: Store) -> tuple[str, Status, list[str]] | None:

@@ -70,6 +70,17 @@ def test_a_fresh_engine_lists_and_serves_the_base(running: Running) -> None:
     assert {piece.served_by for piece in pieces} == {BASE}
 
 
+def test_an_engine_at_rest_says_that_nothing_runs_or_waits(running: Running) -> None:
+    engine, loop = running
+    deadline = time.monotonic() + 30
+    while True:  # vLLM's numbers follow the end of an answer by a step
+        queues = loop.run(engine.queues())
+        if [(queue.up, queue.running, queue.waiting) for queue in queues] == [(True, 0, 0)]:
+            return
+        assert time.monotonic() < deadline, queues
+        time.sleep(0.2)
+
+
 def test_first_piece_has_the_prompt_ids_and_only_the_last_a_finish_reason(
     running: Running, world: TinyWorld
 ) -> None:

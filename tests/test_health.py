@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from assistant.engine.protocol import Health
+from assistant import release
+from assistant.canary_watch import CanaryWatch
+from assistant.engine.protocol import Health, Queue
 from assistant.web.totals import Histogram
 from storage import deployments
-from web_fixtures import Site, make_site
+from web_fixtures import Site, make_site, start_canary
 
 QUESTION = [{"role": "user", "content": "Where is my parcel?"}]
 
@@ -125,6 +128,52 @@ def test_the_engine_what_is_served_and_what_is_in_flight_are_told(site: Site) ->
     assert now[f'kotae_served{{policy="{base}",role="stable"}}'] == 1
     site.engine.health_now = Health(ready=False, detail="gone")
     assert samples(site)["kotae_engine_up"] == 0
+
+
+def test_shares_are_of_the_new_conversations(site: Site) -> None:
+    base = site.engine.base_name
+    assert samples(site)[f'kotae_served_share{{policy="{base}",role="stable"}}'] == 1
+    canary = start_canary(site, share=0.25)
+    now = samples(site)
+    assert now[f'kotae_served_share{{policy="{base}",role="stable"}}'] == 0.75
+    assert now[f'kotae_served_share{{policy="{canary}",role="canary"}}'] == 0.25
+
+
+def test_the_evidence_about_a_canary_is_told_until_there_is_another(site: Site) -> None:
+    assert not [series for series in samples(site) if series.startswith("kotae_canary")]
+    canary = start_canary(site, share=0.25)
+    CanaryWatch(site.store).look()
+    now = samples(site)
+    # Nothing has concluded: no evidence either way.
+    assert now[f'kotae_canary_e_value{{policy="{canary}"}}'] == 1
+    assert now[f'kotae_canary_verdict{{policy="{canary}",status="Inconclusive"}}'] == 1
+    for arm in ("canary", "stable"):
+        assert now[f'kotae_canary_conversations{{policy="{canary}",arm="{arm}"}}'] == 0
+        assert now[f'kotae_canary_negative{{policy="{canary}",arm="{arm}"}}'] == 0
+    low, high = (
+        now[f'kotae_canary_difference{{policy="{canary}",bound="{bound}"}}'] for bound in ("low", "high")
+    )
+    assert low < 0 < high
+    release.rollback(site.store, actor="system", reason="seen enough")
+    asyncio.run(site.services.release.sync())
+    assert samples(site)[f'kotae_canary_verdict{{policy="{canary}",status="Inconclusive"}}'] == 1
+
+
+def test_what_a_server_does_not_tell_is_left_out(site: Site) -> None:
+    site.engine.queues_now = [
+        Queue(replica="http://one", up=True, running=3, waiting=2),
+        Queue(replica="http://two", up=True),
+        Queue(replica="http://three", up=False),
+    ]
+    now = samples(site)
+    assert [now[f'kotae_engine_replica_up{{replica="http://{n}"}}'] for n in ("one", "two", "three")] == [
+        1,
+        1,
+        0,
+    ]
+    assert now['kotae_engine_running{replica="http://one"}'] == 3
+    assert now['kotae_engine_waiting{replica="http://one"}'] == 2
+    assert len([series for series in now if series.startswith("kotae_engine_running")]) == 1
 
 
 def test_the_page_is_what_prometheus_reads(site: Site) -> None:

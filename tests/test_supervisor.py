@@ -262,15 +262,6 @@ def test_the_engine_is_chosen_by_what_can_run_here(
     assert choose_engine() == expected
 
 
-def test_running_and_waiting_requests_are_counted_from_the_metrics() -> None:
-    text = (
-        'vllm:num_requests_running{engine="0",model_name="b"} 2.0\n'
-        'vllm:num_requests_waiting{engine="0",model_name="b"} 1.0\n'
-        'vllm:num_requests_waiting_by_reason{engine="0",reason="capacity"} 1.0\n'
-    )
-    assert supervisor.requests_in(text) == 3
-
-
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_real_vllm_comes_back_after_kill_9_and_leaves_no_process_and_no_shared_memory(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from assistant.engine.errors import (
     PolicyNotLoaded,
     StreamBroken,
 )
-from assistant.engine.protocol import Piece, Sampling
+from assistant.engine.protocol import Piece, Queue, Sampling
 from assistant.engine.vllm import VllmEngine
 from storage.errors import InvalidField, KotaeError
 from storage.records import Json
@@ -339,6 +339,32 @@ def test_health_counts_replicas_and_never_raises(server: Server) -> None:
     assert "http://two" in health.detail
     server.on("one", "/health", problem(503, "dead"))
     assert not asyncio.run(engine_of(server, ONE, TWO).health()).ready
+
+
+def test_queues_are_those_that_each_replica_tells_of(server: Server) -> None:
+    # vLLM 0.32 tells of each engine behind an address, and beside it of why requests wait
+    text = (
+        'vllm:num_requests_running{engine="0",model_name="b"} 2.0\n'
+        'vllm:num_requests_running{engine="1",model_name="b"} 3.0\n'
+        'vllm:num_requests_waiting{engine="0",model_name="b"} 1.0\n'
+        'vllm:num_requests_waiting_by_reason{engine="0",reason="capacity"} 1.0\n'
+    )
+    server.on("one", "/metrics", httpx.Response(200, text=text))
+    server.on("two", "/metrics", httpx.Response(404, text="Not Found"))
+    queues = asyncio.run(engine_of(server, ONE, TWO).queues())
+    assert queues == [
+        Queue(replica=ONE, up=True, running=5, waiting=1),
+        Queue(replica=TWO, up=True, running=None, waiting=None),
+    ]
+
+
+def test_the_queue_of_a_replica_that_is_gone_is_not_asked_for_again(server: Server) -> None:
+    server.on("one", "/metrics", httpx.ConnectError("refused"))
+    engine = engine_of(server)
+    gone = [Queue(replica=ONE, up=False)]
+    assert asyncio.run(engine.queues()) == gone
+    assert asyncio.run(engine.queues()) == gone
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(

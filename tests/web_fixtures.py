@@ -24,8 +24,9 @@ from assistant.web.server import Pages, build_app
 from assistant.web.services import Services
 from running_server import free_port
 from storage import deployments, people, policies
-from storage.records import Person, Role
+from storage.records import Person, Policy, Role
 from storage.store import Store
+from storage_fixtures import World, add_candidate, approve, deploy
 
 PASSWORD = "correct horse battery"
 
@@ -107,6 +108,24 @@ def make_site(data: Path, *, pages: Pages = (), secure_cookies: bool = False) ->
         build = partial(_build, services, secure_cookies=secure_cookies, pages=pages)
         app = elsewhere.submit(lambda: asyncio.run(build())).result()
     return Site(services=services, engine=engine, app=app, people=team)
+
+
+def start_canary(site: Site, *, share: float) -> str:
+    """Give a share of the conversations to an approved candidate, and return its id."""
+    served = site.services.release.served
+    world = World(
+        store=site.store,
+        admin=site.people["admin"],
+        staff=site.people["staff"],
+        other=site.people["other"],
+        base=site.store.get(Policy, served.stable.policy_id),
+        deployment=served.stable,
+    )
+    policy = add_candidate(world)
+    approve(world, policy)
+    deploy(world, policy, "canary", share=share)
+    asyncio.run(site.services.release.sync())
+    return policy.id
 
 
 async def _build(services: Services, *, secure_cookies: bool, pages: Pages) -> FastAPI:

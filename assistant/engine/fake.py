@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Iterable
 from pathlib import Path
 
 from assistant.engine.errors import ContextTooLong, EngineUnavailable, PolicyNotLoaded
-from assistant.engine.protocol import Health, Piece, ProbeResult, Sampling
+from assistant.engine.protocol import Health, Piece, ProbeResult, Queue, Sampling
 from storage.records import Json
 
 Answer = str | Exception | tuple[str | Exception, ...]
@@ -42,6 +42,7 @@ class FakeEngine:
         self.calls: list[Json] = []
         self.aborted: list[str] = []
         self.health_now = Health(ready=True, detail="the fake engine is always ready")
+        self.queues_now = [Queue(replica="fake", up=True, running=0, waiting=0)]
         self.closed = False
         self._queue: deque[Answer] = deque()
 
@@ -111,6 +112,10 @@ class FakeEngine:
     async def health(self) -> Health:
         """Return `health_now`, or that it is closed."""
         return Health(ready=False, detail="the engine is closed") if self.closed else self.health_now
+
+    async def queues(self) -> list[Queue]:
+        """Return `queues_now`."""
+        return self.queues_now
 
     async def close(self) -> None:
         """Refuse further questions."""

@@ -26,7 +26,7 @@ from assistant.engine.errors import (
     PolicyNotLoaded,
     StreamBroken,
 )
-from assistant.engine.protocol import Health, Piece, ProbeResult, Sampling
+from assistant.engine.protocol import Health, Piece, ProbeResult, Queue, Sampling
 from storage.errors import InvalidField, KotaeError
 from storage.records import Json
 
@@ -114,6 +114,12 @@ class LocalEngine:
             return Health(ready=False, detail="the model is being loaded")
         error = self._model.exception()
         return Health(ready=error is None, detail=f"in this process{f': {error}' if error else ''}")
+
+    async def queues(self) -> list[Queue]:
+        """Say whether the one thread has work, and how much waits for it: answers, probes and adapters to load."""
+        running = min(1, self._waiting)
+        up = (await self.health()).ready
+        return [Queue(replica="in this process", up=up, running=running, waiting=self._waiting - running)]
 
     async def close(self) -> None:
         """Stop the running answer, drop those that wait, and end the thread."""

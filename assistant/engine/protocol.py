@@ -56,6 +56,18 @@ class Health:
     detail: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queue:
+    """How busy one server of an engine is. None where it does not tell."""
+
+    replica: str
+    """Its address, or where it runs."""
+    up: bool
+    """Whether it answered when it was last asked."""
+    running: int | None = None
+    waiting: int | None = None
+
+
 class Engine(Protocol):
     """Answers questions with the base model or with one of the adapters loaded beside it."""
 
@@ -95,6 +107,10 @@ class Engine(Protocol):
 
     async def health(self) -> Health:
         """Say whether the engine can answer; never raises."""
+        ...
+
+    async def queues(self) -> list[Queue]:
+        """Say for each server how many answers it makes and holds waiting; never raises."""
         ...
 
     async def close(self) -> None:

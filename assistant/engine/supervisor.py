@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -27,6 +26,7 @@ import psutil
 from assistant.engine import process_group
 from assistant.engine.errors import EngineUnavailable
 from assistant.engine.vllm_launch import VllmOptions, choose_engine, command, environment, installed_vllm
+from assistant.engine.vllm_wire import queue_lengths
 
 Progress = Callable[[str, float], None]
 """Called with what vLLM is doing, in words, and the seconds since the start."""
@@ -61,12 +61,6 @@ def boot_stage(log: str) -> str:
     """Return what the server is doing, from its log."""
     found = [words for mark, words in STAGES if mark in log]
     return found[-1] if found else "loading Python packages"
-
-
-def requests_in(metrics: str) -> int:
-    """Return how many requests are running or waiting, from vLLM's Prometheus text."""
-    rows = re.findall(r"^vllm:num_requests_(?:running|waiting)\{[^}]*\} ([0-9.e+]+)$", metrics, re.MULTILINE)
-    return int(sum(float(value) for value in rows))
 
 
 class VllmProcess:
@@ -203,7 +197,8 @@ class VllmProcess:
         async with httpx.AsyncClient(trust_env=False, timeout=5.0) as client:
             while time.monotonic() < deadline:
                 try:
-                    if requests_in((await client.get(f"{self.url}/metrics")).text) == 0:
+                    metrics = (await client.get(f"{self.url}/metrics")).text
+                    if sum(queue_lengths(metrics) or ()) == 0:
                         return
                 except httpx.TransportError:
                     return

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -26,7 +26,7 @@ from assistant.engine.errors import (
     PolicyNotLoaded,
     StreamBroken,
 )
-from assistant.engine.protocol import Health, Piece, ProbeResult, Sampling
+from assistant.engine.protocol import Health, Piece, ProbeResult, Queue, Sampling
 from storage.errors import InvalidField, KotaeError
 from storage.records import Json
 
@@ -234,6 +234,10 @@ class VllmEngine:
         well = len(checks) - len(wrong)
         return Health(ready=well > 0, detail="; ".join([f"{well} of {len(checks)} replicas answer", *wrong]))
 
+    async def queues(self) -> list[Queue]:
+        """Return how many answers each replica makes and holds waiting, by its own metrics; never raises."""
+        return await asyncio.gather(*(self._queue(replica) for replica in self._replicas))
+
     async def close(self) -> None:
         """Close the connections."""
         await self._client.aclose()
@@ -249,6 +253,15 @@ class VllmEngine:
             return str(error)
         replica.ready = True
         return ""
+
+    async def _queue(self, replica: _Replica) -> Queue:
+        lengths = None
+        if replica.ready:  # one that is known to be silent would only hold up the others' numbers
+            with suppress(KotaeError):
+                response = await self._send(replica, "GET", "/metrics", timeout_s=HEALTH_TIMEOUT_S)
+                lengths = wire.queue_lengths(response.text)
+        running, waiting = lengths or (None, None)
+        return Queue(replica=replica.url, up=replica.ready, running=running, waiting=waiting)
 
     async def _is_healthy(self, replica: _Replica) -> bool:
         return not await self._check(replica)

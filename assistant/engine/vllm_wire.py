@@ -36,6 +36,16 @@ MAX_SEED = 2**63
 FINISH_REASONS: dict[str, Literal["stop", "length"]] = {"stop": "stop", "length": "length"}
 
 
+def queue_lengths(metrics: str) -> tuple[int, int] | None:
+    """Return how many requests run and wait, from vLLM's Prometheus text; None where it does not say."""
+    row = r"^vllm:num_requests_(running|waiting)\{[^}]*\} ([0-9.e+]+)$"
+    found = re.findall(row, metrics, re.MULTILINE)
+    running, waiting = (
+        [int(float(value)) for kind, value in found if kind == name] for name in ("running", "waiting")
+    )
+    return (sum(running), sum(waiting)) if running and waiting else None
+
+
 def chat_body(*, model: str, policy_id: str, messages: list[Json], sampling: Sampling) -> Json:
     """Return the body of a streamed chat completion that reports its token ids."""
     body: Json = {

@@ -8,14 +8,14 @@ import ipaddress
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from assistant.engine.protocol import Health
-from assistant.web.metrics import CONTENT_TYPE, exposition
+from assistant.canary_watch import last_judged
+from assistant.engine.protocol import Health, Queue
+from assistant.web.metrics import CONTENT_TYPE, Present, exposition
 from assistant.web.services import Services
 from assistant.web.sessions import Sessions, caller
 from assistant.web.totals import Totals
 from storage import tallies
 from storage.errors import KotaeError
-from storage.records import Served
 
 ENGINE_TIMEOUT_S = 5.0
 FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
@@ -55,14 +55,16 @@ class HealthApi:
         """Return the metrics: to this machine itself, else to operators."""
         if not is_local(request):
             caller(request, self.sessions, "operator")
-        health = await self._engine_health()
-        text = await asyncio.to_thread(
-            exposition,
-            self.totals,
-            in_flight=dict(self.services.release.in_flight),
+        health, queues = await self._engine_health(), await self._queues()
+        release = self.services.release
+        present = Present(
+            in_flight=dict(release.in_flight),
+            served=release.served,
             engine_up=health.ready,
-            served=roles(self.services.release.served),
+            queues=queues,
+            judged=await asyncio.to_thread(last_judged, self.services.store),
         )
+        text = await asyncio.to_thread(exposition, self.totals, present)
         return Response(text, media_type=CONTENT_TYPE)
 
     async def _reason_against(self) -> str:
@@ -87,11 +89,12 @@ class HealthApi:
         except TimeoutError:
             return Health(ready=False, detail=f"no answer within {ENGINE_TIMEOUT_S:g} s")
 
-
-def roles(served: Served) -> dict[str, str]:
-    """Return which policy has which role."""
-    rows = {"stable": served.stable, "previous": served.previous, "canary": served.canary}
-    return {role: row.policy_id for role, row in rows.items() if row is not None}
+    async def _queues(self) -> list[Queue]:
+        try:
+            async with asyncio.timeout(ENGINE_TIMEOUT_S):
+                return await self.services.engine.queues()
+        except TimeoutError:
+            return []
 
 
 def is_local(request: Request) -> bool:

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
+from assistant.canary_watch import Judged
+from assistant.engine.protocol import Queue
 from assistant.web.totals import Histogram, Totals
+from storage.records import Served
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def exposition(
-    totals: Totals, *, in_flight: Mapping[str, int], engine_up: bool, served: Mapping[str, str]
-) -> str:
-    """Return the metrics page; `served` is role to policy.
+Gauge = Iterable[tuple[Mapping[str, str], float]]
+"""The rows of one gauge: labels and value."""
 
-    The database is read here, so call it in a thread.
-    """
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Present:
+    """What holds now, beside the totals of what was recorded."""
+
+    in_flight: Mapping[str, int]
+    served: Served
+    engine_up: bool
+    queues: Sequence[Queue]
+    judged: Judged | None
+    """The last verdict on a canary; it stays until there is another."""
+
+
+def exposition(totals: Totals, present: Present) -> str:
+    """Return the metrics page. The database is read here, so call it in a thread."""
     with totals.lock:
         totals.refresh()
         lines = [
@@ -26,15 +41,79 @@ def exposition(
             *_histogram("kotae_first_token_seconds", "Time to the first token.", totals.first_token_s),
             *_histogram("kotae_answer_seconds", "Time to the whole answer.", totals.total_s),
         ]
-    lines += _head("kotae_in_flight", "Answers being made now.", "gauge")
-    lines += [f"kotae_in_flight{_labels(policy=id)} {count}" for id, count in sorted(in_flight.items())]
-    lines += _head("kotae_served", "Which policy has which role.", "gauge")
-    lines += [f"kotae_served{_labels(policy=id, role=role)} 1" for role, id in sorted(served.items())]
-    lines += [
-        *_head("kotae_engine_up", "1 when the engine can answer.", "gauge"),
-        f"kotae_engine_up {int(engine_up)}",
-    ]
+    lines += [*_serving(present), *_engine(present)]
+    if present.judged is not None:
+        lines += _canary(present.judged)
     return "\n".join(lines) + "\n"
+
+
+def _serving(present: Present) -> Iterator[str]:
+    served = present.served
+    rows = [("stable", served.stable), ("previous", served.previous), ("canary", served.canary)]
+    roles = [({"policy": row.policy_id, "role": role}, row) for role, row in rows if row is not None]
+    canary_share = served.canary.share if served.canary else 0.0
+    shares = {"stable": 1 - canary_share, "previous": 0.0, "canary": canary_share}
+    in_flight = sorted(present.in_flight.items())
+    yield from _gauge(
+        "kotae_in_flight", "Answers being made now.", (({"policy": id}, n) for id, n in in_flight)
+    )
+    yield from _gauge("kotae_served", "Which policy has which role.", ((labels, 1) for labels, _ in roles))
+    yield from _gauge(
+        "kotae_served_share",
+        "Share of the new conversations that a policy gets, 0 to 1.",
+        ((labels, shares[labels["role"]]) for labels, _ in roles),
+    )
+
+
+def _engine(present: Present) -> Iterator[str]:
+    yield from _gauge("kotae_engine_up", "1 when the engine can answer.", [({}, int(present.engine_up))])
+    queues = [({"replica": queue.replica}, queue) for queue in present.queues]
+    yield from _gauge(
+        "kotae_engine_replica_up",
+        "1 when a server of the engine answers.",
+        ((labels, int(queue.up)) for labels, queue in queues),
+    )
+    yield from _gauge(
+        "kotae_engine_running",
+        "Answers that a server makes now.",
+        ((labels, queue.running) for labels, queue in queues if queue.running is not None),
+    )
+    yield from _gauge(
+        "kotae_engine_waiting",
+        "Questions that wait in a server.",
+        ((labels, queue.waiting) for labels, queue in queues if queue.waiting is not None),
+    )
+
+
+def _canary(judged: Judged) -> Iterator[str]:
+    """Yield the numbers of the last verdict; docs/canary.md says what they mean."""
+    policy, evidence = {"policy": judged.policy_id}, judged.evidence
+    arms = [("canary", evidence.canary, evidence.canary_negative)]
+    arms += [("stable", evidence.stable, evidence.stable_negative)]
+    bounds = [("low", evidence.difference_low), ("high", evidence.difference_high)]
+    for name, help, rows in (
+        ("verdict", "The last verdict on a canary.", [({**policy, "status": judged.status}, 1.0)]),
+        ("verdict_timestamp_seconds", "When it last changed.", [(policy, judged.at)]),
+        (
+            "e_value",
+            "Evidence that the canary is worse; it is taken back at 100.",
+            [(policy, evidence.e_value)],
+        ),
+        ("conversations", "Concluded ones.", [({**policy, "arm": arm}, float(n)) for arm, n, _ in arms]),
+        ("negative", "The negative ones.", [({**policy, "arm": arm}, float(n)) for arm, _, n in arms]),
+        (
+            "difference",
+            "Bounds of the difference of the negative shares, canary minus stable.",
+            [({**policy, "bound": bound}, value) for bound, value in bounds],
+        ),
+    ):
+        yield from _gauge(f"kotae_canary_{name}", help, rows)
+
+
+def _gauge(name: str, help: str, rows: Gauge) -> Iterator[str]:
+    yield from _head(name, help, "gauge")
+    for labels, value in rows:
+        yield f"{name}{_labels(**labels)} {value}"
 
 
 def _counter(name: str, help: str, label: str, counts: Counter[tuple[str, str]]) -> Iterator[str]:
@@ -59,7 +138,8 @@ def _head(name: str, help: str, kind: str) -> list[str]:
 
 
 def _labels(**labels: str) -> str:
-    return "{" + ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items()) + "}"
+    pairs = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
+    return f"{{{pairs}}}" if pairs else ""
 
 
 def _escaped(value: str) -> str:
