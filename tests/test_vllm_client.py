@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from assistant.engine import vllm
 from assistant.engine import vllm_wire as wire
 from assistant.engine.errors import (
     AdapterRefused,
@@ -25,6 +26,7 @@ from assistant.engine.errors import (
 )
 from assistant.engine.protocol import Piece, Queue, Sampling
 from assistant.engine.vllm import VllmEngine
+from assistant.web.health import ENGINE_TIMEOUT_S
 from storage.errors import InvalidField, KotaeError
 from storage.records import Json
 
@@ -339,6 +341,23 @@ def test_health_counts_replicas_and_never_raises(server: Server) -> None:
     assert "http://two" in health.detail
     server.on("one", "/health", problem(503, "dead"))
     assert not asyncio.run(engine_of(server, ONE, TWO).health()).ready
+
+
+def test_a_replica_that_never_answers_does_not_make_the_others_look_absent(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert vllm.HEALTH_TIMEOUT_S < ENGINE_TIMEOUT_S
+    monkeypatch.setattr(vllm, "HEALTH_TIMEOUT_S", 0.1)
+
+    async def half_silent(request: httpx.Request) -> httpx.Response:
+        if request.url.host == "two":
+            await asyncio.sleep(60)
+        return await server(request)
+
+    engine = VllmEngine([ONE, TWO], base_name=BASE, transport=httpx.MockTransport(half_silent))
+    answer = asyncio.run(engine.health())
+    assert answer.ready
+    assert answer.detail == "1 of 2 replicas answer; engine: http://two does not answer within 0.1 s"
 
 
 def test_queues_are_those_that_each_replica_tells_of(server: Server) -> None:
