@@ -27,7 +27,7 @@ class ByFile(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = Path(nodeid.split("::")[0]).name
-        return "server" if file.startswith(("test_loop", "test_serving")) else file
+        return "server" if file.startswith(("test_loop", "test_node", "test_serving")) else file
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -17,11 +17,13 @@ from typing import Any
 import httpx
 
 from storage import conversations, deployments
-from storage.records import Policy
+from storage.records import Policy, Turn
 from storage.store import Store
 
 ROOT = Path(__file__).parent.parent
 BOOT_TIMEOUT_S = 600
+LONG_TOKENS = 45
+"""Most answers of the starter model are shorter; one of this length takes long enough to be stopped in its middle."""
 
 
 def free_port() -> int:
@@ -181,3 +183,31 @@ class Server:
             return conversations.get_turn(store, turn_id).policy_id
         finally:
             store.close()
+
+
+def long_question(server: Server) -> dict[str, Any]:
+    """Return a question that has a long answer when nobody stops it: seeds make an answer come again."""
+    with server.client() as client:
+        for seed in range(60):
+            question = {
+                "model": "kotae",
+                "messages": [{"role": "user", "content": "1 2 3 4 5 6 7 8 9 10 11 12"}],
+                "temperature": 2,
+                "seed": seed,
+            }
+            whole = client.post("/v1/chat/completions", json=question).json()
+            if whole["usage"]["completion_tokens"] >= LONG_TOKENS:
+                return question
+    raise AssertionError(f"none of 60 answers has {LONG_TOKENS} tokens")
+
+
+def recorded(server: Server, turn_id: str, timeout_s: float = 10) -> Turn:
+    """Return the turn; an answer that was stopped is recorded a moment after its client has gone."""
+    store, deadline = Store(server.data), time.monotonic() + timeout_s
+    try:
+        while not (found := store.all(Turn, "id = ?", [turn_id])):
+            assert time.monotonic() < deadline, f"{turn_id} was not recorded"
+            time.sleep(0.05)
+        return found[0]
+    finally:
+        store.close()

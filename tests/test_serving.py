@@ -19,7 +19,7 @@ from openai import OpenAI
 
 from assistant import release
 from chat_fixtures import add_servable_candidate
-from running_server import ROOT, Server, run_app
+from running_server import LONG_TOKENS, ROOT, Server, long_question, recorded, run_app
 from storage import conversations, deployments, feedback, people, runs
 from storage.records import Policy, Turn
 from storage.store import Store
@@ -110,6 +110,35 @@ def test_openais_client_streams_an_answer_and_its_id_takes_a_rating(server: Serv
         [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_dict=False
     )
     assert json.loads(prompt_ids) == list(rendered)
+
+
+def test_a_stock_chat_page_lists_models_streams_stops_and_goes_on(server: Server) -> None:
+    """What a page like Open WebUI does with a connection, by hand: no client library, the chat's id as a header."""
+    asked = {**long_question(server), "stream": True, "stream_options": {"include_usage": True}}
+    chat = {"X-Conversation-Id": "chat-7"}
+    with server.client() as page:
+        models = page.get("/v1/models").json()
+        assert [model["id"] for model in models["data"]] == ["kotae"]
+        with page.stream("POST", "/v1/chat/completions", json=asked, headers=chat) as reply:
+            assert reply.headers["content-type"].startswith("text/event-stream")
+            turn_id, heard = "", ""
+            for line in reply.iter_lines():
+                if line.startswith("data: "):
+                    event = json.loads(line.removeprefix("data: "))
+                    turn_id, heard = event["id"], event["choices"][0]["delta"].get("content", "")
+                if heard:
+                    break  # the stop button: the connection is closed in mid-answer
+        stopped = recorded(server, turn_id)
+        assert stopped.finish_reason == "cancelled"
+        assert stopped.answer.startswith(heard)
+        assert len(stopped.answer_token_ids) < LONG_TOKENS
+        history = [*asked["messages"], {"role": "assistant", "content": stopped.answer}]
+        body = {"model": "kotae", "messages": [*history, {"role": "user", "content": QUESTION}]}
+        goes_on = page.post("/v1/chat/completions", json=body, headers=chat)
+        assert goes_on.status_code == 200, goes_on.text
+    next_turn = recorded(server, goes_on.json()["id"])
+    assert (next_turn.conversation_id, next_turn.parent_turn_id) == (stopped.conversation_id, stopped.id)
+    assert next_turn.finish_reason == "stop"
 
 
 def test_swaps_and_rollbacks_during_eight_streams_cut_nothing_and_name_the_right_policy(
