@@ -11,6 +11,7 @@ shift 2
 export VLLM_ALLOW_RUNTIME_LORA_UPDATING=1
 export VLLM_NO_USAGE_STATS=1
 
+# On a CPU, two replicas of one machine choose the same cores: give each its own, e.g. VLLM_CPU_OMP_THREADS_BIND=0-7.
 # --max-loras: adapters in one batch. Kotae keeps stable, previous and canary loaded, and the next one while it is probed.
 # --max-lora-rank: no less than the rank in the alignment's configuration; vLLM refuses what is larger.
 # The name under which the base answers is learnt from /v1/models: no --served-model-name is needed.
