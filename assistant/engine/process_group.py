@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ import psutil
 CLOCK_TOLERANCE_S = 2.0
 """Start times are computed from the boot time, which moves a little when the clock is set."""
 POLL_S = 0.1
+SHARED_MEMORY = Path("/dev/shm")
+_SHARED = re.compile(r"/dev/shm/(\S+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +32,8 @@ class Leader:
 
     pid: int
     started_at: float
+    shared_memory: tuple[str, ...] = ()
+    """Names in /dev/shm that its group was seen to use: whoever is killed cannot remove them (vLLM's are 240 MiB each)."""
 
 
 def leader_of(pid: int) -> Leader:
@@ -48,7 +53,11 @@ def read_leader(path: Path) -> Leader | None:
     """Return the recorded leader, or None when there is no usable record."""
     try:
         row = json.loads(path.read_text())
-        return Leader(pid=int(row["pid"]), started_at=float(row["started_at"]))
+        return Leader(
+            pid=int(row["pid"]),
+            started_at=float(row["started_at"]),
+            shared_memory=tuple(map(str, row.get("shared_memory", ()))),
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -96,6 +105,27 @@ def end_group(
         if not left:
             break
     return pids
+
+
+def shared_memory_of(pids: Iterable[int]) -> set[str]:
+    """Return the names in /dev/shm that the processes have mapped; none where there is no /proc."""
+    found: set[str] = set()
+    for pid in pids:
+        with suppress(OSError):
+            found.update(_SHARED.findall(Path(f"/proc/{pid}/maps").read_text()))
+    return found
+
+
+def remove_shared_memory(names: Iterable[str]) -> list[str]:
+    """Remove what a group that has ended left in /dev/shm, but nothing that anybody still uses; returns the names."""
+    left = [name for name in names if (SHARED_MEMORY / name).exists() and Path(name).name == name]
+    if not left:
+        return []
+    used = shared_memory_of(psutil.pids())
+    removed = [name for name in left if name not in used]
+    for name in removed:
+        (SHARED_MEMORY / name).unlink(missing_ok=True)
+    return removed
 
 
 def _is_resource_tracker(process: psutil.Process) -> bool:

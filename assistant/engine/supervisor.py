@@ -16,6 +16,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -144,6 +145,8 @@ class VllmProcess:
         """End what an earlier crash of ours left running, and return those pids. Blocks for seconds."""
         leader = process_group.read_leader(self.pid_file)
         ended = [] if leader is None else process_group.end_group(leader, is_ours=is_vllm)
+        if leader is not None:
+            process_group.remove_shared_memory(leader.shared_memory)
         self.pid_file.unlink(missing_ok=True)
         return ended
 
@@ -156,7 +159,7 @@ class VllmProcess:
 
     async def _boot(self) -> None:
         """Start the server process and wait until it is ready."""
-        started = time.monotonic()
+        started, noted_s = time.monotonic(), 0.0
         rotate(self.log)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -180,10 +183,25 @@ class VllmProcess:
                     limit_s = self.options.boot_timeout_s
                     raise EngineUnavailable(f"vllm: not ready after {limit_s:.0f} s\n{self.last_lines()}")
                 self._on_progress(boot_stage(self.log.read_text(errors="replace")), elapsed_s)
+                if elapsed_s >= noted_s + 1:  # it looks at every process of the machine
+                    self._note_shared_memory()
+                    noted_s = elapsed_s
                 await asyncio.sleep(POLL_S)
+        self._note_shared_memory()
         self.boot_s = time.monotonic() - started
         self.state, self.detail = "ready", f"ready after {self.boot_s:.1f} s"
         self._on_progress("ready", self.boot_s)
+
+    def _note_shared_memory(self) -> None:
+        """Record what the group uses, for when it is killed."""
+        if self._leader is None:
+            return
+        group = process_group.members(self._leader, is_ours=lambda process: True)
+        used = process_group.shared_memory_of(process.pid for process in group)
+        known = self._leader.shared_memory
+        if not used <= set(known):
+            self._leader = replace(self._leader, shared_memory=tuple(sorted(used.union(known))))
+            process_group.write_leader(self.pid_file, self._leader)
 
     async def _is_ready(self, client: httpx.AsyncClient) -> bool:
         try:
@@ -249,6 +267,7 @@ class VllmProcess:
             # the leader was ours until just now, so everybody left in its group is
             await asyncio.to_thread(process_group.end_group, leader, is_ours=lambda process: True)
             await asyncio.to_thread(wait_quietly, process, 5.0)
+            await asyncio.to_thread(process_group.remove_shared_memory, leader.shared_memory)
         self._leader = None
         self.pid_file.unlink(missing_ok=True)
 
