@@ -40,8 +40,10 @@ class Batch:
     """(B, T) int64, padded on the right."""
     positions: torch.Tensor | None
     """(B, T) int64 for tree rows; None: 0 to T-1 in every row."""
-    mask: torch.Tensor | None
-    """(B, 1, T, T) bool, True = may attend, for tree rows; None: causal. Padding on the right is never seen."""
+    segments: torch.Tensor
+    """(B, T) int64: 0 prompt, 1.. completions, -1 padding."""
+    bounds: tuple[tuple[int, ...], ...]
+    """Of each row: where its prompt ends and where each completion ends."""
     predictors: torch.Tensor
     """(N,) int64 into B*T: the position whose hidden state predicts the target."""
     targets: torch.Tensor
@@ -52,6 +54,11 @@ class Batch:
     """(C,) int64 into B*T: each completion's last token."""
     lengths: torch.Tensor
     """(C,) int64: tokens of each completion."""
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """(B, 1, T, T) bool, True = may attend, for tree rows; None: causal. Padding on the right is never seen."""
+        return None if self.positions is None else _tree_mask(self.segments)
 
 
 def make_tree(prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> Tree:
@@ -117,7 +124,7 @@ def collate(trees: Sequence[Tree], *, share: bool, pad_id: int, device: torch.de
     width = max(len(row.prompt) + sum(map(len, row.completions)) for row in rows)
     ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     positions = torch.zeros((len(rows), width), dtype=torch.int64)
-    segments = torch.full((len(rows), width), -1, dtype=torch.int64)  # 0 prompt, 1.. completions, -1 padding
+    segments = torch.full((len(rows), width), -1, dtype=torch.int64)
     predictors: list[int] = []
     lasts: list[int] = []
     for number, row in enumerate(rows):
@@ -137,7 +144,8 @@ def collate(trees: Sequence[Tree], *, share: bool, pad_id: int, device: torch.de
     return Batch(
         input_ids=ids.to(device),
         positions=positions.to(device) if share else None,
-        mask=_tree_mask(segments.to(device)) if share else None,
+        segments=segments.to(device),
+        bounds=tuple(tuple(_bounds(row)) for row in rows),
         predictors=torch.tensor(predictors, device=device),
         targets=torch.tensor([token for completion in completions for token in completion], device=device),
         owners=torch.repeat_interleave(torch.arange(len(completions)), lengths).to(device),

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from alignment.batching import Tree, collate, make_tree, micro_batches, pays_to_share
+from alignment.batching import Tree, collate, make_tree, micro_batches
 from alignment.displacement import Change
 from alignment.distributed import ALONE, Crew
 from alignment.dpo_losses import pair_losses
-from alignment.logprobs import completion_sums, token_logprobs
+from alignment.logprobs import completion_sums, shares, token_logprobs
 from alignment.models import Base, active, has_adapter
 from alignment.policy_training import Method, PolicyResult, train_policy
 from alignment.preferences import Pair
@@ -125,7 +125,7 @@ def _gradients(
     Every micro-batch divides by the whole batch's weight, so the split changes nothing.
     """
     trees = [data.trees[number] for number in numbers]
-    share = base.share_prefixes and pays_to_share(trees)
+    share = shares(base, trees)
     total = data.weights[list(numbers)].sum()
     sums = torch.zeros(5, device=base.device)
     plans = micro_batches(trees, budget_tokens=config.batch_tokens or base.batch_tokens, share=share)

@@ -22,12 +22,12 @@ from pathlib import Path
 
 import torch
 
-from alignment.batching import Batch, collate, group_by_prompt, make_tree, micro_batches, pays_to_share
+from alignment.batching import Batch, collate, group_by_prompt, make_tree, micro_batches
 from alignment.displacement import Change
 from alignment.distributed import ALONE, Crew
 from alignment.kto_losses import balanced_weights, reference_point, thumb_losses
 from alignment.labels import Thumb
-from alignment.logprobs import Row, completion_logprobs, completion_sums, token_logprobs
+from alignment.logprobs import Row, completion_logprobs, completion_sums, shares, token_logprobs
 from alignment.models import Base, active, has_adapter
 from alignment.policy_training import Method, PolicyResult, train_policy
 from alignment.progress import Progress
@@ -257,7 +257,7 @@ def _point(base: Base, data: _Data, numbers: Sequence[int], config: KtoConfig, c
 def _layouts(base: Base, rows: Sequence[Row], config: KtoConfig) -> Iterator[tuple[list[int], Batch]]:
     """Yield micro-batches and which rows each holds; rows of one prompt share it where that pays."""
     trees, groups = group_by_prompt(rows)
-    share = base.share_prefixes and pays_to_share(trees)
+    share = shares(base, trees)
     if not share:
         trees, groups = (
             [make_tree(prompt, (answer,)) for prompt, answer in rows],

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from alignment.batching import Batch, collate, group_by_prompt, micro_batches, pays_to_share
+from alignment.batching import Batch, Tree, collate, group_by_prompt, micro_batches, pays_to_share
 from alignment.distributed import ALONE, Crew
 from alignment.models import Base, active, backbone, checkpointed, head
+from alignment.packed import packed_states, packs
 from alignment.progress import Progress, stop_if_asked
 
 LOGITS_A_CHUNK = 4 * 2**20
@@ -86,9 +87,21 @@ def hidden_states(base: Base, batch: Batch) -> torch.Tensor:
     return states.flatten(0, 1)
 
 
+def states_at(base: Base, batch: Batch, places: torch.Tensor) -> torch.Tensor:
+    """Return (len(places), D) last hidden states at `places`, int64 into B*T, under the adapter that is active."""
+    if packs(base):
+        return packed_states(base, batch, places)
+    return hidden_states(base, batch)[places]
+
+
+def shares(base: Base, trees: Sequence[Tree]) -> bool:
+    """Return whether the trees are laid out a row a tree: where no mask is needed, it never costs anything."""
+    return packs(base) or (base.share_prefixes and pays_to_share(trees))
+
+
 def token_logprobs(base: Base, batch: Batch, *, temperature: float = 1.0) -> torch.Tensor:
     """Return (N,) log-probs in nats of the batch's completion tokens, with gradient where it is on."""
-    hidden = hidden_states(base, batch)[batch.predictors]
+    hidden = states_at(base, batch, batch.predictors)
     layer = head(base)
     return head_logprobs(hidden, layer.weight, batch.targets, bias=layer.bias, temperature=temperature)
 
@@ -119,7 +132,7 @@ def completion_logprobs(
         Interrupted: `progress` asked to stop.
     """
     trees, numbers = group_by_prompt(rows)
-    share = base.share_prefixes and pays_to_share(trees)
+    share = shares(base, trees)
     plans = micro_batches(trees, budget_tokens=batch_tokens or base.batch_tokens, share=share)
     scored: dict[int, list[float]] = {}
     watch = crew.begin(progress, "scoring answers")

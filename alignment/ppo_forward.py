@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from alignment.batching import Batch, collate, group_by_prompt, micro_batches, pays_to_share
+from alignment.batching import Batch, collate, group_by_prompt, micro_batches
 from alignment.distributed import ALONE, Crew
-from alignment.logprobs import LOGITS_A_CHUNK, Row, head_logprobs, hidden_states
+from alignment.logprobs import LOGITS_A_CHUNK, Row, head_logprobs, shares, states_at
 from alignment.models import Base, active, head
 from alignment.progress import Progress, stop_if_asked
 
@@ -24,7 +24,7 @@ def answer_batches(
 ) -> Iterator[tuple[Batch, list[int]]]:
     """Yield this process's micro-batches of the rows `numbers`, each with the row number of each of its answers."""
     trees, groups = group_by_prompt([rows[number] for number in numbers])
-    share = base.share_prefixes and pays_to_share(trees)
+    share = shares(base, trees)
     plans = micro_batches(trees, budget_tokens=batch_tokens or base.batch_tokens, share=share)
     for plan in crew.share(plans):
         batch = collate([trees[i] for i in plan], share=share, pad_id=base.pad_id, device=base.device)
@@ -59,7 +59,7 @@ def of_each_token(
     with active(base, adapter), torch.no_grad():
         for batch, owners in batches:
             stop_if_asked(watch, "scoring answers")
-            found = numbers_of(hidden_states(base, batch)[batch.predictors], batch.targets)
+            found = numbers_of(states_at(base, batch, batch.predictors), batch.targets)
             part = torch.zeros(len(owners), mask.shape[1], device=base.device)
             part[mask[owners]] = found.float()
             result[owners] = part

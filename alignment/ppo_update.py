@@ -15,7 +15,7 @@ import torch
 from alignment.batching import Batch
 from alignment.critic import CRITIC, Critic
 from alignment.distributed import ALONE, Crew
-from alignment.logprobs import Row, hidden_states
+from alignment.logprobs import Row, states_at
 from alignment.models import Base, active
 from alignment.ppo_config import PpoConfig
 from alignment.ppo_forward import answer_batches, entropy_sum, logprobs_of
@@ -163,7 +163,7 @@ def _policy_pass(
 ) -> torch.Tensor:
     """Add the policy's gradients of a micro-batch; return its sums by `POLICY_SUMS`."""
     base, config, mask = learner.base, learner.config, experience.mask[owners]
-    hidden = hidden_states(base, batch)[batch.predictors]
+    hidden = states_at(base, batch, batch.predictors)
     new = logprobs_of(base, temperature=config.temperature)(hidden, batch.targets)  # (N,)
     cap = config.log_ratio_cap
     log_ratios = (new - experience.old[owners][mask]).clamp(-cap, cap)
@@ -183,7 +183,7 @@ def _critic_pass(
 ) -> torch.Tensor:
     """Add the critic's gradients of a micro-batch; return its sums by `VALUE_SUMS`."""
     config, mask = learner.config, experience.mask[owners]
-    values = learner.critic.values(hidden_states(learner.base, batch)[batch.predictors])  # (N,)
+    values = learner.critic.values(states_at(learner.base, batch, batch.predictors))  # (N,)
     old, returns = experience.values[owners][mask], experience.returns[owners][mask]
     loss = value_losses(values, old, returns, clip_range=config.value_clip_range).sum()
     (config.value_weight * loss / tokens).backward()  # type: ignore[no-untyped-call]

@@ -13,9 +13,9 @@ from dataclasses import replace
 
 import torch
 
-from alignment.batching import Tree, collate, micro_batches, pays_to_share
+from alignment.batching import Tree, collate, micro_batches
 from alignment.distributed import ALONE, Crew
-from alignment.logprobs import hidden_states
+from alignment.logprobs import shares, states_at
 from alignment.models import Base, active, adapter_parameters
 from alignment.progress import Progress, stop_if_asked
 from alignment.reward_items import Items, item_losses
@@ -66,7 +66,7 @@ def last_states(
     crew: Crew = ALONE,
 ) -> torch.Tensor:
     """Return (C, D) float32 hidden states of each answer's last token, tree by tree."""
-    share = base.share_prefixes and pays_to_share(trees)
+    share = shares(base, trees)
     starts = [0]
     for tree in trees:
         starts.append(starts[-1] + len(tree.completions))
@@ -78,7 +78,7 @@ def last_states(
             stop_if_asked(watch, "scoring answers")
             batch = collate([trees[i] for i in plan], share=share, pad_id=base.pad_id, device=base.device)
             owners = [number for i in plan for number in range(starts[i], starts[i + 1])]
-            result[owners] = hidden_states(base, batch)[batch.lasts].float()
+            result[owners] = states_at(base, batch, batch.lasts).float()
     crew.sum(result)  # exact: every state is one process's, and zero in the others
     return result
 
@@ -186,14 +186,14 @@ def add_gradients(
 ) -> float:
     """Add the gradients of the items' weighted mean loss, over the members' mean; return that loss."""
     trees = [items.trees[number] for number in numbers]
-    share = base.share_prefixes and pays_to_share(trees)
+    share = shares(base, trees)
     total = items.plain_weights[list(numbers)].sum()
     value = torch.zeros((), dtype=torch.float64)
     plans = micro_batches(trees, budget_tokens=config.batch_tokens or base.batch_tokens, share=share)
     for plan in crew.share(plans):
         ordered = sorted(plan, key=lambda i: numbers[i])  # pairs first, then thumbs
         batch = collate([trees[i] for i in ordered], share=share, pad_id=base.pad_id, device=base.device)
-        scores = hidden_states(base, batch)[batch.lasts].float() @ own["heads"].T  # (C, M)
+        scores = states_at(base, batch, batch.lasts).float() @ own["heads"].T  # (C, M)
         chosen = [numbers[i] for i in ordered]
         losses = item_losses(scores, own, items, chosen, centring=config.centring)  # (I, M)
         loss = (items.weights[chosen] * losses).sum() / (total * config.members)

@@ -131,7 +131,7 @@ def test_prefix_sharing_gives_the_weights_of_padded_rows(
 ) -> None:
     pairs = make_pairs(16, prompt=(30, 40))
     _, shared = trained(model, pairs)
-    monkeypatch.setattr(dpo, "pays_to_share", lambda trees: False)
+    monkeypatch.setattr(dpo, "shares", lambda base, trees: False)
     _, padded = trained(model, pairs)
     assert_same(shared, padded, tolerance=2e-5)
 

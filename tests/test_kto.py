@@ -242,10 +242,10 @@ def test_prefix_sharing_gives_the_weights_of_padded_rows(
     ]
     config = replace(CONFIG, batch_thumbs=16, epochs=3)
     asked = []
-    monkeypatch.setattr(kto, "pays_to_share", lambda trees: asked.append(len(trees)) or True)
+    monkeypatch.setattr(kto, "shares", lambda base, trees: asked.append(len(trees)) or True)
     _, shared = trained(model, thumbs, config, spread=0.05)
     assert set(asked) == {4}
-    monkeypatch.setattr(kto, "pays_to_share", lambda trees: False)
+    monkeypatch.setattr(kto, "shares", lambda base, trees: False)
     _, padded = trained(model, thumbs, config, spread=0.05)
     assert difference(shared, padded) < 2e-5
 

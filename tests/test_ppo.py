@@ -248,10 +248,10 @@ def test_micro_batches_prefix_sharing_and_the_order_of_answers_change_no_gradien
 ) -> None:
     base, taste = fresh(model, spread=0.1)
     data, numbers = experience(base, rows_of(4, 2)), list(range(8))
-    monkeypatch.setattr(ppo_forward, "pays_to_share", lambda trees: False)
+    monkeypatch.setattr(ppo_forward, "shares", lambda base, trees: False)
     whole, sums = gradients(learner(base, taste, replace(CONFIG, batch_tokens=10**6)), data, numbers)
     for tokens, share, order in ((1, False, 1), (1, True, 1), (10**6, True, -1)):
-        monkeypatch.setattr(ppo_forward, "pays_to_share", lambda trees, share=share: share)
+        monkeypatch.setattr(ppo_forward, "shares", lambda base, trees, share=share: share)
         base.model.delete_adapter(CRITIC)
         other = learner(base, taste, replace(CONFIG, batch_tokens=tokens))
         found, more = gradients(other, data, numbers[::order])

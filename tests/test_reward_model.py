@@ -151,7 +151,7 @@ def test_micro_batches_and_prefix_sharing_change_no_gradient(
     numbers = [28, 3, 0, 21, 19, 7, 25]
 
     def gradients(tokens: int, share: bool) -> dict[str, torch.Tensor]:
-        monkeypatch.setattr(reward_training, "pays_to_share", lambda trees: share)
+        monkeypatch.setattr(reward_training, "shares", lambda base, trees: share)
         own = new_parameters(base, items, CONFIG, seed=4)
         parameters = {**adapter_parameters(base, "reward_0"), **own}
         with active(base, "reward_0", trainable=True):
