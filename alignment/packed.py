@@ -2,7 +2,7 @@
 
 It reads the weights of the transformers model and of the adapter that is on, and equals that model's own forward pass to
 rounding (tested). The last layer computes queries and the feed-forward part only where a hidden state is read.
-Other architectures and devices go through the model's own forward pass: see `logprobs.states_at`.
+What `packs` does not know goes through the model's own forward pass: see `logprobs.states_at`.
 Letters: B rows, T tokens a row, N tokens in all, M tokens read, D hidden size.
 """
 
@@ -15,37 +15,69 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
+from transformers.activations import SiLUActivation
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
 from alignment.batching import Batch
 from alignment.models import Base, backbone
 from alignment.packed_attention import Heads, Rotation, tree_attention
-from alignment.packed_layers import Block, Factors, Linear, adapted, gated, normed
+from alignment.packed_layers import Block, Factors, Linear, adapted, gated_down, normed
 
-ARCHITECTURES = ("llama", "qwen2")
+MODELS = (llama.LlamaModel, qwen2.Qwen2Model)
+PARTS = (
+    *(llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaMLP, llama.LlamaRMSNorm),
+    *(qwen2.Qwen2DecoderLayer, qwen2.Qwen2Attention, qwen2.Qwen2MLP, qwen2.Qwen2RMSNorm),
+    SiLUActivation,
+)
+"""What their layers are made of, beside linear layers: another activation or a wrapped norm is none of it."""
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Frequencies that do not depend on how long the rows of a batch are."""
 BLOCK_TOKENS = 128
 """Queries of a block: half of a block's last square is computed for nothing, and each block costs some calls."""
 Span = tuple[int, int]
 
 
 def packs(base: Base) -> bool:
-    """Return whether `packed_states` computes what the model computes."""
-    config = base.model.config
+    """Return whether `packed_states` computes what the model computes, and as it is to be computed.
+
+    Sliding windows are ruled out by `base.share_prefixes`. With checkpointing the layers must forget what they
+    computed, which is transformers' work.
+    """
+    model = backbone(base)
     return bool(
         base.device.type == "cpu"
         and base.dtype in (torch.float32, torch.float64)
         and base.share_prefixes
-        and config.model_type in ARCHITECTURES
-        and config.hidden_act == "silu"
-        and all(_known(part) for part in backbone(base).layers.modules() if hasattr(part, "in_features"))
+        and not base.checkpointing
+        and type(model) in MODELS
+        and type(model.embed_tokens) is nn.Embedding
+        and model.rotary_emb.rope_type in ROPE_TYPES
+        and all(_known(layer, base.dtype) for layer in model.layers)
     )
 
 
-def _known(part: Any) -> bool:
-    """Return whether `_linear` reads this linear layer whole."""
+def _known(layer: Any, dtype: torch.dtype) -> bool:
+    """Return whether `_layer` does all that this layer does."""
+    own, mlp = layer.self_attn, layer.mlp
+    parts = (layer, own, mlp, mlp.act_fn, layer.input_layernorm, layer.post_attention_layernorm)
+    linears = (own.q_proj, own.k_proj, own.v_proj, own.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    return all(type(part) in PARTS for part in parts) and all(_read_whole(part, dtype) for part in linears)
+
+
+def _read_whole(part: Any, dtype: torch.dtype) -> bool:
+    """Return whether `_linear` reads all that this linear layer computes with: no DoRA, no bias in LoRA, no dropout."""
     if not isinstance(part, LoraLinear):
-        return type(part) is nn.Linear
+        return type(part) is nn.Linear and part.weight.dtype == dtype
     names = part.active_adapters
-    return len(names) == 1 and not part.merged and not any(name in part.lora_variant for name in names)
+    if len(names) != 1 or part.merged or part.training or not _read_whole(part.base_layer, dtype):
+        return False
+    name = names[0]
+    return name not in part.lora_A or (
+        part.lora_A[name].weight.dtype == dtype
+        and name not in part.lora_variant
+        and not part.lora_bias.get(name)
+    )
 
 
 def packed_states(base: Base, batch: Batch, places: torch.Tensor) -> torch.Tensor:
@@ -130,8 +162,8 @@ def _layer(
     mixed = tree_attention(q, kv, turns=turns, blocks=blocks, heads=heads)
     x = adapted(mixed, [_linear(own.o_proj)], residual=x)
     calm = _norm(layer.post_attention_layernorm, x)
-    inner = gated(adapted(calm, [_linear(mlp.gate_proj), _linear(mlp.up_proj)]))
-    return adapted(inner, [_linear(mlp.down_proj)], residual=x)
+    both = adapted(calm, [_linear(mlp.gate_proj), _linear(mlp.up_proj)])
+    return gated_down(both, _linear(mlp.down_proj), residual=x)
 
 
 def _norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
@@ -140,7 +172,7 @@ def _norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _linear(part: Any) -> Linear:
     """Read a linear layer and the adapter that is on."""
-    if not isinstance(part, LoraLinear):
+    if type(part) is nn.Linear:
         return Linear(part.weight, part.bias, None)
     plain = part.base_layer
     name = part.active_adapters[0]

@@ -13,6 +13,8 @@ import torch
 
 from alignment.packed_layers import Block
 
+KEPT_KEYS = 512
+"""A block that sees more keys computes its softmax again in the backward pass: kept, it would grow with the row."""
 Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines (N, E / 2) of the tokens' positions."""
 
@@ -31,7 +33,7 @@ class Heads(NamedTuple):
 
 def _rotated(x: torch.Tensor, rotation: Rotation, heads: int) -> torch.Tensor:
     """Return (heads, N, E) x (N, heads * E) rotated by its positions (arXiv 2104.09864)."""
-    split = x.unflatten(1, (heads, -1)).transpose(0, 1)
+    split = x.view(len(x), heads, -1).transpose(0, 1)
     result = torch.empty(split.shape, dtype=x.dtype, device=x.device)
     return _turn(split, result, *rotation)
 
@@ -50,8 +52,17 @@ def _seen(x: torch.Tensor, block: Block) -> torch.Tensor:
     return own if block.prompt.start == block.prompt.stop else torch.cat([x[:, block.prompt], own], dim=1)
 
 
+def _shares(queries: torch.Tensor, keys: torch.Tensor, block: Block, heads: Heads) -> torch.Tensor:
+    """Return the block's softmax(q k^T * scale) (G, H / G * M, L) of queries (G, H / G, M, E), M those of the block."""
+    groups, repeats, count, size = queries.shape
+    scores = torch.bmm(queries.reshape(groups, -1, size), _seen(keys, block).mT).mul_(heads.scale)
+    future = torch.full((count, count), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)
+    scores.view(groups, repeats, count, -1)[..., -count:].add_(future)
+    return scores.softmax(dim=-1)
+
+
 class _TreeAttention(torch.autograd.Function):
-    """softmax(q k^T * scale) v within each block; the softmax is kept for the backward pass."""
+    """softmax(q k^T * scale) v within each block; of short blocks the softmax is kept for the backward pass."""
 
     @staticmethod
     def forward(
@@ -67,38 +78,35 @@ class _TreeAttention(torch.autograd.Function):
         repeats, many = heads.queries // groups, q.shape[0]
         queries = _rotated(q, turns[0], heads.queries).view(groups, repeats, many, size)
         keys = _rotated(kv[:, : groups * size], turns[1], groups)
-        values = kv[:, groups * size :].unflatten(1, (groups, size)).transpose(0, 1).contiguous()
+        values = kv[:, groups * size :].view(len(kv), groups, size).transpose(0, 1).contiguous()
         result = torch.empty_like(q)
         shaped = result.view(many, groups, repeats, size).permute(1, 2, 0, 3)
-        longest = max(block.queries.stop - block.queries.start for block in blocks)
-        future = torch.full((longest, longest), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
-        shares = []
+        kept: list[torch.Tensor | None] = []
         for block in blocks:
             own = queries[:, :, block.queries]
-            count = own.shape[2]
-            scores = torch.bmm(own.reshape(groups, -1, size), _seen(keys, block).mT).mul_(heads.scale)
-            scores.view(groups, repeats, count, -1)[..., -count:].add_(future[:count, :count])
-            shares.append(scores.softmax(dim=-1))
-            shaped[:, :, block.queries] = torch.bmm(shares[-1], _seen(values, block)).view_as(own)
-        ctx.save_for_backward(queries, keys, values, *shares)
+            share = _shares(own, keys, block, heads)
+            shaped[:, :, block.queries] = torch.bmm(share, _seen(values, block)).view_as(own)
+            kept.append(share if share.shape[-1] <= KEPT_KEYS else None)
+        ctx.save_for_backward(queries, keys, values, *kept)
         ctx.about = turns, blocks, heads
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         """Return the gradients of q and kv."""
-        queries, keys, values, *shares = ctx.saved_tensors
+        queries, keys, values, *kept = ctx.saved_tensors
         turns, blocks, heads = ctx.about
         groups, repeats, many, size = queries.shape
         grad = grads[0].view(many, groups, repeats, size).permute(1, 2, 0, 3)
         to_queries = torch.empty_like(queries)
         to_keys, to_values = torch.zeros_like(keys), torch.zeros_like(values)
-        for block, share in zip(blocks, shares, strict=True):
+        for block, share in zip(blocks, kept, strict=True):
+            asked = queries[:, :, block.queries]
+            share = _shares(asked, keys, block, heads) if share is None else share
             own = grad[:, :, block.queries].reshape(groups, -1, size)
             seen = block.prompt.stop - block.prompt.start
             through = torch.bmm(own, _seen(values, block).mT)
-            scores = torch._softmax_backward_data(through, share, -1, share.dtype).mul_(heads.scale)  # type: ignore[no-untyped-call]
-            asked = queries[:, :, block.queries]
+            scores = torch._softmax_backward_data(through, share, -1, share.dtype).mul_(heads.scale)
             to_queries[:, :, block.queries] = torch.bmm(scores, _seen(keys, block)).view_as(asked)
             for target, found in (
                 (to_keys, torch.bmm(scores.mT, asked.reshape(groups, -1, size))),

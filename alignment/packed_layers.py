@@ -49,7 +49,8 @@ class _Adapted(torch.autograd.Function):
     """Several linear layers of one input side by side, each with its adapter, plus a residual.
 
     W + scale * B A is formed for the call, in full precision: for N tokens that costs R / N of the product, where
-    the usual x A^T B^T costs R (I + O) / (I O) of it. The backward pass needs only x, and thin products.
+    the usual x A^T B^T costs R (I + O) / (I O) of it. Only x is kept for the backward pass, which forms it again:
+    kept by all layers it would be a second copy of the model.
     """
 
     @staticmethod
@@ -61,45 +62,42 @@ class _Adapted(torch.autograd.Function):
         *factors: torch.Tensor,
     ) -> torch.Tensor:
         """Return (N, O), O over all layers."""
-        weight = _effective(layers)
-        result = torch.mm(x, weight.T)
-        at = 0
-        for layer in layers:
-            if layer.bias is not None:
-                result[:, at : at + len(layer.bias)] += layer.bias
-            at += layer.weight.shape[0]
+        result = _with_biases(torch.mm(x, _effective(layers).T), layers)
         if residual is not None:
             result += residual
-        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
+        ctx.save_for_backward(x)
         ctx.layers = layers
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         """Return the gradients of x, the residual and each A and B that is trained."""
-        (grad,), (x, weight) = grads, ctx.saved_tensors
-        slope = torch.mm(grad, weight) if ctx.needs_input_grad[0] else None
-        found: list[Slot] = []
-        if not any(ctx.needs_input_grad[3:]):
-            found = [None] * len(ctx.needs_input_grad[3:])
-        else:
-            adapted = [layer.factors for layer in ctx.layers if layer.factors]
-            inner = torch.mm(x, torch.cat([each.down for each in adapted]).T)  # (N, R of all)
-            ranks = [each.down.shape[0] for each in adapted]
-            outer = torch.empty_like(inner)
-            at = done = 0
-            for layer in ctx.layers:
-                part = grad[:, at : at + layer.weight.shape[0]]
-                at += layer.weight.shape[0]
-                if layer.factors is None:
-                    continue
-                _, up, scale = layer.factors
-                columns = slice(done, done + up.shape[1])
-                done += up.shape[1]
-                torch.mm(part, up * scale, out=outer[:, columns])
-                found += [None, torch.mm(part.T, inner[:, columns]).mul_(scale)]
-            found[::2] = torch.mm(outer.T, x).split(ranks)
+        (grad,), (x,) = grads, ctx.saved_tensors
+        slope = torch.mm(grad, _effective(ctx.layers)) if ctx.needs_input_grad[0] else None
+        trained = ctx.needs_input_grad[3:]
+        found = _factor_slopes(ctx.layers, x, grad) if any(trained) else [None] * len(trained)
         return (slope, grad if ctx.needs_input_grad[1] else None, None, *found)
+
+
+def _factor_slopes(layers: Sequence[Linear], x: torch.Tensor, grad: torch.Tensor) -> list[Slot]:
+    """Return the gradients of each A and B in turn, of the inputs x (N, I) and the outputs' gradient (N, O)."""
+    factors = [layer.factors for layer in layers if layer.factors]
+    inner = torch.mm(x, torch.cat([each.down for each in factors]).T)  # (N, R of all)
+    outer = torch.empty_like(inner)
+    found: list[Slot] = []
+    at = done = 0
+    for layer in layers:
+        part = grad[:, at : at + layer.weight.shape[0]]
+        at += layer.weight.shape[0]
+        if layer.factors is None:
+            continue
+        _, up, scale = layer.factors
+        columns = slice(done, done + up.shape[1])
+        done += up.shape[1]
+        torch.mm(part, up * scale, out=outer[:, columns])
+        found += [None, torch.mm(part.T, inner[:, columns]).mul_(scale)]
+    found[::2] = torch.split(torch.mm(outer.T, x), [each.down.shape[0] for each in factors])
+    return found
 
 
 def _effective(layers: Sequence[Linear]) -> torch.Tensor:
@@ -116,6 +114,16 @@ def _effective(layers: Sequence[Linear]) -> torch.Tensor:
     return weight
 
 
+def _with_biases(outputs: torch.Tensor, layers: Sequence[Linear]) -> torch.Tensor:
+    """Add the layers' biases to their outputs (N, O) side by side, in place."""
+    at = 0
+    for layer in layers:
+        if layer.bias is not None:
+            outputs[:, at : at + len(layer.bias)] += layer.bias
+        at += layer.weight.shape[0]
+    return outputs
+
+
 def adapted(x: torch.Tensor, layers: Sequence[Linear], *, residual: Slot = None) -> torch.Tensor:
     """Return (N, O) the layers' outputs of x (N, I) side by side, plus a residual (N, O)."""
     factors = [tensor for layer in layers if layer.factors for tensor in layer.factors[:2]]
@@ -129,7 +137,8 @@ class _Normed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         """Return (N, I)."""
-        inverse = torch.linalg.vecdot(x, x).div_(x.shape[1]).add_(epsilon).rsqrt_().unsqueeze(1)  # (N, 1)
+        mean: torch.Tensor = torch.linalg.vecdot(x, x).div_(x.shape[1])
+        inverse = mean.add_(epsilon).rsqrt_().unsqueeze(1)  # (N, 1)
         ctx.save_for_backward(x, weight, inverse)
         return (x * inverse).mul_(weight)
 
@@ -148,29 +157,45 @@ def normed(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tenso
     return result
 
 
-class _Gated(torch.autograd.Function):
-    """silu(gate) * up; only its input is kept."""
+class _GatedDown(torch.autograd.Function):
+    """The second half of the feed-forward part, W (silu(gate) * up) with an adapter, plus a residual.
+
+    Only gate and up are kept: their product is formed again, which costs little, and is as wide as either.
+    """
 
     @staticmethod
-    def forward(ctx: Any, both: torch.Tensor) -> torch.Tensor:
-        """Return (N, O) of gate and up side by side (N, 2 O)."""
+    def forward(
+        ctx: Any,
+        both: torch.Tensor,  # (N, 2 I), gate and up side by side
+        residual: torch.Tensor,  # (N, O)
+        layer: Linear,
+        *factors: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return (N, O)."""
         ctx.save_for_backward(both)
+        ctx.layer = layer
         gate, up = both.chunk(2, dim=1)
-        return torch.nn.functional.silu(gate).mul_(up)
+        result = torch.mm(torch.nn.functional.silu(gate).mul_(up), _effective([layer]).T)
+        return _with_biases(result, [layer]).add_(residual)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of both."""
-        (both,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        """Return the gradients of both, the residual and A and B if they are trained."""
+        (grad,), (both,) = grads, ctx.saved_tensors
         gate, up = both.chunk(2, dim=1)
-        result = torch.empty_like(both)
-        slope, rest = result.chunk(2, dim=1)
-        torch.mul(torch.nn.functional.silu(gate), grads[0], out=rest)
-        torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=slope)
-        return result
+        active = torch.nn.functional.silu(gate)
+        trained = ctx.needs_input_grad[3:]
+        found = _factor_slopes([ctx.layer], active * up, grad) if any(trained) else [None] * len(trained)
+        inner = torch.mm(grad, _effective([ctx.layer]))  # (N, I)
+        slope = torch.empty_like(both)
+        to_gate, to_up = slope.chunk(2, dim=1)
+        torch.mul(active, inner, out=to_up)
+        torch.ops.aten.silu_backward.grad_input(inner.mul_(up), gate, grad_input=to_gate)
+        return (slope, grad, None, *found)
 
 
-def gated(both: torch.Tensor) -> torch.Tensor:
-    """Return (N, O) silu(gate) * up."""
-    result: torch.Tensor = _Gated.apply(both)  # type: ignore[no-untyped-call]
+def gated_down(both: torch.Tensor, layer: Linear, *, residual: torch.Tensor) -> torch.Tensor:
+    """Return (N, O) the layer's output of silu(gate) * up, side by side in both (N, 2 I), plus a residual (N, O)."""
+    factors = layer.factors[:2] if layer.factors else ()
+    result: torch.Tensor = _GatedDown.apply(both, residual, layer, *factors)  # type: ignore[no-untyped-call]
     return result

@@ -1,0 +1,400 @@
+"""The packed forward pass gives the states, log-probs and LoRA gradients of transformers' and PEFT's own, in float64.
+
+Whatever it does not know takes the model's own pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alignment import logprobs, packed_attention
+from alignment.batching import Batch, Tree, collate, make_tree
+from alignment.logprobs import hidden_states, shares, states_at, token_logprobs
+from alignment.models import (
+    Base,
+    LoraSpec,
+    active,
+    adapter_parameters,
+    add_adapter,
+    backbone,
+    head,
+    load_base,
+)
+from alignment.packed import BLOCK_TOKENS, packed_states, packs
+from learning_fixtures import randomise
+from tiny_models import make_tokenizer
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+TREES = [
+    make_tree([5, 6, 7, 8, 9], [[10, 11, 12], [13, 14]]),
+    make_tree([15], [[16, 17, 18, 19]]),
+    make_tree([20, 21], [[22], [23, 24, 25], [26, 27], [28, 29, 30, 31, 32, 33, 34]]),
+]
+LONG = [
+    make_tree(range(5, 5 + BLOCK_TOKENS + 30), [range(9, 9 + 2 * BLOCK_TOKENS), [13, 14]]),
+    make_tree([20, 21], [[22], range(40, 41 + BLOCK_TOKENS)]),
+]
+"""Prompts and answers of several blocks of queries, and one a single token over a block."""
+ADAPTERS = {
+    "policy": LoraSpec(rank=4, alpha=8),
+    "narrow": LoraSpec(rank=7, alpha=3, targets=("q_proj", "v_proj", "up_proj")),
+    "reward_0": LoraSpec(rank=2, alpha=8),
+}
+SIZES: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+
+
+def make_model(folder: Path, kind: str, **settings: Any) -> Path:
+    """Write a random model whose biases and norms differ from 0 and 1, where transformers starts them."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = make_tokenizer()
+    config_type, model_type = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    }[kind]
+    config = config_type(
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        **{**SIZES, **settings},
+    )
+    torch.manual_seed(1)
+    model = model_type(config)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                value.add_(torch.randn_like(value) * 0.2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def wide_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return what transformers' norm does, without its rounding to float32."""
+    return norm.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon))
+
+
+def wide_base(path: Path) -> Base:
+    """Load the model in float64, with the `ADAPTERS` on it, none of them zero."""
+    base = load_base(str(path), device="cpu")
+    for number, (name, spec) in enumerate(ADAPTERS.items()):
+        add_adapter(base, name, spec, seed=number)
+        randomise(base, name, seed=number, spread=0.2)
+    base.model.double()
+    base.dtype = torch.float64
+    for module in base.model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(wide_norm, module)
+    return base
+
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"num_key_value_heads": 4}),
+    "llama, grouped heads, biases": (
+        "llama",
+        {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "llama, heads of their own size": ("llama", {"num_key_value_heads": 1, "head_dim": 10}),
+    "llama 3's positions": (
+        "llama",
+        {
+            "num_key_value_heads": 2,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+    "qwen2": ("qwen2", {"num_key_value_heads": 4}),
+    "qwen2, grouped heads": ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen2, yarn": (
+        "qwen2",
+        {
+            "num_key_value_heads": 1,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Base:
+    kind, settings = MODELS[request.param]
+    return wide_base(make_model(tmp_path_factory.mktemp("model"), kind, **settings))
+
+
+def laid_out(base: Base, trees: list[Tree], *, share: bool) -> Batch:
+    return collate(trees, share=share, pad_id=base.pad_id, device=base.device)
+
+
+def gradients(base: Base, values: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
+    """Return the adapter's gradients of a fixed, uneven sum of the values."""
+    scales = torch.randn(values.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    parameters = adapter_parameters(base, name)
+    found = torch.autograd.grad((values * scales).sum(), list(parameters.values()))
+    assert all(bool(slope.any()) for slope in found)
+    return dict(zip(parameters, found, strict=True))
+
+
+def assert_equal_passes(
+    base: Base, batch: Batch, adapter: str | None, passes: list[Callable[[], torch.Tensor]]
+) -> None:
+    """Assert that two passes give the same values, and gradients of the adapter if one is on."""
+    with active(base, adapter, trainable=True):
+        ours, theirs = (run() for run in passes)
+        torch.testing.assert_close(ours, theirs, **EXACT)
+        if adapter is not None:
+            torch.testing.assert_close(
+                gradients(base, ours, adapter), gradients(base, theirs, adapter), **EXACT
+            )
+
+
+@pytest.mark.parametrize("adapter", ["policy", "narrow", None])
+@pytest.mark.parametrize("places", ["predictors", "lasts"])
+@pytest.mark.parametrize("share", [True, False], ids=["trees", "padded rows"])
+def test_states_and_gradients_are_the_models_own(
+    base: Base, share: bool, places: str, adapter: str | None
+) -> None:
+    batch = laid_out(base, TREES, share=share)
+    where = getattr(batch, places)
+    assert packs(base)
+    both = [lambda: packed_states(base, batch, where), lambda: hidden_states(base, batch)[where]]
+    assert_equal_passes(base, batch, adapter, both)
+
+
+@pytest.mark.parametrize("kept_keys", [10**6, 200], ids=["softmax kept", "softmax of long blocks again"])
+def test_rows_of_several_blocks_are_the_models_own(
+    base: Base, kept_keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_attention, "KEPT_KEYS", kept_keys)
+    batch = laid_out(base, LONG, share=True)
+    both = [
+        lambda: packed_states(base, batch, batch.predictors),
+        lambda: hidden_states(base, batch)[batch.predictors],
+    ]
+    assert_equal_passes(base, batch, "policy", both)
+
+
+@pytest.mark.parametrize("adapter", ["policy", None])
+def test_log_probs_and_their_gradients_are_those_of_padded_rows_in_the_models_own_pass(
+    base: Base, adapter: str | None
+) -> None:
+    trees, rows = laid_out(base, TREES, share=True), laid_out(base, TREES, share=False)
+
+    def plain() -> torch.Tensor:
+        logits = base.model(input_ids=rows.input_ids, use_cache=False).logits.flatten(0, 1)  # (B*T, V)
+        return logits.log_softmax(-1)[rows.predictors].gather(1, rows.targets.unsqueeze(1)).squeeze(1)
+
+    assert_equal_passes(base, trees, adapter, [lambda: token_logprobs(base, trees), plain])
+
+
+def test_switching_adapters_switches_the_pass(base: Base) -> None:
+    batch = laid_out(base, TREES, share=True)
+    seen = []
+    with torch.no_grad():
+        for name in ("policy", "reward_0", None, "narrow", "policy"):
+            with active(base, name):
+                seen.append(packed_states(base, batch, batch.lasts))
+                torch.testing.assert_close(seen[-1], hidden_states(base, batch)[batch.lasts], **EXACT)
+    assert torch.equal(seen[0], seen[4])
+    assert len({round(float(states.sum()), 6) for states in seen}) == 4
+
+
+def test_places_may_repeat_and_come_in_any_order(base: Base) -> None:
+    batch = laid_out(base, TREES, share=True)
+    places = batch.predictors[torch.tensor([7, 0, 7, 3, 1, 1])]
+    with torch.no_grad(), active(base, "policy"):
+        expected = hidden_states(base, batch)[places]
+        torch.testing.assert_close(packed_states(base, batch, places), expected, **EXACT)
+
+
+def test_only_the_adapter_that_learns_gets_gradients(base: Base) -> None:
+    batch = laid_out(base, TREES, share=True)
+    with active(base, "policy", trainable=True):
+        packed_states(base, batch, batch.lasts).sum().backward()  # type: ignore[no-untyped-call]
+    learning = {name for name, value in base.model.named_parameters() if value.grad is not None}
+    base.model.zero_grad(set_to_none=True)
+    assert learning == set(adapter_parameters(base, "policy"))
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Base:
+    """A model as training loads it, in float32, that the packed pass takes."""
+    path = make_model(tmp_path, "llama", num_key_value_heads=2, attention_bias=True)
+    base = load_base(str(path), device="cpu")
+    add_adapter(base, "policy", ADAPTERS["policy"], seed=0)
+    assert packs(base)
+    return base
+
+
+def merge(base: Base) -> None:
+    base.model.merge_adapter(["policy"])
+
+
+def wrap_a_norm(base: Base) -> None:
+    layer = backbone(base).layers[1]
+    layer.input_layernorm = torch.nn.Sequential(layer.input_layernorm)
+
+
+def start_dropout(base: Base) -> None:
+    base.model.train()
+
+
+def give_dora(base: Base) -> None:
+    add_lora(base, use_dora=True)
+
+
+def give_lora_a_bias(base: Base) -> None:
+    add_lora(base, lora_bias=True)
+
+
+def add_lora(base: Base, **settings: Any) -> None:
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, target_modules=["k_proj", "v_proj"], task_type="CAUSAL_LM", **settings)
+    base.model.add_adapter("other", config)
+    base.model.set_adapter("other")
+    base.model.eval()
+
+
+def turn_on_two_adapters(base: Base) -> None:
+    add_adapter(base, "second", ADAPTERS["policy"], seed=0)
+    base.model.base_model.set_adapter(["policy", "second"])
+
+
+def replace_a_linear_layer(base: Base) -> None:
+    class Other(torch.nn.Linear):
+        """Stands for a quantised layer."""
+
+    backbone(base).layers[0].mlp.up_proj.base_layer.__class__ = Other
+
+
+def take_another_activation(base: Base) -> None:
+    backbone(base).layers[0].mlp.act_fn = torch.nn.GELU()
+
+
+def widen_the_adapter(base: Base) -> None:
+    for value in adapter_parameters(base, "policy").values():
+        value.data = value.data.double()
+
+
+def set_base(name: str, value: object) -> Callable[[Base], None]:
+    return lambda base: setattr(base, name, value)
+
+
+UNKNOWN: dict[str, Callable[[Base], None]] = {
+    "a GPU": set_base("device", torch.device("cuda")),
+    "bfloat16": set_base("dtype", torch.bfloat16),
+    "sliding windows, or tree rows that are not wanted": set_base("share_prefixes", False),
+    "checkpointing": set_base("checkpointing", True),
+    "an adapter merged": merge,
+    "an adapter in another precision": widen_the_adapter,
+    "two adapters at once": turn_on_two_adapters,
+    "DoRA": give_dora,
+    "LoRA with a bias": give_lora_a_bias,
+    "dropout": start_dropout,
+    "a wrapped norm": wrap_a_norm,
+    "another linear layer": replace_a_linear_layer,
+    "another activation": take_another_activation,
+}
+
+
+@pytest.mark.parametrize("what", UNKNOWN)
+def test_what_it_does_not_know_takes_the_models_own_pass(
+    small: Base, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    UNKNOWN[what](small)
+    assert not packs(small)
+    asked = []
+    monkeypatch.setattr(logprobs, "packed_states", None)  # calling it would fail
+    monkeypatch.setattr(
+        logprobs, "hidden_states", lambda base, batch: asked.append(batch) or torch.arange(40.0)
+    )
+    batch = collate(TREES, share=True, pad_id=0, device=torch.device("cpu"))
+    assert states_at(small, batch, torch.tensor([3, 2])).tolist() == [3.0, 2.0]
+    assert asked == [batch]
+
+
+def make_other(folder: Path, name: str) -> Path:
+    """Write a model that `load_base` takes and the packed pass does not know."""
+    from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    config_type, model_type = {
+        "mistral": (MistralConfig, MistralForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }[name]
+    tokenizer = make_tokenizer()
+    config = config_type(
+        **SIZES,
+        vocab_size=len(tokenizer),
+        num_key_value_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    model_type(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen3"])
+def test_another_architecture_takes_its_own_pass(tmp_path: Path, name: str) -> None:
+    base = load_base(str(make_other(tmp_path, name)), device="cpu")
+    batch = collate(TREES, share=True, pad_id=0, device=torch.device("cpu"))
+    assert not packs(base)
+    with torch.no_grad():
+        assert torch.equal(states_at(base, batch, batch.lasts), hidden_states(base, batch)[batch.lasts])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+    ],
+    ids=["sliding windows", "frequencies that depend on the longest row"],
+)
+def test_a_known_architecture_with_an_unknown_part_takes_its_own_pass(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    base = load_base(str(make_model(tmp_path, "qwen2", num_key_value_heads=2, **settings)), device="cpu")
+    assert not packs(base)
+
+
+def test_short_prompts_are_shared_where_that_costs_no_mask(small: Base) -> None:
+    tree = make_tree([1], [[2] * 9, [3] * 9])
+    assert shares(small, [tree])
+    small.checkpointing = True  # the model's own pass, with a mask
+    assert not shares(small, [tree])
+    assert shares(small, [make_tree([1] * 20, [[2] * 9, [3] * 9])])
+
+
+def test_the_head_reads_what_the_packed_pass_returns(small: Base) -> None:
+    batch = collate(TREES, share=True, pad_id=0, device=torch.device("cpu"))
+    with torch.no_grad(), active(small, "policy"):
+        logits = head(small)(packed_states(small, batch, batch.predictors))
+        expected = logits.log_softmax(-1).gather(1, batch.targets.unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(token_logprobs(small, batch), expected, rtol=1e-5, atol=1e-5)
