@@ -1,7 +1,7 @@
 """What a training needs in memory, from the model's shape: it picks the micro-batches, or says what does not fit.
 
-Bytes per token follow from the tensors that autograd keeps in a Llama or Qwen2 layer under LoRA. Absent: the
-memory of sampling beyond its KV cache.
+Bytes per token follow from the tensors that autograd keeps in a Llama or Qwen2 layer under LoRA, in transformers' own
+pass or in the packed one. Absent: the memory of sampling beyond its KV cache.
 Letters: D hidden size, Q and K width of all query and of all key heads, F width of the feed-forward part, V vocabulary.
 """
 
@@ -17,6 +17,8 @@ import torch
 
 from alignment.logprobs import LOGITS_A_CHUNK
 from alignment.models import Base
+from alignment.packed import BLOCK_TOKENS, packs
+from alignment.packed_attention import KEPT_KEYS
 from storage.errors import KotaeError
 
 GIB = 2**30
@@ -130,6 +132,20 @@ def activation_bytes_per_token(
     return shape.layers * d * width + layer if checkpointing else shape.layers * layer
 
 
+def packed_bytes_per_token(shape: Shape, *, longest: int) -> int:
+    """Return what the packed pass keeps of one token for the backward pass, at most for rows of one or two answers.
+
+    Of the last layer, which is computed only where it is read, it counts everything.
+
+    Args:
+        longest: tokens of the longest row; what a token's softmax takes grows with it, up to `KEPT_KEYS`.
+    """
+    d, q, k, f = shape.hidden, shape.query_width, shape.key_width, shape.ffn
+    seen = (min(longest, KEPT_KEYS) + BLOCK_TOKENS) // 2  # on average, with the squares at the ends of blocks
+    residuals_and_norms = 4 * d + 2
+    return shape.layers * (residuals_and_norms + 2 * q + 2 * k + 2 * f + shape.heads * seen) * WIDE
+
+
 def estimate(
     shape: Shape,
     *,
@@ -138,6 +154,7 @@ def estimate(
     batch_tokens: int,
     mask_width: int = 0,
     checkpointing: bool = False,
+    packed_row: int = 0,
     adapters: int = 2,
     learning: int = 1,
     sample_tokens: int = 0,
@@ -145,6 +162,7 @@ def estimate(
     """Return what a training needs at its peak.
 
     Args:
+        packed_row: tokens of the longest row in the packed pass; 0: transformers' own pass.
         adapters: resident at once: policy and reference; with PPO also critic and reward model.
         learning: of them, those with an optimiser: 1, with PPO 2.
         sample_tokens: prompt and answer tokens in the KV cache while sampling.
@@ -153,6 +171,8 @@ def estimate(
     kept = activation_bytes_per_token(
         shape, rank=rank, width=width, mask_width=mask_width, checkpointing=checkpointing
     )
+    if packed_row:
+        kept = packed_bytes_per_token(shape, longest=packed_row)
     temporaries = 2 * shape.ffn * width
     return Estimate(
         weights=base_parameters(shape) * width,
@@ -192,6 +212,7 @@ def fitting_tokens(
     wanted: int,
     longest: int,
     dense_mask: bool,
+    packed: bool = False,
     room: int,
     slack: float,
 ) -> tuple[int, bool]:
@@ -199,6 +220,7 @@ def fitting_tokens(
 
     Args:
         longest: tokens of the largest prompt with its answers, which is never split: the budget is at least that.
+        packed: whether the packed pass is taken, which without checkpointing needs no mask.
         room: bytes left once weights and adapters are there.
 
     Raises:
@@ -208,10 +230,16 @@ def fitting_tokens(
     fixed = slack * (cost.optimiser + cost.logits)
     mask_width = longest if dense_mask else 0
     for checkpointing in (False, True):
-        kept = activation_bytes_per_token(
-            shape, rank=rank, width=width, mask_width=mask_width, checkpointing=checkpointing
+        cost = estimate(
+            shape,
+            rank=rank,
+            width=width,
+            batch_tokens=1,
+            mask_width=mask_width,
+            checkpointing=checkpointing,
+            packed_row=longest if packed and not checkpointing else 0,
         )
-        a_token = slack * (kept + 2 * shape.ffn * width)
+        a_token = slack * cost.activations
         fits = max(0, int((room - fixed) / a_token))
         if fits >= longest:
             return min(wanted, fits), checkpointing
@@ -233,6 +261,7 @@ def plan_batches(base: Base, *, longest: int, rank: int) -> None:
         DoesNotFit: the largest prompt with its answers (`longest` tokens) is too large for this device.
     """
     config = base.model.config
+    base.checkpointing = False  # an earlier plan's: without it, the packed pass may be taken
     if not all(hasattr(config, name) for name in NEEDED):
         return
     base.batch_tokens, base.checkpointing = fitting_tokens(
@@ -242,6 +271,7 @@ def plan_batches(base: Base, *, longest: int, rank: int) -> None:
         wanted=base.batch_tokens,
         longest=longest,
         dense_mask=base.share_prefixes,
+        packed=packs(base),
         room=available_bytes(base.device),
         slack=CPU_SLACK if base.device.type == "cpu" else GPU_SLACK,
     )

@@ -13,7 +13,7 @@ import torch
 
 from alignment.packed_layers import Block
 
-KEPT_KEYS = 512
+KEPT_KEYS = 256
 """A block that sees more keys computes its softmax again in the backward pass: kept, it would grow with the row."""
 Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines (N, E / 2) of the tokens' positions."""

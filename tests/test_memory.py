@@ -56,20 +56,36 @@ def make_model(folder: Path, *, hidden: int, layers: int, kv_heads: int, ffn: in
     return folder
 
 
+WIDE = {"hidden": 512, "layers": 8, "kv_heads": 2, "ffn": 1408}
+DEEP = {"hidden": 256, "layers": 16, "kv_heads": 8, "ffn": 704}
+
+
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be set back here"
 )
 @pytest.mark.parametrize(
-    ("shape", "dtype", "tokens", "rows", "checkpointing"),
+    ("shape", "dtype", "tokens", "rows", "row", "checkpointing", "least", "most"),
     [
-        ({"hidden": 512, "layers": 8, "kv_heads": 2, "ffn": 1408}, "float32", 1024, "share", False),
-        ({"hidden": 512, "layers": 8, "kv_heads": 2, "ffn": 1408}, "bfloat16", 1024, "padded", False),
-        ({"hidden": 256, "layers": 16, "kv_heads": 8, "ffn": 704}, "float32", 2048, "padded", False),
-        ({"hidden": 512, "layers": 8, "kv_heads": 2, "ffn": 1408}, "float32", 2048, "padded", True),
+        (WIDE, "float32", 1024, "share", 1024, False, 0.75, 1.25),
+        (WIDE, "bfloat16", 1024, "padded", 1024, False, 0.75, 1.25),
+        (DEEP, "float32", 2048, "padded", 2048, False, 0.75, 1.25),
+        (WIDE, "float32", 2048, "padded", 2048, True, 0.75, 1.25),
+        (WIDE, "float32", 1024, "packed", 256, False, 0.88, 1.12),
+        (DEEP, "float32", 2048, "packed", 256, False, 0.88, 1.12),
+        # Every row is long, and the estimate allows for short ones beside the longest, which keep more softmax.
+        (DEEP, "float32", 2048, "packed", 1024, False, 1.0, 1.35),
     ],
 )
-def test_the_estimate_is_within_a_quarter_of_the_measured_growth(
-    tmp_path: Path, shape: dict[str, int], dtype: str, tokens: int, rows: str, checkpointing: bool
+def test_the_estimate_is_near_the_measured_growth(
+    tmp_path: Path,
+    shape: dict[str, int],
+    dtype: str,
+    tokens: int,
+    rows: str,
+    row: int,
+    checkpointing: bool,
+    least: float,
+    most: float,
 ) -> None:
     folder = make_model(tmp_path / "model", **shape)
     # Every large tensor its own mapping: what is measured is tensors, not how glibc's heap is fragmented.
@@ -80,13 +96,8 @@ def test_the_estimate_is_within_a_quarter_of_the_measured_growth(
         "OMP_NUM_THREADS": "1",
     }
     child = [
-        sys.executable,
-        str(ROOT / "tests" / "memory_child.py"),
-        str(folder),
-        dtype,
-        str(tokens),
-        rows,
-        str(checkpointing),
+        *(sys.executable, str(ROOT / "tests" / "memory_child.py"), str(folder), dtype),
+        *(str(tokens), rows, str(checkpointing), str(row)),
     ]
     done = subprocess.run(child, capture_output=True, text=True, env=environment, timeout=300, check=True)
     found = estimate(
@@ -94,11 +105,12 @@ def test_the_estimate_is_within_a_quarter_of_the_measured_growth(
         rank=16,
         width=4 if dtype == "float32" else 2,
         batch_tokens=tokens,
-        mask_width=tokens if rows == "share" else 0,
+        mask_width=row if rows == "share" else 0,
+        packed_row=row if rows == "packed" else 0,
         checkpointing=checkpointing,
     )
     told, measured = found.activations + found.logits, json.loads(done.stdout.splitlines()[-1])
-    assert 0.75 < told / measured < 1.25, (told >> 20, measured >> 20)
+    assert least < told / measured < most, (told >> 20, measured >> 20)
 
 
 def test_an_adapter_has_a_row_and_a_column_of_every_linear_layer() -> None:
@@ -127,6 +139,30 @@ def test_the_budget_is_the_wanted_one_where_it_fits_and_what_fits_where_not() ->
     assert fit(1 * GIB) == (1024, False)
     assert fit(room) == (500, False)
     assert fit(room - 1) == (499, False)
+
+
+def test_the_packed_pass_needs_less_than_the_models_own_and_no_mask() -> None:
+    shape = Shape(
+        layers=24, hidden=896, heads=14, kv_heads=2, head_dim=64, ffn=4864, vocabulary=151936, tied=True
+    )  # Qwen2.5 0.5B
+    own = estimate(shape, rank=16, width=4, batch_tokens=1000, mask_width=1000)
+    packed = estimate(shape, rank=16, width=4, batch_tokens=1000, packed_row=1000)
+    # a layer's numbers a token, D 896, Q 896, K 128, F 4864, 14 heads that keep the softmax over (256 + 128) / 2 keys
+    assert packed.activations == 4000 * (
+        24 * (4 * 896 + 2 + 2 * 896 + 2 * 128 + 2 * 4864 + 14 * 192) + 2 * 4864
+    )
+    assert packed.activations < 0.67 * own.activations
+
+
+def test_the_packed_pass_gives_way_to_checkpointing_when_it_does_not_fit() -> None:
+    shape = Shape(layers=32, hidden=64, heads=2, kv_heads=1, head_dim=32, ffn=128, vocabulary=100, tied=True)
+    found = estimate(shape, rank=1, width=4, batch_tokens=500, packed_row=500)
+    room = found.optimiser + found.logits + found.activations
+    options = {"rank": 1, "width": 4, "wanted": 1024, "dense_mask": True, "packed": True, "slack": 1.0}
+    assert fitting_tokens(shape, longest=500, room=room, **options) == (500, False)
+    tokens, checkpointing = fitting_tokens(shape, longest=500, room=room - 1, **options)
+    assert checkpointing
+    assert tokens >= 500
 
 
 def test_checkpointing_is_taken_only_when_the_longest_prompt_needs_it() -> None:
@@ -161,6 +197,7 @@ def test_a_run_takes_smaller_batches_or_is_refused_by_the_memory_there_is(
 @pytest.mark.parametrize("share", [True, False])
 def test_checkpointing_keeps_less_and_changes_no_gradient(tmp_path: Path, share: bool) -> None:
     base = load_base(str(make_tiny_model(tmp_path / "model")), device="cpu")
+    base.share_prefixes = False  # the model's own pass: only that can be checkpointed
     add_policy(base, LoraSpec(rank=4, alpha=8), seed=0)
     tree = make_tree([5, 6, 7], [[8, 9], [10, 11, 12]])
     batch = collate([tree], share=share, pad_id=base.pad_id, device=base.device)
