@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 
-.PHONY: help setup run test test-fast lint demo starter parity bench-alignment lock clean
+.PHONY: help setup run test test-fast lint demo starter parity bench-alignment bench-serving lock clean
 
 help:  ## print what can be done
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -39,6 +39,9 @@ bench-alignment:  ## measure training cost beside TRL's (make bench-alignment AR
 	@bash .ci/setup --dev
 	@bash .ci/peers
 	@$(PY) tests/benchmarks/against_trl.py $(ARGS)
+
+bench-serving: setup  ## measure what Kotae adds to vLLM (make bench-serving ARGS="--soak-min 30")
+	@$(PY) tests/benchmarks/serving.py $(ARGS)
 
 lock:  ## write requirements*.lock from what is installed in .venv
 	@$(PY) .ci/lock.py

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
-from alignment.batching import collate, group_by_prompt, micro_batches, pays_to_share
+from alignment.batching import collate, group_by_prompt, micro_batches
 from alignment.distributed import ALONE, Crew
-from alignment.logprobs import LOGITS_A_CHUNK, Row, hidden_states
+from alignment.logprobs import LOGITS_A_CHUNK, Row, shares, states_at
 from alignment.models import Base, active, head
 from alignment.rollouts import sample
 
@@ -41,13 +41,13 @@ def kl_per_response(base: Base, prompts: Sequence[Sequence[int]], *, seed: int, 
 def divergence(base: Base, rows: Sequence[Row]) -> float:
     """Return the sum over the answers' tokens of KL(policy ‖ reference) of the next token, in nats."""
     trees, _ = group_by_prompt(rows)
-    share, total = base.share_prefixes and pays_to_share(trees), 0.0
+    share, total = shares(base, trees), 0.0
     for plan in micro_batches(trees, budget_tokens=base.batch_tokens, share=share):
         batch = collate([trees[i] for i in plan], share=share, pad_id=base.pad_id, device=base.device)
         states = []
         for adapter in ("policy", "reference"):
             with active(base, adapter), torch.no_grad():
-                states.append(hidden_states(base, batch)[batch.predictors])  # (N, D)
+                states.append(states_at(base, batch, batch.predictors))  # (N, D)
         total += _divergence_at(base, *states)
     return total
 

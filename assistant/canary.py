@@ -38,6 +38,9 @@ class CanaryConfig:
     """Failed requests in one window: Argo Rollouts' example analysis (every 5 minutes, success 0.95, failure limit 3)."""
     error_ratio: float = 2.0
     """An error burst must be the canary's own: so many times stable's share. A choice of this project."""
+    deaths: int = 2
+    deaths_window_s: float = 1800.0
+    """An engine that dies once may be bad luck; twice in half an hour it is what is new in it. This project's choice."""
     latency_ratio: float = 1.5
     latency_windows: int = 3
     latency_answers: int = 20

@@ -14,7 +14,7 @@ from typing import Literal
 from assistant.canary import CanaryConfig
 from assistant.canary_evidence import Arms, Null, log_e_value, mean_exceeds
 
-Event = Literal["answer", "empty", "error"]
+Event = Literal["answer", "empty", "error", "wrong_policy", "engine_died"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +30,31 @@ class Seen:
 
 def hard_stops(seen: Sequence[Seen], *, now: float, config: CanaryConfig) -> list[str]:
     """Return what stops the canary, from answers in the order of time."""
-    window = [one for one in seen if one.at > now - config.window_s]
-    return [*empty_answers(window, config), *error_burst(window, config), *latency(seen, config)]
+    asked = [one for one in seen if one.event != "engine_died"]
+    window = [one for one in asked if one.at > now - config.window_s]
+    return [
+        *wrong_policy(seen),
+        *engine_deaths(seen, now=now, config=config),
+        *empty_answers(window, config),
+        *error_burst(window, config),
+        *latency(seen, config),
+    ]
+
+
+def wrong_policy(seen: Sequence[Seen]) -> list[str]:
+    """Return a reason when another policy ever answered in the canary's place: nothing it is judged by holds then."""
+    wrong = sum(one.event == "wrong_policy" for one in seen if one.canary)
+    return [f"another policy answered {wrong} questions in the canary's place"] if wrong else []
+
+
+def engine_deaths(seen: Sequence[Seen], *, now: float, config: CanaryConfig) -> list[str]:
+    """Return a reason when the engine died again and again while the canary was there, whoever was answering."""
+    died = sum(one.event == "engine_died" and one.at > now - config.deaths_window_s for one in seen)
+    if died < config.deaths:
+        return []
+    return [
+        f"the engine died {died} times in {config.deaths_window_s / 60:.0f} minutes with the canary in it"
+    ]
 
 
 def empty_answers(window: Sequence[Seen], config: CanaryConfig) -> list[str]:

@@ -14,6 +14,7 @@ from assistant.canary_evidence import Arms
 from assistant.canary_stops import Event, Seen, hard_stops, length_outside, refusals_outside
 from assistant.release import rollback
 from storage import deployments, outcomes, settings
+from storage.failures import failures_since
 from storage.outcomes import Answered, Outcome
 from storage.people import SYSTEM
 from storage.records import Deployment, Json, Served, now
@@ -40,6 +41,7 @@ class CanaryWatch:
         self._read_until = 0.0
         self._seen: list[Seen] = []
         self._seen_seq = 0
+        self._failed: list[Seen] = []
 
     def look(self, *, at: float | None = None) -> Verdict | None:
         """Judge the canary by what concluded up to `at` (now); None without a canary. A failed one is taken back."""
@@ -49,7 +51,9 @@ class CanaryWatch:
         at = now() if at is None else at
         self._count(served, served.canary, at)
         stops = [
-            *hard_stops(self._seen, now=at, config=self.config),
+            *hard_stops(
+                sorted([*self._seen, *self._failed], key=lambda one: one.at), now=at, config=self.config
+            ),
             *length_outside(*self._lengths, self.config),
             *refusals_outside(self._hand_overs, self.config),
         ]
@@ -85,6 +89,10 @@ class CanaryWatch:
         ):
             self._seen.append(seen_of(answer, is_canary=answer.policy_id == canary.policy_id))
             self._seen_seq = answer.seq
+        self._failed = [
+            Seen(at=one.created_at, canary=one.policy_id == canary.policy_id, event=one.kind)
+            for one in failures_since(self.store, policy_ids, since=stages[0].created_at)
+        ]
 
     def _add(self, outcome: Outcome, *, is_canary: bool) -> None:
         """Count a conversation at the share that it was drawn with."""

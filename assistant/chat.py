@@ -14,11 +14,19 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from assistant.admission import Admission, Limits
-from assistant.engine.errors import ContextTooLong, PolicyNotLoaded, StreamBroken
+from assistant.engine.errors import (
+    ContextTooLong,
+    EngineBusy,
+    EngineError,
+    PolicyNotLoaded,
+    StreamBroken,
+    WrongPolicy,
+)
 from assistant.engine.protocol import Engine, Piece, Sampling
 from assistant.release import Release
 from storage import conversations, feedback, settings
 from storage.errors import InvalidField, KotaeError, NotFound
+from storage.failures import record_failure
 from storage.records import (
     Comparison,
     Conversation,
@@ -197,11 +205,23 @@ class Chat:
                 stream.finish_reason = "cancelled" if cancelled else "error"
                 if stream.token_ids:
                     self._record(ask, deployment, stream, total_s=time.monotonic() - started)
+                self._note_failure(deployment, error, begun=bool(stream.token_ids))
                 raise
             turn = await asyncio.to_thread(
                 self._record, ask, deployment, stream, total_s=time.monotonic() - started
             )
         yield turn
+
+    def _note_failure(self, deployment: Deployment, error: BaseException, *, begun: bool) -> None:
+        """Record what speaks against the policy and leaves no turn: a fault of the engine's, not of the question."""
+        if isinstance(error, WrongPolicy):
+            record_failure(self.store, policy_id=deployment.policy_id, kind="wrong_policy")
+        elif (
+            isinstance(error, EngineError)
+            and not isinstance(error, ContextTooLong | EngineBusy)
+            and not begun
+        ):
+            record_failure(self.store, policy_id=deployment.policy_id, kind="error")
 
     async def _pieces(self, ask: Ask, deployment: Deployment) -> AsyncGenerator[Piece, None]:
         """Yield the engine's pieces; a dialogue that outgrew the context loses its oldest turns first.
@@ -220,7 +240,7 @@ class Chat:
                 async with aclosing(stream) as pieces:  # type: ignore[type-var]
                     async for piece in pieces:
                         if piece.served_by != deployment.policy_id:
-                            raise StreamBroken(
+                            raise WrongPolicy(
                                 f"policy: {piece.served_by!r} answered instead of {deployment.policy_id!r}; ask again"
                             )
                         yield piece

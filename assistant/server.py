@@ -33,6 +33,7 @@ from assistant.web.services import Services
 from storage import deployments, policies, runs
 from storage.digests import base_digest
 from storage.errors import Busy, InvalidField
+from storage.failures import record_failure
 from storage.lock import DataLock
 from storage.records import Person, Policy, RunTrigger
 from storage.store import Store
@@ -169,7 +170,7 @@ async def _serve(
 ) -> None:
     from assistant.web.server import build_app
 
-    async with running_engine(options, base) as engine:
+    async with running_engine(options, base, on_death=lambda: note_death(store)) as engine:
         release = Release(store, engine)
         services = Services(
             store=store,
@@ -198,8 +199,14 @@ async def _serve(
 
 
 @asynccontextmanager
-async def running_engine(options: ServeOptions, base: Policy) -> AsyncIterator[Engine]:
-    """Yield the engine that was asked for; a managed vLLM goes on booting behind it."""
+async def running_engine(
+    options: ServeOptions, base: Policy, *, on_death: Callable[[], None]
+) -> AsyncIterator[Engine]:
+    """Yield the engine that was asked for; a managed vLLM goes on booting behind it.
+
+    Args:
+        on_death: called when a managed vLLM is back after it had died.
+    """
     if options.engine_urls:
         yield VllmEngine(options.engine_urls, base_name=base.id)
         return
@@ -209,8 +216,14 @@ async def running_engine(options: ServeOptions, base: Policy) -> AsyncIterator[E
         yield LocalEngine(base.base_path, base_name=base.id)
         return
     boot = Boot()
+
+    async def back_again() -> None:
+        await asyncio.to_thread(on_death)
+
     vllm = VllmProcess(
-        VllmOptions(model=base.base_path, base_name=base.id, data=options.data), on_progress=boot.tell
+        VllmOptions(model=base.base_path, base_name=base.id, data=options.data),
+        on_progress=boot.tell,
+        on_restart=back_again,
     )
     booting = asyncio.create_task(_boot(vllm), name="vllm-boot")
     try:
@@ -220,6 +233,13 @@ async def running_engine(options: ServeOptions, base: Policy) -> AsyncIterator[E
         with suppress(asyncio.CancelledError):
             await booting
         await vllm.stop()
+
+
+def note_death(store: Store) -> None:
+    """Book the engine's end on what was new in it."""
+    served = deployments.served(store)
+    if served is not None:
+        record_failure(store, policy_id=(served.canary or served.stable).policy_id, kind="engine_died")
 
 
 async def _boot(vllm: VllmProcess) -> None:

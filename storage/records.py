@@ -18,6 +18,8 @@ Role = Literal["staff", "reviewer", "operator", "admin"]
 Verdict = Literal["up", "down", "retracted"]
 Choice = Literal["left", "right", "tie", "both_bad"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+FailureKind = Literal["error", "wrong_policy", "engine_died"]
+"""A request that the engine did not begin to answer, an answer by another policy than was asked, the engine's end."""
 TurnSource = Literal["chat", "compare", "api"]
 RunStatus = Literal["running", "passed", "refused", "not_enough_data", "failed", "cancelled"]
 RunTrigger = Literal["manual", "cron", "labels"]
@@ -279,6 +281,16 @@ class Deployment:
     """Part of the conversations, 0 to 1: 1 for stable, the canary's share, 0 for retired."""
     actor: str
     reason: str
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """What went wrong with a policy without leaving a turn."""
+
+    id: str
+    policy_id: str
+    kind: FailureKind
     created_at: float
 
 

@@ -16,6 +16,7 @@ from storage.schema_sql import (
     ALIGNMENT_TABLES,
     APPEND_ONLY,
     CHAT_TABLES,
+    FAILURES,
     FEEDBACK_TABLES,
     INDEXES,
     PEOPLE_TABLES,
@@ -93,6 +94,19 @@ def m005_search(database: Database) -> None:
     _execute(database, SEARCH)
 
 
+@MIGRATIONS()
+def m006_failures(database: Database) -> None:
+    """A canary that fails before its first word leaves no turn, and must be taken back all the same."""
+    _execute(database, FAILURES)
+
+
 MIGRATION_NAMES = frozenset(
-    {"m001_initial", "m002_indexes", "m003_append_only", "m004_moved_policies", "m005_search"}
+    {
+        "m001_initial",
+        "m002_indexes",
+        "m003_append_only",
+        "m004_moved_policies",
+        "m005_search",
+        "m006_failures",
+    }
 )

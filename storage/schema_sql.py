@@ -236,6 +236,17 @@ FEEDBACK_TABLES = (
     ) STRICT""",
 )
 
+FAILURES = (
+    """CREATE TABLE failures (
+        seq INTEGER PRIMARY KEY,
+        id TEXT NOT NULL UNIQUE,
+        policy_id TEXT NOT NULL REFERENCES policies (id),
+        kind TEXT NOT NULL CONSTRAINT kind CHECK (kind IN ('error', 'wrong_policy', 'engine_died')),
+        created_at REAL NOT NULL
+    ) STRICT""",
+    "CREATE INDEX failures_of_policy ON failures (policy_id, created_at)",
+)
+
 INDEXES = (
     "CREATE INDEX conversations_active ON conversations (person_id, active_at, seq) WHERE deleted_at IS NULL",
     """CREATE UNIQUE INDEX conversations_external ON conversations (person_id, external_id)

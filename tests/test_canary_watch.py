@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from assistant.canary_watch import CanaryWatch, last_verdict
+from assistant.engine.errors import ContextTooLong, EngineBusy, EngineUnavailable, WrongPolicy
+from assistant.engine.protocol import Piece
 from assistant.web.pages.served_page import verdict_html
 from assistant.web.words import Words
+from chat_fixtures import make_desk
 from storage import audit, deployments, feedback
-from storage.records import AuditEvent, now
+from storage.failures import failures_since, record_failure
+from storage.records import AuditEvent, FailureKind, now
 from storage_fixtures import World, add_candidate, approve, deploy, make_world, record, start_conversation
 
 LATER = 1800.0 + 60
@@ -101,6 +107,69 @@ def test_a_hard_stop_needs_no_feedback_and_no_waiting(
     assert verdict is not None
     assert verdict.status == "Failed"
     assert word in verdict.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "times", "word"),
+    [
+        ("wrong_policy", 1, "another policy answered 1 questions"),
+        ("engine_died", 2, "the engine died 2 times"),
+        ("error", 4, "4 of the canary's 64 requests failed"),
+    ],
+)
+def test_what_left_no_turn_stops_a_canary_too(world: World, kind: FailureKind, times: int, word: str) -> None:
+    policy_id = start_canary(world)
+    served = deployments.served(world.store)
+    assert served is not None
+    assert served.canary is not None
+    conversation = start_conversation(world)
+    for row in (served.stable, served.canary) * 60:
+        record(world, conversation, policy_id=row.policy_id, deployment_id=row.id)
+    watch = CanaryWatch(world.store)
+    for _ in range(times):
+        verdict = watch.look()
+        assert verdict is not None
+        assert verdict.status != "Failed"
+        record_failure(world.store, policy_id=policy_id, kind=kind)
+    verdict = watch.look()
+    assert verdict is not None
+    assert verdict.status == "Failed"
+    assert word in verdict.reasons[0]
+
+
+def test_a_question_that_the_engine_does_not_begin_to_answer_is_booked_on_its_policy(tmp_path: Path) -> None:
+    desk = make_desk(tmp_path)
+    ask = desk.chat.ask(desk.world.staff, desk.conversation, "Hello?")
+
+    def fail(error: Exception) -> list[str]:
+        async def nothing(**_: object) -> AsyncIterator[Piece]:
+            raise error
+            yield
+
+        desk.engine.stream = nothing  # type: ignore[assignment,method-assign]
+        with pytest.raises(type(error)):
+            asyncio.run(desk.chat.complete(ask))
+        found = failures_since(desk.world.store, (desk.world.base.id, ""), since=0)
+        return [one.kind for one in found]
+
+    assert fail(EngineUnavailable("gone")) == ["error"]
+    assert fail(EngineBusy("full")) == ["error"]  # nobody's fault
+    assert fail(ContextTooLong(9, 8)) == ["error"]  # the question's
+
+
+def test_an_answer_of_another_policy_is_booked_on_the_one_that_was_asked(tmp_path: Path) -> None:
+    desk = make_desk(tmp_path)
+
+    async def another(**_: object) -> AsyncIterator[Piece]:
+        yield Piece(
+            text="Hi", token_ids=(1,), served_by="policy-other", prompt_token_ids=(1,), finish_reason=None
+        )
+
+    desk.engine.stream = another  # type: ignore[assignment,method-assign]
+    with pytest.raises(WrongPolicy, match="policy-other"):
+        asyncio.run(desk.chat.complete(desk.chat.ask(desk.world.staff, desk.conversation, "Hello?")))
+    (failure,) = failures_since(desk.world.store, (desk.world.base.id, ""), since=0)
+    assert failure.kind == "wrong_policy"
 
 
 def test_the_operator_reads_the_verdict_in_both_languages(world: World) -> None:

@@ -136,14 +136,14 @@ def test_interrupted_then_killed_it_goes_on_to_the_same_weights(
     child.send_signal(signal.SIGINT)
     ended(child, 130)
     assert site.last().status == "cancelled"
-    assert len(list((site.data / "cache" / "checkpoints").glob("*.pt"))) == 1
+    assert len(list((site.data / "cache" / "checkpoints").glob("[!.]*.pt"))) == 1
 
     child = site.start()
     run = site.wait_for(child, method, step=8)
     assert first_step(site, curve) > 1
     child.kill()
     child.communicate()
-    assert len(list((site.data / "cache" / "checkpoints").glob("*.pt"))) == 1
+    assert len(list((site.data / "cache" / "checkpoints").glob("[!.]*.pt"))) == 1
 
     weights = site.finish()
     assert first_step(site, curve) > 2

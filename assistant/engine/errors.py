@@ -55,5 +55,9 @@ class StreamBroken(EngineError):
     """An answer ended without a finish reason, or came from the wrong policy."""
 
 
+class WrongPolicy(StreamBroken):
+    """Another policy answered than was asked."""
+
+
 class AdapterRefused(EngineError):
     """These adapter files must not be served; the message names file, tensor, value and fix."""
