@@ -128,7 +128,7 @@ def _gradients(
     share = shares(base, trees)
     total = data.weights[list(numbers)].sum()
     sums = torch.zeros(5, device=base.device)
-    plans = micro_batches(trees, budget_tokens=config.batch_tokens or base.batch_tokens, share=share)
+    plans = micro_batches(trees, budget_tokens=base.budget(config.batch_tokens), share=share)
     with active(base, "policy", trainable=True):
         for plan in crew.share(plans):
             batch = collate([trees[i] for i in plan], share=share, pad_id=base.pad_id, device=base.device)

@@ -42,7 +42,7 @@ def divergence(base: Base, rows: Sequence[Row]) -> float:
     """Return the sum over the answers' tokens of KL(policy ‖ reference) of the next token, in nats."""
     trees, _ = group_by_prompt(rows)
     share, total = shares(base, trees), 0.0
-    for plan in micro_batches(trees, budget_tokens=base.batch_tokens, share=share):
+    for plan in micro_batches(trees, budget_tokens=base.budget(0), share=share):
         batch = collate([trees[i] for i in plan], share=share, pad_id=base.pad_id, device=base.device)
         states = []
         for adapter in ("policy", "reference"):

@@ -263,7 +263,7 @@ def _layouts(base: Base, rows: Sequence[Row], config: KtoConfig) -> Iterator[tup
             [make_tree(prompt, (answer,)) for prompt, answer in rows],
             [[i] for i in range(len(rows))],
         )
-    budget = config.batch_tokens or base.batch_tokens
+    budget = base.budget(config.batch_tokens)
     for plan in micro_batches(trees, budget_tokens=budget, share=share):
         batch = collate([trees[i] for i in plan], share=share, pad_id=base.pad_id, device=base.device)
         yield [place for i in plan for place in groups[i]], batch

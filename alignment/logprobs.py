@@ -133,7 +133,7 @@ def completion_logprobs(
     """
     trees, numbers = group_by_prompt(rows)
     share = shares(base, trees)
-    plans = micro_batches(trees, budget_tokens=batch_tokens or base.batch_tokens, share=share)
+    plans = micro_batches(trees, budget_tokens=base.budget(batch_tokens), share=share)
     scored: dict[int, list[float]] = {}
     watch = crew.begin(progress, "scoring answers")
     with active(base, adapter), torch.no_grad():

@@ -34,6 +34,9 @@ NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermedia
 """Of a configuration, for an estimate."""
 
 
+UNLIMITED = 2**63 - 1
+
+
 class DoesNotFit(KotaeError):
     """A training needs more memory than there is; raised before it begins."""
 
@@ -192,16 +195,46 @@ def available_bytes(device: torch.device) -> int:
     return min(int(psutil.virtual_memory().available), _group_room())
 
 
-def _group_room(folder: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return what the control group (version 2) still allows; file pages can be dropped and count as free."""
+def _group_room(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> int:
+    """Return what this process's control group and those around it still allow (version 2; of version 1 the memory one).
+
+    File pages can be dropped and count as free.
+    """
     try:
-        most = (folder / "memory.max").read_text().strip()
-        used = int((folder / "memory.current").read_text())
-        rows = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        dropped = next((int(row[1]) for row in rows if row[0] == "inactive_file"), 0)
-    except (OSError, ValueError):
-        return 2**63 - 1
-    return 2**63 - 1 if most == "max" else int(most) - used + dropped
+        rows = [line.split(":", 2) for line in groups.read_text().splitlines()]
+    except OSError:
+        rows = []
+    room = _room_of(root)  # inside a container the root is its own group
+    for _, controllers, path in rows:
+        if controllers in ("", "memory"):
+            folder = root / controllers / path.lstrip("/")
+            while folder != root and root in folder.parents:
+                room = min(room, _room_of(folder))
+                folder = folder.parent
+    return room
+
+
+def _room_of(folder: Path) -> int:
+    """Return what one control group still allows."""
+    for limit, usage, dropped in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+            rows = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        return UNLIMITED if most == "max" else int(most) - used + int(rows.get(dropped, 0))
+    return UNLIMITED
+
+
+def _check_sampling(needed: float, sample_tokens: int, room: int) -> None:
+    if needed > room:
+        raise DoesNotFit(
+            f"memory: sampling answers with {sample_tokens} tokens at once needs {needed / GIB:.2f} GiB beside the "
+            f"model, {room / GIB:.2f} GiB are available; lower ppo.sample_batch_tokens, or free memory"
+        )
 
 
 def fitting_tokens(
@@ -209,25 +242,37 @@ def fitting_tokens(
     *,
     rank: int,
     width: int,
-    wanted: int,
     longest: int,
     dense_mask: bool,
     packed: bool = False,
+    learning: int = 1,
+    sample_tokens: int = 0,
     room: int,
     slack: float,
 ) -> tuple[int, bool]:
-    """Return the token budget of a micro-batch, at most `wanted`, and whether that takes checkpointing.
+    """Return the largest token budget of a micro-batch that fits, and whether that takes checkpointing.
 
     Args:
         longest: tokens of the largest prompt with its answers, which is never split: the budget is at least that.
         packed: whether the packed pass is taken, which without checkpointing needs no mask.
+        learning, sample_tokens: as for `estimate`.
         room: bytes left once weights and adapters are there.
 
     Raises:
-        DoesNotFit: the largest prompt alone is too large; names the needed and the available memory and the fix.
+        DoesNotFit: the largest prompt alone, or the cache of sampling, is too large; names the needed and the
+            available memory and the fix.
     """
-    cost = estimate(shape, rank=rank, width=width, batch_tokens=0, adapters=0)
+    cost = estimate(
+        shape,
+        rank=rank,
+        width=width,
+        batch_tokens=0,
+        adapters=0,
+        learning=learning,
+        sample_tokens=sample_tokens,
+    )
     fixed = slack * (cost.optimiser + cost.logits)
+    _check_sampling(fixed + slack * cost.kv_cache, sample_tokens, room)
     mask_width = longest if dense_mask else 0
     for checkpointing in (False, True):
         cost = estimate(
@@ -242,7 +287,7 @@ def fitting_tokens(
         a_token = slack * cost.activations
         fits = max(0, int((room - fixed) / a_token))
         if fits >= longest:
-            return min(wanted, fits), checkpointing
+            return fits, checkpointing
     fixes = [f"lower data.max_tokens so that none exceeds {fits} tokens"] if fits else []
     fixes += ['set precision = "bfloat16"'] if width == WIDE else []
     raise DoesNotFit(
@@ -252,10 +297,13 @@ def fitting_tokens(
     )
 
 
-def plan_batches(base: Base, *, longest: int, rank: int) -> None:
-    """Lower `base.batch_tokens` to what the free memory allows, with checkpointing if it must be; no result changes.
+def plan_batches(base: Base, *, longest: int, rank: int, learning: int = 1, sample_tokens: int = 0) -> None:
+    """Hold `base`'s budgets to what the free memory allows, with checkpointing if it must be; no result changes.
 
     Of a model without the sizes of a Llama nothing is estimated: its budget stays.
+
+    Args:
+        learning, sample_tokens: as for `estimate`.
 
     Raises:
         DoesNotFit: the largest prompt with its answers (`longest` tokens) is too large for this device.
@@ -264,14 +312,15 @@ def plan_batches(base: Base, *, longest: int, rank: int) -> None:
     base.checkpointing = False  # an earlier plan's: without it, the packed pass may be taken
     if not all(hasattr(config, name) for name in NEEDED):
         return
-    base.batch_tokens, base.checkpointing = fitting_tokens(
+    base.most_tokens, base.checkpointing = fitting_tokens(
         shape_of(config),
         rank=rank,
         width=base.dtype.itemsize,
-        wanted=base.batch_tokens,
         longest=longest,
         dense_mask=base.share_prefixes,
         packed=packs(base),
+        learning=learning,
+        sample_tokens=sample_tokens,
         room=available_bytes(base.device),
         slack=CPU_SLACK if base.device.type == "cpu" else GPU_SLACK,
     )

@@ -47,11 +47,17 @@ class Base:
     max_positions: int
     path: str
     batch_tokens: int
-    """Token budget of a training micro-batch where the configuration leaves it open."""
+    """Token budget of a micro-batch where the configuration leaves it open."""
     share_prefixes: bool
     """Whether tree masks are right for this architecture (no sliding windows) and quick on this device."""
     checkpointing: bool = False
     """Whether training passes keep only each layer's input and compute the rest again (`checkpointed`)."""
+    most_tokens: int = 2**62
+    """What of a larger budget fits into memory (`memory.plan_batches`)."""
+
+    def budget(self, asked: int) -> int:
+        """Return the token budget of a micro-batch where the configuration asks for so many, 0: by device."""
+        return min(asked or self.batch_tokens, self.most_tokens)
 
 
 def load_base(path: str, *, device: str = "auto", dtype: str = "auto") -> Base:

@@ -25,7 +25,7 @@ def answer_batches(
     """Yield this process's micro-batches of the rows `numbers`, each with the row number of each of its answers."""
     trees, groups = group_by_prompt([rows[number] for number in numbers])
     share = shares(base, trees)
-    plans = micro_batches(trees, budget_tokens=batch_tokens or base.batch_tokens, share=share)
+    plans = micro_batches(trees, budget_tokens=base.budget(batch_tokens), share=share)
     for plan in crew.share(plans):
         batch = collate([trees[i] for i in plan], share=share, pad_id=base.pad_id, device=base.device)
         yield batch, [numbers[own] for i in plan for own in groups[i]]

@@ -71,7 +71,7 @@ def last_states(
     for tree in trees:
         starts.append(starts[-1] + len(tree.completions))
     result = torch.zeros(starts[-1], int(base.model.config.hidden_size), device=base.device)
-    plans = micro_batches(trees, budget_tokens=batch_tokens or base.batch_tokens, share=share)
+    plans = micro_batches(trees, budget_tokens=base.budget(batch_tokens), share=share)
     watch = crew.begin(progress, "scoring answers")
     with active(base, name), torch.no_grad():
         for plan in crew.share(plans):
@@ -189,7 +189,7 @@ def add_gradients(
     share = shares(base, trees)
     total = items.plain_weights[list(numbers)].sum()
     value = torch.zeros((), dtype=torch.float64)
-    plans = micro_batches(trees, budget_tokens=config.batch_tokens or base.batch_tokens, share=share)
+    plans = micro_batches(trees, budget_tokens=base.budget(config.batch_tokens), share=share)
     for plan in crew.share(plans):
         ordered = sorted(plan, key=lambda i: numbers[i])  # pairs first, then thumbs
         batch = collate([trees[i] for i in ordered], share=share, pad_id=base.pad_id, device=base.device)

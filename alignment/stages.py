@@ -113,11 +113,8 @@ def prepare(
         tokenize=lambda text: answer_ids(base, text),
         max_tokens=min(config.data.max_tokens, base.max_positions),
         base_sha256=incumbent.base_sha256,
-        weigh=lambda labels: weighed_by_others(
-            base, labels, config.reward, seed=config.seed, progress=progress
-        ),
+        weigh=lambda labels: _planned_and_weighed(place, labels, config, progress),
     )
-    place.together(plan_together, _longest(base, preferences, config))
     check_stop(progress)
     former = former_judge(store, config.reward, base_sha256=incumbent.base_sha256)
     parts = divide(preferences, config.data, seed=config.seed)
@@ -134,18 +131,24 @@ def prepare(
     return prepared
 
 
-def _longest(base: Base, preferences: Preferences, config: AlignmentConfig) -> int:
+def _planned_and_weighed(
+    place: Place, labels: Preferences, config: AlignmentConfig, progress: RunProgress
+) -> Preferences:
+    """Weigh the labels by their raters, which trains already: what fits is planned before."""
+    base = place.base
+    assert base is not None
+    place.together(plan_together, _longest(base, labels))
+    return weighed_by_others(base, labels, config.reward, seed=config.seed, progress=progress)
+
+
+def _longest(base: Base, labels: Preferences) -> int:
     """Return the tokens of the largest prompt with its answers, which no micro-batch can split."""
     prompts_twice = not base.share_prefixes
-    sizes = [len(t.prompt_ids) + len(t.answer_ids) for t in preferences.thumbs]
-    for pair in preferences.pairs:
+    sizes = [len(t.prompt_ids) + len(t.answer_ids) for t in labels.thumbs]
+    for pair in labels.pairs:
         answers = (len(pair.chosen_ids), len(pair.rejected_ids))
         padded = 2 * (len(pair.prompt_ids) + max(answers))
         sizes.append(padded if prompts_twice else len(pair.prompt_ids) + sum(answers))
-    if config.method == "ppo":
-        prompts = [p.prompt_ids for p in preferences.pairs] + [t.prompt_ids for t in preferences.thumbs]
-        prompt = max(map(len, prompts), default=0)
-        sizes.append(config.ppo.answers_per_prompt * (prompt + config.ppo.max_new_tokens))
     return max(sizes, default=1)
 
 
@@ -226,7 +229,10 @@ def _trained(work: Work, method: Method, checkpoint: Path) -> Trained:
         work.prepared.base, base_sha256=incumbent.base_sha256, reference_sha256=incumbent.adapter_sha256
     )
     cache = ReferenceCache(work.store.data / "cache", identity=identity)
-    labels, prompts = work.prepared.parts.policy, _prompts(work)
+    labels, prompts, ppo = work.prepared.parts.policy, _prompts(work), work.config.ppo
+    if method == "ppo":
+        room = max(map(len, prompts), default=0) + ppo.max_new_tokens
+        work.place.together(plan_together, ppo.answers_per_prompt * room, ppo)
     with _rollout_server(work, method) as sampler:
         return work.place.together(
             train_policy_by,

@@ -25,6 +25,7 @@ from alignment.memory import plan_batches
 from alignment.models import Base, adapter_parameters, add_policy, load_base
 from alignment.policy_training import PolicyResult
 from alignment.ppo import PpoResult, train_ppo
+from alignment.ppo_config import PpoConfig
 from alignment.ppo_rollouts import Sampler
 from alignment.preferences import Preferences
 from alignment.progress import Interrupted, Progress, Silent
@@ -139,20 +140,27 @@ def load(place: Place, incumbent: Policy, config: AlignmentConfig) -> Base:
     return base
 
 
-def plan_together(place: Place, longest: int) -> None:
-    """Lower the micro-batches to what the process with the least free memory allows: all must cut a batch alike.
+def plan_together(place: Place, longest: int, ppo: PpoConfig | None = None) -> None:
+    """Hold the micro-batches to what the process with the least free memory allows: all must cut a batch alike.
 
     Args:
         longest: tokens of the largest prompt with its answers.
+        ppo: of a training by PPO, which samples and whose critic learns too.
 
     Raises:
         DoesNotFit: it is too large for this process's device.
     """
     base = place.base
     assert base is not None
-    plan_batches(base, longest=longest, rank=int(base.model.peft_config["policy"].r))
-    plans = place.crew.united({place.crew.rank: (base.batch_tokens, base.checkpointing)}).values()
-    base.batch_tokens = min(tokens for tokens, _ in plans)
+    plan_batches(
+        base,
+        longest=longest,
+        rank=int(base.model.peft_config["policy"].r),
+        learning=2 if ppo else 1,
+        sample_tokens=ppo.sample_batch_tokens if ppo else 0,
+    )
+    plans = place.crew.united({place.crew.rank: (base.most_tokens, base.checkpointing)}).values()
+    base.most_tokens = min(tokens for tokens, _ in plans)
     base.checkpointing = any(checkpointing for _, checkpointing in plans)
 
 

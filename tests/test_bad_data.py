@@ -320,6 +320,22 @@ def test_too_little_memory_fails_the_run_and_says_what_to_lower(
     assert "There is too little memory: lower dpo.batch_tokens" in printed
 
 
+@pytest.mark.parametrize("method", ["dpo", "ppo"])
+def test_a_model_that_does_not_fit_is_refused_before_it_is_trained(
+    filled: Filled, tokenizer: Any, align: Any, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    add_comparisons(filled, tokenizer, LABELS)
+    monkeypatch.setattr("alignment.memory.available_bytes", lambda device: 20 * 2**20)
+    code, printed = align(method=method)
+    assert code == 1
+    assert "needs" in printed
+    assert "GiB are available" in printed
+    (run,) = runs.list_runs(filled.store)
+    assert run.status == "failed"
+    folder = filled.store.data / "runs" / run.id
+    assert [path.name for path in folder.iterdir()] == ["error.txt"]
+
+
 def test_a_file_or_folder_is_there_whole_or_as_it_was(tmp_path: Path) -> None:
     file, folder = tmp_path / "card.md", tmp_path / "adapter"
     with whole(file) as aside:

@@ -34,7 +34,6 @@ def budget(shape: Shape, room_gib: int) -> str:
             shape,
             rank=16,
             width=2,
-            wanted=GPU_BATCH_TOKENS,
             longest=LONGEST,
             dense_mask=False,
             room=room,
@@ -42,6 +41,7 @@ def budget(shape: Shape, room_gib: int) -> str:
         )
     except DoesNotFit:
         return "does not fit"
+    tokens = min(tokens, GPU_BATCH_TOKENS)
     return f"{tokens:,}, checkpointing" if checkpointing else f"{tokens:,}"
 
 
