@@ -288,11 +288,15 @@ def fitting_tokens(
         fits = max(0, int((room - fixed) / a_token))
         if fits >= longest:
             return fits, checkpointing
+    raise _does_not_fit(longest, fits, needed=fixed + longest * a_token, room=room, wide=width == WIDE)
+
+
+def _does_not_fit(longest: int, fits: int, *, needed: float, room: int, wide: bool) -> DoesNotFit:
     fixes = [f"lower data.max_tokens so that none exceeds {fits} tokens"] if fits else []
-    fixes += ['set precision = "bfloat16"'] if width == WIDE else []
-    raise DoesNotFit(
+    fixes += ['set precision = "bfloat16"'] if wide else []
+    return DoesNotFit(
         f"memory: training on the largest prompt with its answers ({longest} tokens), with checkpointing, needs "
-        f"{(fixed + longest * a_token) / GIB:.2f} GiB beside the model, {room / GIB:.2f} GiB are available; "
+        f"{needed / GIB:.2f} GiB beside the model, {room / GIB:.2f} GiB are available; "
         f"{', '.join([*fixes, 'lower lora.rank'])}, or free memory"
     )
 
