@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -262,28 +263,14 @@ def fitting_tokens(
         DoesNotFit: the largest prompt alone, or the cache of sampling, is too large; names the needed and the
             available memory and the fix.
     """
-    cost = estimate(
-        shape,
-        rank=rank,
-        width=width,
-        batch_tokens=0,
-        adapters=0,
-        learning=learning,
-        sample_tokens=sample_tokens,
-    )
+    of = partial(estimate, shape, rank=rank, width=width)
+    cost = of(batch_tokens=0, adapters=0, learning=learning, sample_tokens=sample_tokens)
     fixed = slack * (cost.optimiser + cost.logits)
     _check_sampling(fixed + slack * cost.kv_cache, sample_tokens, room)
     mask_width = longest if dense_mask else 0
     for checkpointing in (False, True):
-        cost = estimate(
-            shape,
-            rank=rank,
-            width=width,
-            batch_tokens=1,
-            mask_width=mask_width,
-            checkpointing=checkpointing,
-            packed_row=longest if packed and not checkpointing else 0,
-        )
+        packed_row = longest if packed and not checkpointing else 0
+        cost = of(batch_tokens=1, mask_width=mask_width, checkpointing=checkpointing, packed_row=packed_row)
         a_token = slack * cost.activations
         fits = max(0, int((room - fixed) / a_token))
         if fits >= longest:
