@@ -16,7 +16,20 @@ PANELS = (
     ("answer_tokens", "tokens of an answer"),
     ("entropy_nats_per_token", "entropy, nats a token"),
     ("hand_over_rate", "handed over to a person"),
-    ("right_intent_after", "right intent"),
+    ("right_intent_sampled_after", "right intent, as served"),
+)
+COLUMNS = (
+    "taste",
+    "method",
+    "round",
+    "wins on fresh questions",
+    "right, as served",
+    "right, greedy",
+    "KL",
+    "tokens",
+    "entropy",
+    "hand-overs",
+    "CPU s",
 )
 Cell = dict[str, Any]
 
@@ -24,13 +37,14 @@ Cell = dict[str, Any]
 def table(cells: list[Cell]) -> str:
     """Return a row for every cell, in Markdown."""
     rows = [
-        "| taste | method | round | wins on fresh questions | right intent | KL | tokens | entropy | hand-overs | CPU s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| {' | '.join(COLUMNS)} |",
+        f"| {' | '.join(['---'] * len(COLUMNS))} |",
     ]
     for one in sorted(cells, key=lambda cell: (cell["taste"], cell["method"], cell["round"])):
         rows.append(
             f"| {one['taste']} | {one['method'].upper()} | {one['round'] + 1} | {one['wins']:.1%} "
             f"({one['wins_low']:.1%} to {one['wins_high']:.1%}, n={one['decided']}) | "
+            f"{one['right_intent_sampled_before']:.1%} → {one['right_intent_sampled_after']:.1%} | "
             f"{one['right_intent_before']:.1%} → {one['right_intent_after']:.1%} | "
             f"{one['kl_per_response_nats']:.2f} | {one['answer_tokens']:.0f} | "
             f"{one['entropy_nats_per_token']:.2f} | {one['hand_over_rate']:.1%} | {one['training_cpu_s']:.0f} |"
