@@ -19,7 +19,7 @@ from openai import OpenAI
 
 from assistant import release
 from chat_fixtures import add_servable_candidate
-from running_server import LONG_TOKENS, ROOT, Server, long_question, recorded, run_app
+from running_server import ROOT, Server, long_question, recorded, run_app
 from storage import conversations, deployments, feedback, people, runs
 from storage.records import Policy, Turn
 from storage.store import Store
@@ -131,7 +131,6 @@ def test_a_stock_chat_page_lists_models_streams_stops_and_goes_on(server: Server
         stopped = recorded(server, turn_id)
         assert stopped.finish_reason == "cancelled"
         assert stopped.answer.startswith(heard)
-        assert len(stopped.answer_token_ids) < LONG_TOKENS
         history = [*asked["messages"], {"role": "assistant", "content": stopped.answer}]
         body = {"model": "kotae", "messages": [*history, {"role": "user", "content": QUESTION}]}
         goes_on = page.post("/v1/chat/completions", json=body, headers=chat)
