@@ -207,8 +207,10 @@ class Chat:
                     self._record(ask, deployment, stream, total_s=time.monotonic() - started)
                 self._note_failure(deployment, error, begun=bool(stream.token_ids))
                 raise
-            turn = await asyncio.to_thread(
-                self._record, ask, deployment, stream, total_s=time.monotonic() - started
+            total_s = time.monotonic() - started
+            # Shielded: who leaves now has got the whole answer, and a thread that waits for its turn would be dropped.
+            turn = await asyncio.shield(
+                asyncio.to_thread(self._record, ask, deployment, stream, total_s=total_s)
             )
         yield turn
 

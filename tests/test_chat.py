@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +201,27 @@ def test_dropping_turns_keeps_the_system_prompt_and_the_question() -> None:
     old = [{"role": "user", "content": "o"}, {"role": "assistant", "content": "a"}]
     assert drop_oldest_turn([system, *old, question]) == [system, question]
     assert drop_oldest_turn([system, question]) is None
+
+
+def test_who_leaves_while_the_whole_answer_is_being_recorded_does_not_lose_it(desk: Desk) -> None:
+    async def leave_then() -> None:
+        free = threading.Event()
+        threads = ThreadPoolExecutor(max_workers=1)
+        asyncio.get_running_loop().set_default_executor(threads)
+        busy = asyncio.create_task(asyncio.to_thread(free.wait, 10))
+        await asyncio.sleep(0)
+        asking = asyncio.create_task(
+            desk.chat.complete(desk.chat.ask(desk.world.staff, desk.conversation, "Hello?"))
+        )
+        async with asyncio.timeout(10):
+            while threads._work_queue.empty():  # until the recording waits for the thread
+                await asyncio.sleep(0.01)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        free.set()
+        await busy
+        await asyncio.to_thread(lambda: None)  # after the recording, in the one thread there is
+
+    asyncio.run(leave_then())
+    (turn,) = desk.world.store.all(Turn)
+    assert turn.finish_reason == "stop"

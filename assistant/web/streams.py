@@ -77,6 +77,9 @@ class EventStream(Response):
         async with aclosing(self.events) as events:
             async for event in events:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
+                await asyncio.sleep(
+                    0
+                )  # events that came in one burst would keep us from hearing that nobody listens
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
