@@ -32,9 +32,9 @@ class Limits:
     """A program with one token may ask for many at once, but not take it all."""
 
     def __post_init__(self) -> None:
-        for name in ("everybody", "one_person"):
-            if getattr(self, name) < 1:
-                raise InvalidField(f"limits.{name}", getattr(self, name), "use 1 or more")
+        for option, value in (("--max-answers", self.everybody), ("--max-answers-each", self.one_person)):
+            if value < 1:
+                raise InvalidField(option, value, "use 1 or more")
 
 
 class Admission:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before torch is imported: its threads spin while they wait, and on two cores beside vLLM and Chromium a minute
 # becomes ten. Programs that the tests start as their users would get neither (running_server.py).
@@ -22,6 +22,9 @@ from xdist.scheduler import LoadScopeScheduling
 from alignment_fixtures import Filled, open_store
 from running_server import Server
 from tiny_models import make_tiny_model
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 
 class ByFile(LoadScopeScheduling):
@@ -59,6 +62,14 @@ def server(booted: Server) -> Server:
     """Return the running server, serving the base model to everybody whatever tests before deployed."""
     booted.serve_base()
     return booted
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    from pages_fixtures import chromium
+
+    with chromium() as started:
+        yield started
 
 
 @pytest.fixture(scope="module")

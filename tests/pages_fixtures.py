@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from assistant.web.server import build_app
 from assistant.web.services import Services
@@ -21,6 +21,8 @@ from storage_fixtures import World, make_run
 from tiny_models import make_adapter
 from web_fixtures import PASSWORD, Site
 
+WAIT_MS = 30_000
+"""What Playwright itself waits for an action; it expects what it shows within 5 s, which a busy machine may exceed."""
 CHROMIUM = "/usr/bin/chromium"
 CHROMIUM_ARGUMENTS = (
     "--no-sandbox",
@@ -275,6 +277,7 @@ def _evaluation(policy: Policy, base: Policy, *, passed: bool) -> Evaluation:
 @contextmanager
 def chromium() -> Iterator[Browser]:
     """Start the browser while the block runs."""
+    expect.set_options(timeout=WAIT_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(CHROMIUM_ARGUMENTS))
         yield browser

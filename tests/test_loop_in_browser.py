@@ -18,7 +18,6 @@ from test_serving import add_candidate, world_of
 pytestmark = [pytest.mark.vllm, pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 NAME, PASSWORD = "browser-operator", "correct horse battery"
-WAIT_MS = 30_000
 
 
 @pytest.fixture
@@ -26,7 +25,6 @@ def page(server: Server) -> Iterator[Page]:
     people.add_person(Store(server.data), name=NAME, role="operator", password=PASSWORD, actor="system")
     with chromium() as browser:
         opened = browser.new_page()
-        opened.set_default_timeout(WAIT_MS)
         opened.goto(f"{server.url}/")
         opened.fill("input[name=name]", NAME)
         opened.fill("input[name=password]", PASSWORD)
@@ -35,10 +33,10 @@ def page(server: Server) -> Iterator[Page]:
 
 
 def ask(page: Page, question: str) -> None:
-    expect(page.locator("#chat-question textarea")).to_be_visible(timeout=WAIT_MS)
+    expect(page.locator("#chat-question textarea")).to_be_visible()
     page.fill("#chat-question textarea", question)
     page.press("#chat-question textarea", "Enter")
-    expect(page.locator("#chat-bar [data-act=up]")).to_be_visible(timeout=WAIT_MS)
+    expect(page.locator("#chat-bar [data-act=up]")).to_be_visible()
 
 
 def latest(store: Store) -> Turn:
@@ -65,19 +63,19 @@ def test_chat_thumb_compare_approve_and_the_next_answer_comes_from_the_new_polic
     page.get_by_role("tab", name="Compare").click()
     page.fill("#compare-question textarea", "Do you ship to Norway?")
     page.press("#compare-question textarea", "Enter")
-    expect(page.locator(".k-vote")).to_have_count(4, timeout=WAIT_MS)
+    expect(page.locator(".k-vote")).to_have_count(4)
     before = len(feedback.comparisons(store))
     page.click(".k-vote.left")
-    expect(page.locator("#compare-votes [data-act=next]")).to_be_visible(timeout=WAIT_MS)
+    expect(page.locator("#compare-votes [data-act=next]")).to_be_visible()
     assert len(feedback.comparisons(store)) == before + 1
 
     # approve, to everybody
     page.goto(f"{server.url}/operator/")
-    expect(page.locator("#candidate-verdict")).to_contain_text("Passed its gate", timeout=WAIT_MS)
+    expect(page.locator("#candidate-verdict")).to_contain_text("Passed its gate")
     page.get_by_label("To everybody").check()
     page.fill("#candidate-decision textarea", "The evidence is clear")
     page.get_by_role("button", name="Approve").click()
-    expect(page.locator("#candidate-message")).to_contain_text(candidate.id, timeout=WAIT_MS)
+    expect(page.locator("#candidate-message")).to_contain_text(candidate.id)
     served = deployments.served(store)
     assert served is not None
     assert served.stable.policy_id == candidate.id

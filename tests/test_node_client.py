@@ -27,8 +27,6 @@ pytestmark = [
         reason=f"OpenAI's Node client is not in {MODULES}: npm could not install it; bash .ci/setup --dev tries again",
     ),
 ]
-TRIES = 12
-"""Beside other tests an answer of a quarter of a second may be over before the client is given the processor."""
 QUESTION = {
     "model": "kotae",
     "messages": [{"role": "user", "content": "How long do I have to send something back?"}],
@@ -78,11 +76,8 @@ def test_it_streams_an_answer_and_reads_what_is_recorded(server: Server) -> None
 def test_a_stream_it_stops_midway_is_recorded_as_cancelled_and_the_next_question_is_answered(
     server: Server, question: dict[str, Any], action: str
 ) -> None:
-    for _ in range(TRIES):
-        told = run(server, action, question)
-        turn = recorded(server, told["id"])
-        if turn.finish_reason != "stop":
-            break  # else the answer was over before the client stopped it
+    told = run(server, action, question)
+    turn = recorded(server, told["id"])
     assert turn.finish_reason == "cancelled"
     assert told["finish"] is None
     assert turn.answer.startswith(told["text"])

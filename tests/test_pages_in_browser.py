@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from assistant.engine.errors import EngineUnavailable
-from pages_fixtures import add_candidate, add_dialogue, add_running_run, chromium, make_pages_site, sign_in
+from pages_fixtures import add_candidate, add_dialogue, add_running_run, make_pages_site, sign_in
 from storage import conversations, deployments, feedback, policies, settings
 from storage.records import Rating, Turn
 from web_fixtures import Site, running, wait_until
@@ -20,13 +20,6 @@ pytestmark = [
     # Gradio 6.31 counts its events with calls that pandas 3.1 deprecates (gradio/queueing.py, `_get_df`).
     pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning"),
 ]
-WAIT_MS = 30_000
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +31,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 @pytest.fixture
 def staff(browser: Browser, site: Site) -> Iterator[Page]:
     page = sign_in(browser, site, "staff")
-    page.set_default_timeout(WAIT_MS)
     expect(page.locator(".k-welcome")).to_be_visible()
     yield page
     page.context.close()
@@ -47,7 +39,6 @@ def staff(browser: Browser, site: Site) -> Iterator[Page]:
 @pytest.fixture
 def operator(browser: Browser, site: Site) -> Iterator[Page]:
     page = sign_in(browser, site, "operator", "/operator/")
-    page.set_default_timeout(WAIT_MS)
     yield page
     page.context.close()
 
@@ -58,7 +49,7 @@ def ask(page: Page, question: str) -> None:
 
 
 def answered(page: Page) -> None:
-    expect(page.locator("#chat-bar [data-act=up]")).to_be_visible(timeout=WAIT_MS)
+    expect(page.locator("#chat-bar [data-act=up]")).to_be_visible()
 
 
 def latest(site: Site) -> Turn:
@@ -103,7 +94,7 @@ def test_a_question_is_answered_rated_explained_and_the_rating_taken_back(staff:
 def test_stop_keeps_what_was_said(staff: Page, site: Site) -> None:
     site.engine.enqueue([" ".join(["word"] * 2000)])
     ask(staff, "Tell me everything")
-    expect(staff.locator("#chat-live .bot")).to_contain_text("word word", timeout=WAIT_MS)
+    expect(staff.locator("#chat-live .bot")).to_contain_text("word word")
     staff.click("#chat-stop")
     answered(staff)
     assert latest(site).finish_reason == "cancelled"
@@ -117,7 +108,7 @@ def test_leaving_a_conversation_stops_its_answer_and_shows_none_of_it_elsewhere(
 ) -> None:
     site.engine.enqueue([" ".join(["leftover"] * 2000)])
     ask(staff, "A long one")
-    expect(staff.locator("#chat-live .bot")).to_contain_text("leftover", timeout=WAIT_MS)
+    expect(staff.locator("#chat-live .bot")).to_contain_text("leftover")
     staff.click("#chat-new")
     expect(staff.locator(".k-welcome")).to_be_visible()
     wait_until(lambda: latest(site).finish_reason == "cancelled")
@@ -130,7 +121,7 @@ def test_regenerate_keeps_both_answers_and_pages_between_them(staff: Page, site:
     ask(staff, "Do you ship to Germany?")
     answered(staff)
     staff.click("#chat-bar [data-act=again]")
-    expect(staff.locator(".k-pager")).to_contain_text("2 / 2", timeout=WAIT_MS)
+    expect(staff.locator(".k-pager")).to_contain_text("2 / 2")
     expect(staff.locator("#chat-live")).to_contain_text("second answer")
     staff.click(".k-pager button >> nth=0")
     expect(staff.locator("#chat-live")).to_contain_text("first answer")
@@ -144,7 +135,7 @@ def test_an_edited_question_is_asked_in_its_place(staff: Page, site: Site) -> No
     staff.locator("#chat-live .message-buttons-right button").last.click()
     staff.locator("#chat-live textarea").fill("Where is my parcel?")
     staff.locator("#chat-live .message-buttons-right button").first.click()
-    expect(staff.locator("#chat-live")).to_contain_text("a better answer", timeout=WAIT_MS)
+    expect(staff.locator("#chat-live")).to_contain_text("a better answer")
     assert conversations.question_of(latest(site)) == "Where is my parcel?"
     assert latest(site).parent_turn_id is None
 
@@ -170,10 +161,10 @@ def test_an_engine_that_is_away_is_told_in_words_and_the_question_can_be_asked_a
         [EngineUnavailable("the engine does not answer; it is being restarted"), "Here I am."]
     )
     ask(staff, "Hello?")
-    expect(staff.locator("#chat-bar")).to_contain_text("it is being restarted", timeout=WAIT_MS)
+    expect(staff.locator("#chat-bar")).to_contain_text("it is being restarted")
     expect(staff.locator("body")).not_to_contain_text("Traceback")
     staff.click("#chat-bar [data-act=retry]")
-    expect(staff.locator("#chat-live")).to_contain_text("Here I am.", timeout=WAIT_MS)
+    expect(staff.locator("#chat-live")).to_contain_text("Here I am.")
 
 
 def test_a_thumb_in_the_history_is_recorded_and_undone_without_a_downvote(staff: Page, site: Site) -> None:
@@ -181,7 +172,7 @@ def test_a_thumb_in_the_history_is_recorded_and_undone_without_a_downvote(staff:
     staff.reload()
     staff.locator("#chat-list [data-act=open]").first.click()
     thumbs = staff.locator("#chat-history .message-buttons-left").first.locator("button")
-    expect(thumbs.first).to_be_visible(timeout=WAIT_MS)
+    expect(thumbs.first).to_be_visible()
 
     def verdicts() -> list[str]:
         rows = site.store.all(Rating, "turn_id = ?", [turn.id], order="seq")
@@ -236,12 +227,12 @@ def test_a_comparison_is_blind_counted_once_and_then_tells_who_was_who(staff: Pa
     staff.get_by_role("tab", name="Compare").click()
     staff.fill("#compare-question textarea", "Which one is better?")
     staff.press("#compare-question textarea", "Enter")
-    expect(staff.locator(".k-vote")).to_have_count(4, timeout=WAIT_MS)
+    expect(staff.locator(".k-vote")).to_have_count(4)
     expect(staff.locator("#compare-answers")).not_to_contain_text("policy-")
     staff.click("[data-act=strength][data-id='2']")
     expect(staff.locator("[data-act=strength][data-id='2']")).to_have_attribute("aria-pressed", "true")
     staff.dblclick(".k-vote.left")
-    expect(staff.locator("#compare-votes [data-act=next]")).to_be_visible(timeout=WAIT_MS)
+    expect(staff.locator("#compare-votes [data-act=next]")).to_be_visible()
     expect(staff.locator("#compare-answers")).to_contain_text("policy-base")
     found = feedback.comparisons(site.store)
     assert len(found) == before + 1
@@ -255,7 +246,7 @@ def test_a_drawn_question_is_compared_with_the_keyboard(staff: Page, site: Site)
     before = len(feedback.comparisons(site.store))
     staff.get_by_role("tab", name="Compare").click()
     staff.get_by_role("button", name="Draw a question for me").click()
-    expect(staff.locator(".k-vote")).to_have_count(4, timeout=WAIT_MS)
+    expect(staff.locator(".k-vote")).to_have_count(4)
     staff.keyboard.press("t")
     wait_until(lambda: len(feedback.comparisons(site.store)) == before + 1)
     assert feedback.comparisons(site.store)[-1].choice == "tie"
@@ -270,14 +261,14 @@ def test_a_candidate_is_approved_as_canary_promoted_and_rolled_back(
     base = site.services.release.served.stable.policy_id
     candidate = add_candidate(site, tmp_path, seed=1)
     operator.reload()
-    expect(operator.locator("#candidate-verdict")).to_contain_text("Passed its gate", timeout=WAIT_MS)
+    expect(operator.locator("#candidate-verdict")).to_contain_text("Passed its gate")
     operator.get_by_role("button", name="Approve").click()
     expect(operator.get_by_text("say why in a few words")).to_be_visible()
     assert policies.standing(site.store, candidate.id) == "candidate"
 
     operator.fill("#candidate-decision textarea", "Wins clearly on fresh prompts")
     operator.get_by_role("button", name="Approve").click()
-    expect(operator.locator("#candidate-message")).to_contain_text("10%", timeout=WAIT_MS)
+    expect(operator.locator("#candidate-message")).to_contain_text("10%")
     served = deployments.served(site.store)
     assert served is not None
     assert served.canary is not None
@@ -287,29 +278,29 @@ def test_a_candidate_is_approved_as_canary_promoted_and_rolled_back(
     operator.get_by_role("tab", name="Served").click()
     operator.fill("#served-change textarea", "People like it")
     operator.get_by_role("button", name="Promote canary").click()
-    expect(operator.locator("#served-message")).to_contain_text("now answers everybody", timeout=WAIT_MS)
+    expect(operator.locator("#served-message")).to_contain_text("now answers everybody")
     assert site.services.release.served.stable.policy_id == candidate.id
 
     operator.fill("#served-change textarea", "One answer was wrong")
     operator.get_by_role("button", name="Roll back").click()
-    expect(operator.locator("#served-message")).to_contain_text(base, timeout=WAIT_MS)
+    expect(operator.locator("#served-message")).to_contain_text(base)
     assert site.services.release.served.stable.policy_id == base
 
 
 def test_a_candidate_is_rejected_with_its_reason(operator: Page, site: Site, tmp_path: Path) -> None:
     candidate = add_candidate(site, tmp_path, seed=2)
     operator.reload()
-    expect(operator.locator("#candidate-verdict")).to_contain_text(candidate.id, timeout=WAIT_MS)
+    expect(operator.locator("#candidate-verdict")).to_contain_text(candidate.id)
     operator.fill("#candidate-decision textarea", "Too curt")
     operator.get_by_role("button", name="Reject").click()
-    expect(operator.locator("#candidate-verdict")).to_contain_text("Too curt", timeout=WAIT_MS)
+    expect(operator.locator("#candidate-verdict")).to_contain_text("Too curt")
     assert policies.standing(site.store, candidate.id) == "rejected"
 
 
 def test_a_run_is_watched_started_and_the_schedule_paused(operator: Page, site: Site) -> None:
     add_running_run(site)
     operator.get_by_role("tab", name="Runs").click()
-    expect(operator.locator("#run-now")).to_contain_text("45%", timeout=WAIT_MS)
+    expect(operator.locator("#run-now")).to_contain_text("45%")
     expect(operator.locator("#run-curves svg").first).to_be_visible()
     operator.get_by_role("button", name="Start a run now").click()
     expect(operator.locator("#run-message")).to_contain_text("was started")
@@ -320,9 +311,9 @@ def test_a_run_is_watched_started_and_the_schedule_paused(operator: Page, site: 
 
 def test_the_audit_log_is_shown_and_verified(operator: Page) -> None:
     operator.get_by_role("tab", name="Audit").click()
-    expect(operator.locator("#audit-events")).to_contain_text("person.added", timeout=WAIT_MS)
+    expect(operator.locator("#audit-events")).to_contain_text("person.added")
     operator.get_by_role("button", name="Verify the chain").click()
-    expect(operator.locator("#audit-message")).to_contain_text("The chain is whole", timeout=WAIT_MS)
+    expect(operator.locator("#audit-message")).to_contain_text("The chain is whole")
 
 
 # -- administration, languages ----------------------------------------------------------------------
@@ -332,21 +323,21 @@ def test_a_person_is_added_with_a_password_shown_once(browser: Browser, site: Si
     page = sign_in(browser, site, "admin", "/admin/")
     page.get_by_label("Name").fill("Haruka")
     page.get_by_role("button", name="Add").click()
-    expect(page.locator(".k-secret code")).to_be_visible(timeout=WAIT_MS)
+    expect(page.locator(".k-secret code")).to_be_visible()
     password = page.locator(".k-secret code").inner_text()
     expect(page.locator("#people-list")).to_contain_text("Haruka")
     page.reload()
-    expect(page.locator("#people-list")).to_contain_text("Haruka", timeout=WAIT_MS)
+    expect(page.locator("#people-list")).to_contain_text("Haruka")
     expect(page.locator("body")).not_to_contain_text(password)
     page.context.close()
 
 
 def test_the_language_follows_the_browser_until_the_person_chooses(browser: Browser, site: Site) -> None:
     page = sign_in(browser, site, "staff", locale="ja-JP")
-    expect(page.locator(".k-header")).to_contain_text("ログアウト", timeout=WAIT_MS)
+    expect(page.locator(".k-header")).to_contain_text("ログアウト")
     page.click("[data-act=language]")
-    expect(page.locator(".k-header")).to_contain_text("Log out", timeout=WAIT_MS)
+    expect(page.locator(".k-header")).to_contain_text("Log out")
     wait_until(lambda: settings.get(site.store, f"language:{site.people['staff'].id}") == "en")
     page.reload()
-    expect(page.locator(".k-header")).to_contain_text("Log out", timeout=WAIT_MS)
+    expect(page.locator(".k-header")).to_contain_text("Log out")
     page.context.close()

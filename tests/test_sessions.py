@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from assistant.web.services import Services
 from assistant.web.sessions import COOKIE, ONE_TIME_KEY, SESSION_S, Sessions
 from assistant.web.sign_in import own_path
 from storage import people, settings
-from web_fixtures import PASSWORD, Site, make_site, running
+from web_fixtures import PASSWORD, Site, make_site
 
 PAGE = {"Accept": "text/html,application/xhtml+xml"}
 NEW_PASSWORD = "an even better battery"
@@ -449,81 +448,3 @@ def test_the_api_is_reached_although_a_page_is_mounted_at_the_root(site: Site) -
     assert site.client("staff").get("/v1/models").json()["data"][0]["id"] == "kotae"
     assert site.client(None).get("/healthz").json() == {"status": "ok"}
     assert site.client(None).get("/login").status_code == 200
-
-
-# -- a real browser ---------------------------------------------------------------------------------------
-
-CHROMIUM = "/usr/bin/chromium"
-SWITCHES = (
-    "--no-sandbox",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-)
-
-
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=list(SWITCHES))
-        yield chromium
-        chromium.close()
-
-
-@pytest.mark.browser
-def test_sign_in_event_wrong_role_and_sign_out_in_a_browser(tmp_path: Path, browser: Any) -> None:
-    from playwright.sync_api import expect
-
-    site = make_site(tmp_path, pages=PAGES)
-    site.give_password("staff")
-    with running(site):
-        page = browser.new_context(locale="en-US").new_page()
-        blocked: list[str] = []
-        page.on(
-            "console", lambda told: blocked.append(told.text) if "Content Security" in told.text else None
-        )
-        page.goto(f"{site.url}/")
-        expect(page).to_have_url(f"{site.url}/login?next=%2F")
-        page.fill("#name", "staff")
-        page.fill("#password", "wrong")
-        page.click("button")
-        expect(page.get_by_role("alert")).to_have_text(ENGLISH["wrong"])
-        page.fill("#password", PASSWORD)
-        page.click("button")
-        expect(page).to_have_url(f"{site.url}/")
-        page.get_by_role("button", name="Who am I?").click()
-        expect(page.get_by_label("Answer")).to_have_value(f"You are {site.people['staff'].id}.")
-        assert page.context.cookies()[0]["httpOnly"]
-        assert not blocked
-        page.goto(f"{site.url}/operator/")
-        expect(page.get_by_role("heading")).to_have_text(ENGLISH["forbidden_title"])
-        page.click("text=Back to the assistant")
-        expect(page.get_by_role("button", name="Who am I?")).to_be_visible()
-        page.evaluate("location.href = '/logout'")
-        expect(page).to_have_url(f"{site.url}/login")
-        page.goto(f"{site.url}/")
-        expect(page).to_have_url(f"{site.url}/login?next=%2F")
-
-
-@pytest.mark.browser
-def test_a_new_password_in_a_japanese_browser(tmp_path: Path, browser: Any) -> None:
-    from playwright.sync_api import expect
-
-    site = make_site(tmp_path, pages=PAGES)
-    site.give_password("staff")
-    settings.put(site.store, ONE_TIME_KEY, [site.people["staff"].id], "system")
-    with running(site):
-        page = browser.new_context(locale="ja-JP").new_page()
-        page.goto(f"{site.url}/")
-        page.get_by_label(JAPANESE["name"]).fill("staff")
-        page.get_by_label(JAPANESE["password"]).fill(PASSWORD)
-        page.keyboard.press("Enter")
-        expect(page.get_by_role("heading")).to_have_text(JAPANESE["new_password_title"])
-        page.fill("#current", PASSWORD)
-        page.fill("#password", NEW_PASSWORD)
-        page.fill("#again", NEW_PASSWORD)
-        page.keyboard.press("Enter")
-        expect(page.get_by_role("button", name="Who am I?")).to_be_visible()

@@ -30,6 +30,8 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from figures import tell
+
 from assistant import release
 from chat_fixtures import add_random_candidate
 from running_server import Server
@@ -209,10 +211,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder), kills=options.kills, seed=options.seed)
-    text = json.dumps(found, indent=1)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    tell(found, options.out)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from figures import tell
+
 from alignment.starter.customers import questions
 from running_server import Server
 from storage import people as staff
@@ -265,10 +267,7 @@ def main() -> None:
                 found |= asyncio.run(soak(server, minutes=options.soak_min, people=options.people))
         finally:
             server.stop()
-    text = json.dumps(found, indent=1)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    tell(found, options.out)
 
 
 if __name__ == "__main__":
