@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 import uvicorn
+import uvloop
 
 from assistant.accounts import first_administrator
 from assistant.admission import Limits
@@ -42,6 +44,9 @@ log = logging.getLogger("kotae")
 
 DRAIN_S = 10
 """How long running answers may go on after Ctrl-C or SIGTERM."""
+SWITCH_S = 0.0005
+"""Python's 5 ms between threads would be waited at each of the dozen statements of a transaction while answers stream,
+and everybody who writes would wait behind it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +98,9 @@ def serve_until_stopped(options: ServeOptions, *, make_scheduler: MakeScheduler)
         tell_administrator(store, url)
         launcher = RunLauncher(store, options.align_command)
         scheduler = make_scheduler(store, lambda trigger: launcher.launch(trigger, None))
-        asyncio.run(_serve(options, store, base, launcher, scheduler))
+        sys.setswitchinterval(SWITCH_S)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(options, store, base, launcher, scheduler))
         store.close()
     return 0
 

@@ -20,11 +20,13 @@ from storage.records import Json
 
 Result = TypeVar("Result")
 DONE = b"data: [DONE]\n\n"
+_COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+"""Kept, as `json.dumps` would make a new one for each token."""
 
 
 def sse(data: Json) -> bytes:
     """Return one server-sent event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _COMPACT.encode(data).encode() + b"\n\n"
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

@@ -31,7 +31,7 @@ class ChatLayout:
     def screen(self) -> list[Any]:
         """Return the components that `drawn` changes, and those of the panel below the answer."""
         parts = [self.title, self.renaming, self.older, self.history, self.live, self.empty, self.bar]
-        return [*parts, self.listing, self.send, self.stop, *self.panel.outputs]
+        return [*parts, self.listing, *self.panel.outputs]
 
     def drawn(self, screen: Screen) -> dict[Any, Any]:
         """Return the updates that show a screen."""
@@ -39,15 +39,13 @@ class ChatLayout:
             self.title: screen.title,
             self.renaming: gr.Row(visible=False),
             self.listing: screen.listing,
-            self.older: gr.Button(visible=screen.has_older),
-            self.history: gr.Chatbot(
-                value=screen.history, feedback_value=screen.history_feedback, visible=bool(screen.history)
-            ),
-            self.live: gr.Chatbot(value=screen.live, visible=bool(screen.live)),
+            self.older: look.older_bar(self.words) if screen.has_older else "",
+            self.history: gr.Chatbot(value=screen.history, feedback_value=screen.history_feedback)
+            if screen.history
+            else [],
+            self.live: screen.live,
             self.bar: screen.bar,
             self.empty: screen.empty,
-            self.send: gr.Button(visible=not screen.is_answering),
-            self.stop: gr.Button(visible=screen.is_answering),
         }
 
     def _build_side(self) -> None:
@@ -75,7 +73,7 @@ class ChatLayout:
 
     def _build_messages(self) -> None:
         with gr.Column(elem_id="chat-scroll"):
-            self.older = gr.Button(self.words("chat.older"), visible=False, size="sm", elem_id="chat-older")
+            self.older = clickable(elem_id="chat-older")
             self.history = _chatbot("chat-history")
             self.live = _chatbot("chat-live")
             self.empty = clickable(elem_id="chat-empty")
@@ -97,10 +95,10 @@ class ChatLayout:
                 scale=8,
                 elem_id="chat-question",
             )
-            self.send = gr.Button(words("chat.send"), variant="primary", scale=0, min_width=88)
-            self.stop = gr.Button(
-                words("chat.stop"), visible=False, scale=0, min_width=88, elem_id="chat-stop"
+            self.send = gr.Button(
+                words("chat.send"), variant="primary", scale=0, min_width=88, elem_id="chat-send"
             )
+            self.stop = gr.Button(words("chat.stop"), scale=0, min_width=88, elem_id="chat-stop")
         markup(f'<p class="k-hint k-keys">{escape(words("chat.keys"))}</p>')
 
 
@@ -110,7 +108,6 @@ def _chatbot(elem_id: str) -> gr.Chatbot:
         show_label=False,
         container=False,
         height=None,
-        visible=False,
         autoscroll=False,
         editable="user",
         buttons=["copy"],

@@ -62,7 +62,7 @@ class ChatPage:
             self.ui.live.edit(self.edit_live, self.view, screen, **QUICK),
             self.ui.history.edit(self.edit_history, self.view, screen, **QUICK),
         ]
-        streamed = [self.view, self.ui.live, self.ui.bar, self.ui.send, self.ui.stop]
+        streamed = [self.view, self.ui.live, self.ui.bar]
         for asked in asks:
             asked.success(
                 self.stream,
@@ -141,7 +141,7 @@ class ChatPage:
                 async with aclosing(paced(self.services.chat.reply(view.ask), stop=stop)) as events:
                     async for event in events:
                         if isinstance(event, Delta):
-                            yield {self.ui.live: self._live(view, event.text), self.ui.bar: ""}
+                            yield {self.ui.live: self._live(view, event.text), self.ui.bar: look.STREAMING}
             except KotaeError as error:
                 problem = str(error)
             finally:
@@ -164,19 +164,19 @@ class ChatPage:
 
     def _answered(self, person: Person, view: View, problem: str) -> Updates:
         """Return the updates that end a stream: the recorded turn, or why there is none."""
-        buttons = {self.ui.send: gr.Button(visible=True), self.ui.stop: gr.Button(visible=False)}
         turn_id = view.ask.turn_id if view.ask else ""
         recorded = self.store.all(Turn, "id = ?", [turn_id])
         if problem or not recorded:
             bar = look.broken(self.words, problem) if problem else look.stopped(self.words)
-            return buttons | {self.view: view, self.ui.bar: bar}
+            return {self.view: view, self.ui.bar: bar}
         view = session.settled(self.store, view, live_turn_id=turn_id)
-        live = gr.Chatbot(value=look.messages_of(recorded))
-        return buttons | {self.view: view, self.ui.live: live, self.ui.bar: self._bar(person, recorded[0])}
+        live = look.messages_of(recorded)
+        return {self.view: view, self.ui.live: live, self.ui.bar: self._bar(person, recorded[0])}
 
-    def _live(self, view: View, answer: str) -> gr.Chatbot:
+    def _live(self, view: View, answer: str) -> list[Json]:
+        """Return the messages alone: a component, even with nothing else, costs Gradio its JSON schema each time."""
         assert view.ask is not None
-        return gr.Chatbot(value=look.exchange(view.ask.messages[-1]["content"], answer))
+        return look.exchange(view.ask.messages[-1]["content"], answer)
 
     # -- feedback -------------------------------------------------------------------------------------
 

@@ -102,6 +102,11 @@ def title_bar(words: Words, conversation: Conversation | None) -> str:
     return f'<div class="k-titlebar">{menu}<h2>{title}</h2><div class="k-actions">{actions}</div></div>'
 
 
+def older_bar(words: Words) -> str:
+    """Return the way to the turns before those shown."""
+    return f'<p class="k-older">{button("older", words("chat.older"))}</p>'
+
+
 def delete_bar(words: Words) -> str:
     """Return the question whether to delete, in the place of the title."""
     return (
@@ -160,7 +165,15 @@ def _ending(words: Words, turn: Turn) -> str:
 
 def waiting(words: Words) -> str:
     """Return what is shown until the first words arrive."""
-    return f'<p class="k-waiting" role="status"><i></i><i></i><i></i><span>{escape(words("chat.thinking"))}</span></p>'
+    return f'<p class="k-waiting k-answering" role="status"><i></i><i></i><i></i><span>{escape(words("chat.thinking"))}</span></p>'
+
+
+STREAMING = '<span class="k-answering"></span>'
+"""Below an answer that is being made; while `k-answering` is there, style.css shows Stop in the place of Send.
+
+Gradio makes a whole component, with the signature of its constructor and its JSON schema, for each property that an event
+changes; a text costs it nothing.
+"""
 
 
 def broken(words: Words, message: str) -> str:
