@@ -68,6 +68,8 @@ class Ask:
     source: TurnSource = "chat"
     sampling: Sampling = field(default_factory=Sampling)
     turn_id: str = field(default_factory=lambda: new_id("turn"))
+    begins: Conversation | None = None
+    """The conversation, where it is kept with this answer only: nobody waits for it before the first token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +167,7 @@ class Chat:
         return conversation
 
     def conversation_for(self, person: Person, external_id: str | None) -> Conversation:
-        """Return the API caller's conversation of that name, made on first use; without a name a new one."""
+        """Return the caller's conversation of that name, made on first use; without a name a new one."""
         if external_id is not None:
             known = conversations.conversation_of_external(
                 self.store, person_id=person.id, external_id=external_id
@@ -278,7 +280,7 @@ class Chat:
             total_s=total_s,
             created_at=now(),
         )
-        conversations.record_turn(self.store, turn)
+        conversations.record_turn(self.store, turn, begins=ask.begins)
         return turn
 
     async def reply_pair(self, ask: Ask) -> Pair:

@@ -15,7 +15,7 @@ from typing import Any
 from storage.errors import InvalidField, NotAllowed, NotFound
 from storage.people import SYSTEM, get_person, may
 from storage.records import Conversation, Deployment, Turn, new_id, now
-from storage.store import Store
+from storage.store import Store, Transaction
 from storage.tables import column_list, decode
 
 LONGEST_TITLE = 200
@@ -36,6 +36,19 @@ class SearchHit:
     snippet: str
 
 
+def new_conversation(*, person_id: str, title: str = "", external_id: str | None = None) -> Conversation:
+    """Return a conversation that is not kept yet: `record_turn` keeps it with its first answer."""
+    at = now()
+    return Conversation(
+        id=new_id("conversation"),
+        person_id=person_id,
+        title=_checked_title(title),
+        created_at=at,
+        external_id=external_id,
+        active_at=at,
+    )
+
+
 def create_conversation(
     store: Store, *, person_id: str, title: str = "", external_id: str | None = None
 ) -> Conversation:
@@ -44,19 +57,15 @@ def create_conversation(
     Raises:
         Conflict: the person already has a conversation of this external id.
     """
-    at = now()
-    conversation = Conversation(
-        id=new_id("conversation"),
-        person_id=person_id,
-        title=_checked_title(title),
-        created_at=at,
-        external_id=external_id,
-        active_at=at,
-    )
+    conversation = new_conversation(person_id=person_id, title=title, external_id=external_id)
     with store.transaction(person_id, durable=False) as changes:  # worth nothing before its first turn
-        changes.insert(conversation)
-        changes.audit("conversation.created", conversation.id)
+        _keep(changes, conversation)
     return conversation
+
+
+def _keep(changes: Transaction, conversation: Conversation) -> None:
+    changes.insert(conversation)
+    changes.audit("conversation.created", conversation.id)
 
 
 def get_conversation(store: Store, id: str) -> Conversation:
@@ -109,8 +118,11 @@ def delete_conversation(store: Store, id: str, *, actor: str) -> None:
         changes.audit("conversation.deleted", id)
 
 
-def record_turn(store: Store, turn: Turn) -> None:
+def record_turn(store: Store, turn: Turn, *, begins: Conversation | None = None) -> None:
     """Keep an answer, show it as the head of its conversation and bring the conversation to the top.
+
+    Args:
+        begins: the conversation, where this is its first answer and it is not kept yet.
 
     Raises:
         InvalidField: it refers to something that does not exist or does not belong together.
@@ -119,6 +131,8 @@ def record_turn(store: Store, turn: Turn) -> None:
     """
     question = _question(turn)
     with store.transaction(turn.person_id) as changes:
+        if begins is not None:
+            _keep(changes, begins)
         conversation = _existing(store, turn.conversation_id)
         _check_owner(store, conversation, turn.person_id)
         _check_place(store, turn)

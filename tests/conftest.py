@@ -44,8 +44,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the longest work begin first."""
-    items.sort(key=lambda item: "booted" in getattr(item, "fixturenames", ()), reverse=True)
+    """Let the longest work begin first, so that no worker is left alone with it at the end."""
+
+    def weight(item: pytest.Item) -> tuple[bool, bool, bool]:
+        heavy = (item.get_closest_marker(name) is not None for name in ("vllm", "slow"))
+        return ("booted" in getattr(item, "fixturenames", ()), *heavy)  # type: ignore[return-value]
+
+    files: dict[Path, tuple[bool, bool, bool]] = {}
+    for item in items:
+        files[item.path] = max(files.get(item.path, (False, False, False)), weight(item))
+    items.sort(key=lambda item: files[item.path], reverse=True)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 from storage import audit, conversations
 from storage.errors import Conflict, InvalidField, NotAllowed, NotFound
 from storage.records import new_id
-from storage_fixtures import World, add_candidate, ask, make_world, record, start_conversation
+from storage_fixtures import World, add_candidate, ask, make_turn, make_world, record, start_conversation
 
 
 @pytest.fixture
@@ -34,6 +34,21 @@ def test_a_new_conversation_has_an_empty_thread_and_an_unknown_one_is_an_error(w
     assert conversations.thread(world.store, start_conversation(world).id) == []
     with pytest.raises(NotFound):
         conversations.thread(world.store, "conversation_x")
+
+
+def test_a_conversation_is_kept_with_its_first_answer_or_not_at_all(world: World) -> None:
+    begins = conversations.new_conversation(person_id=world.staff.id)
+    with pytest.raises(InvalidField, match="deployment_id"):
+        conversations.record_turn(world.store, make_turn(world, begins, policy_id="policy_x"), begins=begins)
+    with pytest.raises(NotFound):
+        conversations.get_conversation(world.store, begins.id)
+    turn = make_turn(world, begins)
+    conversations.record_turn(world.store, turn, begins=begins)
+    assert conversations.thread(world.store, begins.id) == [turn]
+    told = world.store.rows(
+        "SELECT action FROM audit_events WHERE subject IN (?, ?) ORDER BY seq", [begins.id, turn.id]
+    )
+    assert [event["action"] for event in told] == ["conversation.created", "turn.recorded"]
 
 
 def test_a_regenerated_answer_is_an_alternative_and_becomes_the_head(world: World) -> None:

@@ -242,6 +242,10 @@ def test_an_error_before_the_first_token_is_a_status_even_for_a_stream(site: Sit
     assert reply.status_code == 429
     assert reply.headers["retry-after"] == "1"
     assert error_of(reply)["code"] == "engine_busy"
+    assert (
+        site.store.rows("SELECT id FROM conversations WHERE id NOT IN (SELECT conversation_id FROM turns)")
+        == []
+    )
 
 
 def test_an_error_after_the_first_token_is_told_in_the_stream(live: Site, client: openai.OpenAI) -> None:

@@ -70,7 +70,11 @@ class OpenAiApi:
         """Answer the last message, whole or as a stream."""
         person = caller(request, self.sessions)
         asked = read_completion(await read_json(request), request.headers.get(CONVERSATION_HEADER))
-        ask = await asyncio.to_thread(make_ask, self.services, person, asked)
+        ask = (
+            first_ask(person, asked)
+            if asked.external_id is None
+            else await asyncio.to_thread(make_ask, self.services, person, asked)
+        )
         if not asked.stream:
             turn = await unless_gone(request, self.services.chat.complete(ask))
             return JSONResponse(completion(turn))
@@ -81,6 +85,20 @@ class OpenAiApi:
 
     def _model(self) -> Json:
         return {"id": MODEL, "object": "model", "created": self.started_at, "owned_by": "kotae"}
+
+
+def first_ask(person: Person, asked: CompletionRequest) -> Ask:
+    """Return the question of a caller who names no conversation: it begins one, and storage is not asked."""
+    begins = conversations.new_conversation(person_id=person.id)
+    return Ask(
+        person=person,
+        conversation_id=begins.id,
+        parent_turn_id=None,
+        messages=asked.messages,
+        source="api",
+        sampling=asked.sampling,
+        begins=begins,
+    )
 
 
 def make_ask(services: Services, person: Person, asked: CompletionRequest) -> Ask:

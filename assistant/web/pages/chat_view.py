@@ -165,7 +165,8 @@ def _ending(words: Words, turn: Turn) -> str:
 
 def waiting(words: Words) -> str:
     """Return what is shown until the first words arrive."""
-    return f'<p class="k-waiting k-answering" role="status"><i></i><i></i><i></i><span>{escape(words("chat.thinking"))}</span></p>'
+    text = escape(words("chat.thinking"))
+    return f'<p class="k-waiting k-answering" role="status"><i></i><i></i><i></i><span>{text}</span></p>'
 
 
 STREAMING = '<span class="k-answering"></span>'
