@@ -226,7 +226,6 @@ LIMITS: dict[str, tuple[float, float]] = {
     "kto.learning_rate": (1e-8, 1),
     "kto.batch_thumbs": (2, 100_000),
     "kto.min_class_thumbs": (1, 1_000_000),
-    "kto.kl_every": (1, 1_000_000),
     "kto.displacement_window": (1, 1000),
     "kto.displacement_raises": (0, 100),
     "kto.checkpoint_every": (1, 1_000_000),
@@ -240,6 +239,7 @@ SHARED_LIMITS: dict[str, tuple[float, float]] = {
     "batch_pairs": (1, 100_000),
     "batch_tokens": (0, 100_000_000),
     "gradient_clip": (1e-6, 1e6),
+    "kl_every": (1, 1_000_000),
 }
 """The same for fields that several tables have."""
 SHARE = (0.0, 1.0)

@@ -1,26 +1,53 @@
-"""How far the policy has moved from its reference, measured while it trains, on answers it gives itself.
+"""How far the policy has moved from its reference and from the base, measured while it trains, on answers it gives itself.
 
 A training that ends when a budget is spent holds the policy equally near to its origin whatever the number of labels: a
-count of steps does not (the same recipe moved a small snapshot by 0.05 nats an answer and a large one by 2.3).
+count of steps does not (the same recipe moved a small snapshot by 0.05 nats an answer and a large one by 2.3). The
+reference is where one run begins, the base where the first of all runs began: a budget from the base holds in rounds too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from alignment.batching import collate, group_by_prompt, micro_batches
 from alignment.distributed import ALONE, Crew
 from alignment.logprobs import LOGITS_A_CHUNK, Row, shares, states_at
-from alignment.models import Base, active, head
+from alignment.models import Base, active, has_adapter, head
 from alignment.rollouts import sample
 
 LONGEST_ANSWER_TOKENS = 256
 
 
-def kl_per_response(base: Base, prompts: Sequence[Sequence[int]], *, seed: int, crew: Crew = ALONE) -> float:
-    """Return KL(policy ‖ reference) of an answer in nats, estimated from one sampled answer to each prompt.
+@dataclass(frozen=True, slots=True)
+class Kl:
+    """KL(policy ‖ other) of an answer, in nats, from two others."""
+
+    from_reference: float
+    from_base: float
+    """The same number where the reference is the base itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How far a policy may go, in nats an answer; 0 for no limit."""
+
+    from_reference: float
+    from_base: float
+
+    def __bool__(self) -> bool:
+        """Return whether there is any limit."""
+        return self.from_reference > 0 or self.from_base > 0
+
+    def passed_by(self, kl: Kl) -> bool:
+        """Return whether the policy is beyond a limit."""
+        return kl.from_reference > self.from_reference > 0 or kl.from_base > self.from_base > 0
+
+
+def kl_per_response(base: Base, prompts: Sequence[Sequence[int]], *, seed: int, crew: Crew = ALONE) -> Kl:
+    """Return the KL of an answer from reference and base, estimated from one sampled answer to each prompt.
 
     At each token of the answers the divergence is taken over all tokens that might have come (Amini et al. 2025, arXiv
     2504.10637, the Rao-Blackwellised estimator): unbiased, and of lower variance than any function of the log-probs of
@@ -33,33 +60,67 @@ def kl_per_response(base: Base, prompts: Sequence[Sequence[int]], *, seed: int, 
         base, mine, adapter="policy", temperature=1.0, max_new_tokens=room, seed=seed, numbers=numbers
     )
     rows = [(prompt, answer.token_ids) for prompt, answer in zip(mine, answers, strict=True)]
-    total = torch.tensor(divergence(base, rows), dtype=torch.float64)
-    crew.sum(total)
-    return float(total) / len(prompts)
+    others = ("reference", None) if has_adapter(base, "reference") else ("reference",)
+    totals = divergences(base, rows, others)
+    crew.sum(totals)
+    means = (totals / len(prompts)).tolist()
+    return Kl(from_reference=means[0], from_base=means[-1])
 
 
-def divergence(base: Base, rows: Sequence[Row]) -> float:
-    """Return the sum over the answers' tokens of KL(policy ‖ reference) of the next token, in nats."""
+def divergences(base: Base, rows: Sequence[Row], others: Sequence[str | None]) -> torch.Tensor:
+    """Return (O,) float64: for each of the others (as `active` names them), the sum over the answers' tokens of
+    KL(policy ‖ other) of the next token, in nats."""
     trees, _ = group_by_prompt(rows)
-    share, total = shares(base, trees), 0.0
+    share, totals = shares(base, trees), torch.zeros(len(others), dtype=torch.float64)
     for plan in micro_batches(trees, budget_tokens=base.budget(0), share=share):
         batch = collate([trees[i] for i in plan], share=share, pad_id=base.pad_id, device=base.device)
         states = []
-        for adapter in ("policy", "reference"):
+        for adapter in ("policy", *others):
             with active(base, adapter), torch.no_grad():
                 states.append(states_at(base, batch, batch.predictors))  # (N, D)
-        total += _divergence_at(base, *states)
-    return total
+        totals += _divergences_at(base, states)
+    return totals
 
 
 @torch.no_grad()
-def _divergence_at(base: Base, policy: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the sum of the divergences of the next token after hidden states (N, D), a chunk at a time."""
-    layer, total = head(base), 0.0
+def _divergences_at(base: Base, states: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return (O,): the sums of the divergences of the next token after hidden states (N, D), the policy's first and then
+    each other's, a chunk at a time."""
+    layer, totals = head(base), torch.zeros(len(states) - 1, dtype=torch.float64)
     size = max(1, LOGITS_A_CHUNK // layer.weight.shape[0])
-    for start in range(0, policy.shape[0], size):
-        ours, theirs = (
-            layer(states[start : start + size]).float().log_softmax(dim=-1) for states in (policy, reference)
+    for start in range(0, states[0].shape[0], size):
+        ours, *theirs = (layer(part[start : start + size]).float().log_softmax(dim=-1) for part in states)
+        for number, other in enumerate(theirs):
+            totals[number] += float((ours.exp() * (ours - other)).sum(dtype=torch.float64))
+    return totals
+
+
+def held_by_base(*, budget: float, began: float, passed: bool, moved: bool, setting: str) -> str:
+    """Return, for people, what the budget from the base did to a training; "" where it did not matter.
+
+    Args:
+        budget: nats an answer.
+        began: how far from the base the policy was that the training began with, in nats an answer.
+        passed: whether the training ended because it went too far from the base.
+        moved: whether the policy is another than it began with.
+        setting: the budget's name.
+    """
+    allowed = f"{budget:.3g} ({setting})"
+    if passed and not moved:
+        return (
+            "No candidate was made, and the served policy stays: what these labels ask for leads farther away from the "
+            f"base model than training may go. The served policy's answers are {began:.3g} nats from the base's, and "
+            f"training may take them to {allowed}. If its answers are good, raise that setting; if they have become "
+            "worse, roll back to an earlier policy. Labels that ask for something else can still be learnt."
         )
-        total += float((ours.exp() * (ours - theirs)).sum(dtype=torch.float64))
-    return total
+    if began > budget > 0:
+        return (
+            f"The served policy's answers are already {began:.3g} nats from the base model's, and training may take them "
+            f"to {allowed}: the candidate was allowed to change, but not to move farther away."
+        )
+    if passed:
+        return (
+            "Training ended early: the candidate's answers are as far from the base model's as all runs together may "
+            f"take them, in nats {allowed}."
+        )
+    return ""

@@ -192,6 +192,9 @@ def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, mete
     work = replace(work, config=_adapted(work.config, choice, statistics))
     trained = stages.update_policy(work, choice.method, scorer)
     check_stop(work.progress)
+    held = stages.held(trained)
+    if stages.no_candidate(trained):
+        return Outcome(status="refused", message=held, run_id=work.run.id)
     # 7. the evidence
     evidence = stages.evaluate_candidate(work, judging)
     check_stop(work.progress)
@@ -213,7 +216,8 @@ def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, mete
     )
     stages.publish(work, candidate, evidence, verdict)
     work.progress.step(1)
-    return _judged(work.run, candidate, verdict)
+    outcome = _judged(work.run, candidate, verdict)
+    return replace(outcome, message=f"{outcome.message} {held}".strip())
 
 
 def _judged(run: Run, candidate: Policy, verdict: Verdict) -> Outcome:

@@ -1,7 +1,7 @@
 """The loop around the gradients of a method that trains the adapter "policy" on fixed answers: DPO and KTO.
 
 The method brings its batches and the gradients of one; here are the steps, the watch over displacement, the KL
-budget, the last good weights, and a checkpoint that resumes exactly. PPO, which samples its answers, is another module.
+budgets, the last good weights, and a checkpoint that resumes exactly. PPO, which samples its answers, is another module.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 
 from alignment.displacement import Change, displacement, raised_nll_weight
 from alignment.distributed import Crew
-from alignment.kl_budget import kl_per_response
-from alignment.models import Base, adapter_parameters
+from alignment.kl_budget import Kl, Limits, held_by_base, kl_per_response
+from alignment.models import Base, adapter_parameters, has_adapter
 from alignment.progress import Interrupted, Progress
 from alignment.training import (
     Weights,
@@ -33,7 +33,7 @@ from alignment.training import (
 from alignment.training_config import DpoConfig, KtoConfig
 
 HALVINGS = 4
-"""How often the way back from over the KL budget is halved: to a sixteenth of the last steps."""
+"""How often the way back from over a KL budget is halved: to a sixteenth of the last steps."""
 PolicyConfig = DpoConfig | KtoConfig
 Gradients = Callable[[Sequence[int], float], tuple[dict[str, float], Change | None]]
 """Adds the gradients of a batch's loss, given its items and the weight of the NLL term; returns the step's curves and
@@ -50,6 +50,10 @@ class PolicyResult:
     """Optimiser steps done."""
     stopped_because: str | None
     """None when it ran to its end."""
+    moved: bool
+    """Whether the policy is another than it began with."""
+    held: str
+    """For people: what the KL budget from the base did to the training; "" where it did not matter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +78,8 @@ class _State:
     """Everything besides weights and optimiser that a resumed run must know."""
 
     nll_weight: float
+    began_from_base: float | None = None
+    """KL from the base of the policy it began with, in nats; None: not measured, for it is the base or has no limit."""
     step: int = 0
     raises: int = 0
     window: list[Change] = field(default_factory=list)
@@ -91,10 +97,12 @@ class _Training:
     good: Weights
     """The last weights that were neither displaced nor broken."""
     within: Weights
-    """The last weights whose KL was measured within the budget."""
+    """The last weights whose KL was measured within the budgets."""
     state: _State
     checkpoint: Path | None
     fingerprint: str
+    passed_base: bool = False
+    """Whether it ended beyond the limit from the base."""
 
 
 def train_policy(
@@ -106,7 +114,10 @@ def train_policy(
     checkpoint: Path | None,
     crew: Crew,
 ) -> PolicyResult:
-    """Train the adapter "policy" to the end of the batches or of the KL budget.
+    """Train the adapter "policy" to the end of the batches or of a KL budget.
+
+    A policy that begins beyond the budget from the base may change but not move farther away: labels that lead back, or
+    elsewhere, are still learnt.
 
     It stops itself, with a reason, on numbers that are not finite and on displacement that a raised NLL
     term does not cure. With `checkpoint`, a file, an interrupted run resumes to the same weights.
@@ -115,6 +126,7 @@ def train_policy(
         Interrupted: `progress` asked to stop; the checkpoint is written.
         CorruptData: the checkpoint belongs to another run.
     """
+    began = copy_weights(adapter_parameters(base, "policy"))
     training = _start(base, method, config, checkpoint=checkpoint, crew=crew)
     progress.stage(method.name, len(method.batches))
     stopped_because = _train(base, method, config, training, progress, crew)
@@ -123,7 +135,21 @@ def train_policy(
     if stopped_because is not None:
         restore_weights(training.parameters, training.good)
     state = training.state
-    return PolicyResult(metrics=_means(state.curves), steps=state.step, stopped_because=stopped_because)
+    moved = any(not torch.equal(weight, began[name]) for name, weight in training.parameters.items())
+    held = held_by_base(
+        budget=config.kl_base_budget_nats,
+        began=state.began_from_base or 0.0,
+        passed=training.passed_base,
+        moved=moved,
+        setting=f"{method.name}.kl_base_budget_nats",
+    )
+    return PolicyResult(
+        metrics=_means(state.curves),
+        steps=state.step,
+        stopped_because=stopped_because,
+        moved=moved,
+        held=held,
+    )
 
 
 def _start(
@@ -152,6 +178,8 @@ def _start(
         )
         window = [Change(**change) for change in saved["state"].pop("window")]
         training.state = _State(**saved["state"], window=window)
+    elif config.kl_base_budget_nats > 0 and has_adapter(base, "reference"):
+        training.state.began_from_base = _kl(base, method, training.state, crew).from_base
     return training
 
 
@@ -201,48 +229,69 @@ def _train(
         state.step += 1
         state.curves = [*state.curves, curves][-config.displacement_window :]
         # 4. has it gone as far as it may?
-        measured = config.kl_budget_nats > 0 and state.step % config.kl_every == 0
-        spent = _kl(base, method, state, crew) if measured else 0.0
-        over = spent > config.kl_budget_nats > 0
-        if over:
-            spent = _step_back(base, method, config, training, crew, spent=spent)
-        elif measured:
-            training.within = copy_weights(training.parameters)
-        if measured:
-            curves[f"{name}/kl_per_response_nats"] = spent
+        over = False
+        if _limits(config, state) and state.step % config.kl_every == 0:
+            kl, over = _held(base, method, config, training, crew)
+            curves[f"{name}/kl_per_response_nats"] = kl.from_reference
+            curves[f"{name}/kl_from_base_nats"] = kl.from_base
         progress.step(state.step, f"{curves[f'{name}/accuracy']:.0%} {method.accuracy_says}", **curves)
         if over:
             break
     return None
 
 
-def _kl(base: Base, method: Method, state: _State, crew: Crew) -> float:
-    """Return the KL of an answer from the reference."""
+def _limits(config: PolicyConfig, state: _State) -> Limits:
+    """Return how far the policy may go; one that began beyond the budget from the base, no farther than there."""
+    from_base = config.kl_base_budget_nats
+    if state.began_from_base is not None:
+        from_base = max(from_base, state.began_from_base)
+    return Limits(from_reference=config.kl_budget_nats, from_base=from_base)
+
+
+def _kl(base: Base, method: Method, state: _State, crew: Crew) -> Kl:
+    """Return the KL of an answer.
+
+    Where it is compared with that of the beginning, all measurements draw as the first did: what differs is the policy.
+    """
+    seed = state.step if state.began_from_base is None else 0
     with torch.no_grad():
-        return kl_per_response(base, method.kl_prompts, seed=state.step, crew=crew)
+        return kl_per_response(base, method.kl_prompts, seed=seed, crew=crew)
 
 
-def _step_back(
-    base: Base, method: Method, config: PolicyConfig, training: _Training, crew: Crew, *, spent: float
-) -> float:
-    """Go back from weights over the KL budget towards the last ones within it; return the KL there.
+def _held(
+    base: Base, method: Method, config: PolicyConfig, training: _Training, crew: Crew
+) -> tuple[Kl, bool]:
+    """Bring the policy back if it is beyond a limit; return its KL and whether it was."""
+    state = training.state
+    limits, kl = _limits(config, state), _kl(base, method, state, crew)
+    if not limits.passed_by(kl):
+        training.within = copy_weights(training.parameters)
+        return kl, False
+    training.passed_base = kl.from_base > limits.from_base > 0
+    return _step_back(base, method, limits, training, crew), True
+
+
+def _step_back(base: Base, method: Method, limits: Limits, training: _Training, crew: Crew) -> Kl:
+    """Go back from weights beyond a limit towards the last ones within both; return the KL there.
 
     In the steep part of a training two steps can more than double the KL, so the end is looked for on the line between
     both by halving: as far as it may, and no farther.
     """
-    there, within, kl, share = copy_weights(training.parameters), 0.0, spent, 1.0
+    there, within, found, share = copy_weights(training.parameters), 0.0, None, 1.0
+    beyond = True
     for halving in range(1, HALVINGS + 1):
-        share += (-1 if kl > config.kl_budget_nats else 1) * 0.5**halving
+        share += (-1 if beyond else 1) * 0.5**halving
         _put_between(training, there, share)
         kl = _kl(base, method, training.state, crew)
-        if kl <= config.kl_budget_nats:
+        beyond = limits.passed_by(kl)
+        if not beyond:
             within, found = share, kl
     _put_between(training, there, within)
-    return found if within else _kl(base, method, training.state, crew)
+    return found or _kl(base, method, training.state, crew)
 
 
 def _put_between(training: _Training, there: Weights, share: float) -> None:
-    """Set the weights to the last ones within the budget plus `share` of the way from them."""
+    """Set the weights to the last ones within the budgets plus `share` of the way from them."""
     between = {name: torch.lerp(training.within[name], weight, share) for name, weight in there.items()}
     restore_weights(training.parameters, between)
 

@@ -37,6 +37,10 @@ PLOTS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         (
             "dpo/chosen_change_nats_per_token",
             "kto/up_change_nats_per_token",
+            "dpo/kl_per_response_nats",
+            "dpo/kl_from_base_nats",
+            "kto/kl_per_response_nats",
+            "kto/kl_from_base_nats",
             "objective/kl_per_response_nats",
         ),
     ),
@@ -55,6 +59,8 @@ class Card:
     statistics: DataStatistics
     choice: Choice
     training: Json
+    held: str
+    """What the KL budget from the base did to the training; "" for nothing."""
     verdict: Verdict
     samples: Sequence[Json]
     details: Json
@@ -186,6 +192,7 @@ def _training(card: Card) -> str:
             "## Training",
             "",
             f"{_recipe(card)}, seed {card.config.seed}. At the end: {ends}.",
+            *(["", card.held] if card.held else []),
             "",
             f"Cost so far: {cost['wall_s']:.0f} s ({cost['cpu_s']:.0f} CPU seconds) on {cost['device']}, "
             f"{cost['peak_memory_bytes'] / 1e6:.0f} MB at most, code {card.run.code_version}.",

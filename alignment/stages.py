@@ -14,6 +14,7 @@ from alignment.fixed_questions import FixedQuestions
 from alignment.gate import Verdict
 from alignment.golden import golden_file, load_golden
 from alignment.models import Base, answer_ids, save_adapter
+from alignment.policy_training import PolicyResult
 from alignment.ppo import ppo_fingerprint
 from alignment.preferences import Preferences, load_preferences
 from alignment.questions import choose_questions, recent_turns, served_sampling
@@ -223,6 +224,16 @@ def update_policy(work: Work, method: Method, scorer: TrainedReward | None) -> T
     return result
 
 
+def held(trained: Trained) -> str:
+    """Return, for people, what the KL budget from the base did to the training; "" for nothing. PPO has none."""
+    return trained.held if isinstance(trained, PolicyResult) else ""
+
+
+def no_candidate(trained: Trained) -> bool:
+    """Return whether that budget left the served policy as it is."""
+    return isinstance(trained, PolicyResult) and bool(trained.held) and not trained.moved
+
+
 def _trained(work: Work, method: Method, checkpoint: Path) -> Trained:
     incumbent = work.prepared.incumbent
     identity = reference_identity(
@@ -367,6 +378,7 @@ def write_report(
         statistics=statistics,
         choice=choice,
         training={"steps": trained.steps, **trained.metrics},
+        held=held(trained),
         verdict=verdict,
         samples=evidence.samples,
         details=evidence.details,

@@ -83,12 +83,16 @@ class DpoConfig:
     learning_rate: float = 5e-4
     """About 10x the rate of full fine-tuning. 1e-3 spends the KL budget in steps too large to stop at it."""
     epochs: int = 8
-    """At most: the KL budget ends a training sooner (arXiv 2406.02900: direct methods degrade with long training)."""
+    """At most: a KL budget ends a training sooner (arXiv 2406.02900: direct methods degrade with long training)."""
     batch_pairs: int = 16
     """Pairs an optimiser step."""
     kl_budget_nats: float = 1.0
     """Mean KL of an answer from the reference at which training ends; 0 for no budget. The best of three answers,
     0.43 nats away, wins 77 to 86% under made-up tastes: more cannot be learnt at 0.4 (docs/learning.md)."""
+    kl_base_budget_nats: float = 2.0
+    """Mean KL of an answer from the base model at which training ends, whatever the number of rounds; 0 for no budget.
+    Twice a round's, and not yet measured over rounds. sqrt(KL) behaves like a distance (arXiv 2204.05862, section 4.3):
+    rounds of 1 nat at right angles add to 2, so that something else can be learnt in full, and two the same way to 4."""
     kl_every: int = 2
     """Optimiser steps between two measurements of it."""
     kl_prompts: int = 48
@@ -149,11 +153,13 @@ class KtoConfig:
     as everybody's. A floor only: the choice of a method asks for 10% of 1,000."""
     learning_rate: float = 5e-4
     epochs: int = 8
-    """At most: the KL budget ends a training sooner."""
+    """At most: a KL budget ends a training sooner."""
     batch_thumbs: int = 16
     """Thumbs an optimiser step, at least 2: z0 needs answers to other prompts (arXiv 2402.01306 uses 32)."""
     kl_budget_nats: float = 1.0
     """Mean KL of an answer from the reference at which training ends; 0 for no budget."""
+    kl_base_budget_nats: float = 2.0
+    """Mean KL of an answer from the base model at which training ends, whatever the number of rounds; 0 for no budget."""
     kl_every: int = 2
     """Optimiser steps between two measurements of it."""
     kl_prompts: int = 48

@@ -25,14 +25,14 @@ from storage.errors import StorageUnavailable
 from storage.people import SYSTEM
 from storage.records import Evaluation, Policy, Run, Turn, new_id, now
 from storage.store import Transaction
-from test_pipeline import OPEN_GATE, SMALL
+from test_pipeline import NO_KL_BUDGETS, OPEN_GATE, SMALL
 from tiny_models import make_adapter
 
 LABELS = 48
 CONFIG: dict[str, Any] = {
     **SMALL,
     "choice": {**SMALL["choice"], "min_thumbs": 40, "min_corrections": 20},
-    "kto": {"batch_thumbs": 8, "epochs": 1, "kl_budget_nats": 0.0, "min_class_thumbs": 4},
+    "kto": {"batch_thumbs": 8, "epochs": 1, "min_class_thumbs": 4, **NO_KL_BUDGETS},
     "dpo": {**SMALL["dpo"], "epochs": 1},
     "reward": {**SMALL["reward"], "epochs": 1},
     "gate": OPEN_GATE,

@@ -32,6 +32,7 @@ from storage.store import Store
 
 PAIRS = 48
 ROOT = Path(__file__).parent.parent
+NO_KL_BUDGETS: dict[str, Any] = {"kl_budget_nats": 0.0, "kl_base_budget_nats": 0.0}
 SMALL: dict[str, Any] = {
     "threads": 1,
     "choice": {"min_pairs": 40, "min_effective_pairs": 20, "min_prompts": 20},
@@ -40,7 +41,7 @@ SMALL: dict[str, Any] = {
         "batch_pairs": 8,
         "learning_rate": 1e-3,
         "epochs": 2,
-        "kl_budget_nats": 0.0,
+        **NO_KL_BUDGETS,
         "checkpoint_every": 1,
     },
     "evaluation": {

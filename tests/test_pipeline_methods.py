@@ -7,21 +7,25 @@ from typing import Any
 
 import pytest
 
+from alignment import policy_training
 from alignment.config import AlignmentConfig, config_of
+from alignment.kl_budget import Kl
+from alignment.outcome import recorded_outcome
 from alignment.pipeline import Outcome, align, run_folder
 from alignment_fixtures import CURT, KIND, Filled, add_answers, add_comparisons
 from storage import deployments, feedback, people, policies, runs
 from storage.errors import InvalidField
 from storage.people import SYSTEM
+from storage.records import Policy
 from storage.store import Store
-from test_pipeline import OPEN_GATE, SMALL
+from test_pipeline import NO_KL_BUDGETS, OPEN_GATE, SMALL
 
 LABELS = 48
 
 
 def config(**tables: Any) -> AlignmentConfig:
     choice = {**SMALL["choice"], "min_thumbs": 40, "min_corrections": 20, **tables.pop("choice", {})}
-    kto = {"batch_thumbs": 8, "epochs": 1, "kl_budget_nats": 0.0, "min_class_thumbs": 4}
+    kto = {"batch_thumbs": 8, "epochs": 1, "min_class_thumbs": 4} | NO_KL_BUDGETS
     ppo = {"steps": 2, "prompts_per_step": 8, "max_new_tokens": 8, "minibatches": 1, "epochs": 1}
     return config_of({**SMALL, "gate": OPEN_GATE, "choice": choice, "kto": kto, "ppo": ppo, **tables})
 
@@ -99,6 +103,31 @@ def serve(filled: Filled, policy_id: str) -> None:
     deployments.deploy(
         filled.store, policy_id=policy_id, role="stable", share=1, actor=SYSTEM, reason="approved"
     )
+
+
+def test_a_run_that_begins_beyond_the_budget_from_the_base_says_so_and_may_end_without_a_candidate(
+    filled: Filled, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_comparisons(filled, tokenizer, LABELS)
+    serve(filled, str(align(filled.store, config()).policy_id))
+    # 3 nats from the base at the beginning, and at every measurement after it as far or farther
+    distances = iter([3.0, 3.0, 3.0, *range(3, 100)])
+    monkeypatch.setattr(
+        policy_training,
+        "kl_per_response",
+        lambda *_, **__: Kl(from_reference=0.1, from_base=float(next(distances))),
+    )
+    bounded = config(dpo={**SMALL["dpo"], "epochs": 1, "kl_base_budget_nats": 2.0, "kl_every": 1})
+    changed = align(filled.store, bounded)
+    assert changed.status == "passed", changed.message
+    assert "already 3 nats from the base model's, and training may take them to 2 (dpo." in changed.message
+    assert "already 3 nats" in (run_folder(filled.store, changed.run_id) / "report.md").read_text()
+    known = filled.store.all(Policy)
+    stayed = align(filled.store, bounded)
+    assert (stayed.status, stayed.exit_code, stayed.policy_id) == ("refused", 3, None)
+    assert stayed.message.startswith("No candidate was made, and the served policy stays")
+    assert filled.store.all(Policy) == known
+    assert recorded_outcome(filled.store, runs.get_run(filled.store, stayed.run_id)) == stayed
 
 
 def test_corrections_alone_train_with_a_supervised_term(filled: Filled, tokenizer: Any) -> None:

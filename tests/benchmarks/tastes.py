@@ -190,6 +190,7 @@ def judged(base: Base, setting: Setting, round_number: int) -> dict[str, Any]:
     before = said(base, reference_answers(base, prompts, setting, round_number, temperature=0.0))
     after = said(base, sample(base, prompts, adapter="policy", temperature=0.0))
     surprise = [-value for answer in new for value in answer.logprobs]
+    kl = kl_per_response(base, prompts[:128], seed=seed)
     return {
         "wins": estimate.value,
         "wins_low": estimate.low,
@@ -199,7 +200,8 @@ def judged(base: Base, setting: Setting, round_number: int) -> dict[str, Any]:
         "right_intent_after": right(after, found),
         "right_intent_sampled_before": right(said(base, old), found),
         "right_intent_sampled_after": right(said(base, new), found),
-        "kl_per_response_nats": kl_per_response(base, prompts[:128], seed=seed),
+        "kl_per_response_nats": kl.from_reference,
+        "kl_from_base_nats": kl.from_base,
         "answer_tokens": sum(len(answer.token_ids) for answer in new) / len(new),
         "entropy_nats_per_token": sum(surprise) / len(surprise),
         "hand_over_rate": after.count(OFF_TOPIC) / len(after),
