@@ -45,6 +45,11 @@ class Limits:
         """Return whether the policy is beyond a limit."""
         return kl.from_reference > self.from_reference > 0 or kl.from_base > self.from_base > 0
 
+    def held_by_base(self, beyond: Kl, back: Kl) -> bool:
+        """Return whether it was the limit from the base that sent a policy back: it was passed, and stayed the nearer."""
+        own = back.from_reference / self.from_reference if self.from_reference > 0 else 0.0
+        return beyond.from_base > self.from_base > 0 and back.from_base / self.from_base > own
+
 
 def kl_per_response(base: Base, prompts: Sequence[Sequence[int]], *, seed: int, crew: Crew = ALONE) -> Kl:
     """Return the KL of an answer from reference and base, estimated from one sampled answer to each prompt.
@@ -95,7 +100,7 @@ def _divergences_at(base: Base, states: Sequence[torch.Tensor]) -> torch.Tensor:
     return totals
 
 
-def held_by_base(*, budget: float, began: float, passed: bool, moved: bool, setting: str) -> str:
+def told_of_base(*, budget: float, began: float, passed: bool, moved: bool, setting: str) -> str:
     """Return, for people, what the budget from the base did to a training; "" where it did not matter.
 
     Args:

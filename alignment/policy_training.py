@@ -15,7 +15,7 @@ import torch
 
 from alignment.displacement import Change, displacement, raised_nll_weight
 from alignment.distributed import Crew
-from alignment.kl_budget import Kl, Limits, held_by_base, kl_per_response
+from alignment.kl_budget import Kl, Limits, kl_per_response, told_of_base
 from alignment.models import Base, adapter_parameters, has_adapter
 from alignment.progress import Interrupted, Progress
 from alignment.training import (
@@ -101,8 +101,8 @@ class _Training:
     state: _State
     checkpoint: Path | None
     fingerprint: str
-    passed_base: bool = False
-    """Whether it ended beyond the limit from the base."""
+    held_by_base: bool = False
+    """Whether it ended at the limit from the base."""
 
 
 def train_policy(
@@ -134,12 +134,19 @@ def train_policy(
         stopped_because = "a weight of the adapter is not finite"
     if stopped_because is not None:
         restore_weights(training.parameters, training.good)
+    return _result(method, config, training, began, stopped_because)
+
+
+def _result(
+    method: Method, config: PolicyConfig, training: _Training, began: Weights, stopped_because: str | None
+) -> PolicyResult:
+    """Tell how it ended, given the weights it began with."""
     state = training.state
     moved = any(not torch.equal(weight, began[name]) for name, weight in training.parameters.items())
-    held = held_by_base(
+    held = told_of_base(
         budget=config.kl_base_budget_nats,
         began=state.began_from_base or 0.0,
-        passed=training.passed_base,
+        passed=training.held_by_base,
         moved=moved,
         setting=f"{method.name}.kl_base_budget_nats",
     )
@@ -267,8 +274,9 @@ def _held(
     if not limits.passed_by(kl):
         training.within = copy_weights(training.parameters)
         return kl, False
-    training.passed_base = kl.from_base > limits.from_base > 0
-    return _step_back(base, method, limits, training, crew), True
+    back = _step_back(base, method, limits, training, crew)
+    training.held_by_base = limits.held_by_base(kl, back)
+    return back, True
 
 
 def _step_back(base: Base, method: Method, limits: Limits, training: _Training, crew: Crew) -> Kl:

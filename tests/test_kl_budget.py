@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from alignment.dpo import DpoConfig, train_dpo
-from alignment.kl_budget import LONGEST_ANSWER_TOKENS, kl_per_response
+from alignment.kl_budget import LONGEST_ANSWER_TOKENS, Kl, Limits, kl_per_response
 from alignment.kto import KtoConfig, train_kto
 from alignment.labels import Thumb
 from alignment.models import Base, LoraSpec, active, adapter_parameters, add_policy, load_base, save_adapter
@@ -126,6 +126,18 @@ def test_kto_ends_within_its_budget_and_without_a_fault(model: Path) -> None:
     assert result.stopped_because is None
     assert result.steps == len(spent) < 16
     assert all(kl <= 0.05 for kl in spent)
+
+
+def test_one_leap_beyond_both_limits_is_told_by_the_one_it_ends_at() -> None:
+    limits, beyond = Limits(from_reference=1.0, from_base=2.0), Kl(2.5, 2.5)
+    assert limits.passed_by(beyond)
+    assert not limits.held_by_base(
+        beyond, Kl(0.9, 0.9)
+    )  # a first round: 90% of its own, 45% of that from the base
+    assert limits.held_by_base(beyond, Kl(0.4, 1.9))
+    assert not limits.held_by_base(Kl(1.5, 1.9), Kl(0.9, 1.9))  # the limit from the base was never passed
+    assert not limits.held_by_base(beyond, Kl(0.0, 0.0))
+    assert not Limits(from_reference=0.0, from_base=0.0).passed_by(beyond)
 
 
 # -- later rounds ---------------------------------------------------------------------------------------
