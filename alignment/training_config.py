@@ -91,8 +91,8 @@ class DpoConfig:
     0.43 nats away, wins 77 to 86% under made-up tastes: more cannot be learnt at 0.4 (docs/learning.md)."""
     kl_base_budget_nats: float = 2.0
     """Mean KL of an answer from the base model at which training ends, whatever the number of rounds; 0 for no budget.
-    Twice a round's, and not yet measured over rounds. sqrt(KL) behaves like a distance (arXiv 2204.05862, section 4.3):
-    rounds of 1 nat at right angles add to 2, so that something else can be learnt in full, and two the same way to 4."""
+    sqrt(KL) behaves like a distance (arXiv 2204.05862, section 4.3): rounds of 1 nat at right angles add to 2, so that
+    something else can be learnt in full, and two the same way to 4. Measured under one taste only (docs/learning.md)."""
     kl_every: int = 2
     """Optimiser steps between two measurements of it."""
     kl_prompts: int = 48
