@@ -43,6 +43,8 @@ class Admission:
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
         self._of: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter(queue_full=0, too_many_at_once=0)
+        """Questions turned away since this process began, by reason: they leave no row that could be counted."""
 
     @property
     def under_way(self) -> int:
@@ -58,10 +60,12 @@ class Admission:
         """
         limits = self.limits
         if self.under_way >= limits.everybody:
+            self.refused["queue_full"] += 1
             raise QueueFull(
                 f"busy: {limits.everybody} answers are under way, as many as may be; ask again soon"
             )
         if self._of[person_id] >= limits.one_person:
+            self.refused["too_many_at_once"] += 1
             raise TooManyAtOnce(
                 f"busy: {limits.one_person} of your answers are under way, as many as one person may have; wait for one"
             )

@@ -11,6 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from assistant import release
+from assistant.admission import Limits
 from assistant.canary_watch import CanaryWatch
 from assistant.engine.protocol import Health, Queue
 from assistant.web.totals import Histogram
@@ -77,6 +78,24 @@ def test_not_ready_when_the_engine_is_closed(site: Site) -> None:
         assert client.get("/readyz").status_code == 200
     assert site.engine.closed
     assert site.client(None).get("/readyz").status_code == 503
+
+
+def test_questions_turned_away_are_counted_by_the_limit_that_they_met(site: Site) -> None:
+    series = 'kotae_questions_refused_total{{reason="{}"}}'.format
+    queue_full, too_many = series("queue_full"), series("too_many_at_once")
+    assert (samples(site)[queue_full], samples(site)[too_many]) == (0, 0)  # there before the first refusal
+    admission = site.services.chat.admission
+    admission.limits = Limits(everybody=2, one_person=1)
+
+    def status() -> int:
+        return site.client().post("/v1/chat/completions", json={"messages": QUESTION}).status_code
+
+    with admission.admit(site.people["staff"].id):
+        assert status() == 429
+        with admission.admit(site.people["other"].id):
+            assert [status(), status()] == [503, 503]
+    ask(site)  # answered: no refusal
+    assert (samples(site)[queue_full], samples(site)[too_many]) == (2, 1)
 
 
 def test_metrics_are_for_this_machine_and_for_operators(site: Site) -> None:

@@ -59,6 +59,7 @@ class HealthApi:
         release = self.services.release
         present = Present(
             in_flight=dict(release.in_flight),
+            refused=dict(self.services.chat.admission.refused),
             served=release.served,
             engine_up=health.ready,
             queues=queues,

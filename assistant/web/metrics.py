@@ -23,6 +23,8 @@ class Present:
     """What holds now, beside the totals of what was recorded."""
 
     in_flight: Mapping[str, int]
+    refused: Mapping[str, int]
+    """Questions turned away by this process, by reason."""
     served: Served
     engine_up: bool
     queues: Sequence[Queue]
@@ -41,7 +43,7 @@ def exposition(totals: Totals, present: Present) -> str:
             *_histogram("kotae_first_token_seconds", "Time to the first token.", totals.first_token_s),
             *_histogram("kotae_answer_seconds", "Time to the whole answer.", totals.total_s),
         ]
-    lines += [*_serving(present), *_engine(present)]
+    lines += [*_serving(present), *_refused(present.refused), *_engine(present)]
     if present.judged is not None:
         lines += _canary(present.judged)
     return "\n".join(lines) + "\n"
@@ -63,6 +65,14 @@ def _serving(present: Present) -> Iterator[str]:
         "Share of the new conversations that a policy gets, 0 to 1.",
         ((labels, shares[labels["role"]]) for labels, _ in roles),
     )
+
+
+def _refused(counts: Mapping[str, int]) -> Iterator[str]:
+    """Yield every reason from zero on, so that `rate()` sees the first question that is turned away."""
+    name = "kotae_questions_refused_total"
+    yield from _head(name, "Questions turned away since the start, by the limit that they met.", "counter")
+    for reason, count in sorted(counts.items()):
+        yield f"{name}{_labels(reason=reason)} {count}"
 
 
 def _engine(present: Present) -> Iterator[str]:
