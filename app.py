@@ -42,6 +42,7 @@ def serve(args: argparse.Namespace) -> int:
         port=args.port,
         behind_https=args.behind_https,
         limits=Limits(everybody=args.max_answers, one_person=args.max_answers_each),
+        probe_tolerance_nats=args.probe_tolerance,
         align_command=(sys.executable, str(Path(__file__).resolve()), "align", "--data", str(args.data)),
     )
     from alignment.schedule import Scheduler
@@ -308,6 +309,13 @@ def _add_serve(one: argparse.ArgumentParser) -> None:
     )
     one.add_argument(
         "--max-answers-each", type=int, default=limits.one_person, metavar="N", help=words % "of one person"
+    )
+    one.add_argument(
+        "--probe-tolerance",
+        type=float,
+        metavar="NATS",
+        help="most that the engine's log-probs of a new policy's probes may differ from the trainer's "
+        "(default: 0.001 where both are known to compute in float32, else 0.25)",
     )
 
 

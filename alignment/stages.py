@@ -17,6 +17,7 @@ from alignment.models import Base, answer_ids, save_adapter
 from alignment.policy_training import PolicyResult
 from alignment.ppo import ppo_fingerprint
 from alignment.preferences import Preferences, load_preferences
+from alignment.probe_record import record_probes
 from alignment.questions import choose_questions, recent_turns, served_sampling
 from alignment.reference_cache import ReferenceCache, reference_identity
 from alignment.report import Card, write_card
@@ -34,6 +35,7 @@ from storage import policies, runs, settings
 from storage.adapters import import_adapter, verify_adapter
 from storage.digests import base_digest, file_sha256, sha256_of
 from storage.errors import CorruptData, KotaeError
+from storage.probes import write_probes
 from storage.records import Evaluation, Json, Policy, RewardModel, Run, Snapshot, new_id, now
 from storage.store import Store
 
@@ -328,8 +330,13 @@ def evaluate_candidate(work: Work, scorer: TrainedReward) -> Evidence:
 
 
 def name_candidate(work: Work) -> Policy:
-    """Copy the adapter to its final place and name it; nobody knows of it before `publish`."""
-    stored = import_adapter(work.store.data, work.folder / "adapter")
+    """Copy the adapter, with what it answers to the probes, to its final place and name it.
+
+    Nobody knows of it before `publish`.
+    """
+    adapter = work.folder / "adapter"
+    write_probes(adapter, record_probes(work.prepared.base, adapter="policy"))
+    stored = import_adapter(work.store.data, adapter)
     incumbent = work.prepared.incumbent
     return Policy(
         id=policies.new_policy_id(work.store),

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from assistant.engine.adapter_gate import base_shape, check_adapter
+from assistant.engine.behaviour_gate import BehaviourGate
 from assistant.engine.errors import AdapterRefused, EngineError, EngineStarting
 from assistant.engine.protocol import Engine
 from assistant.engine.reconcile import reconcile
@@ -29,10 +29,6 @@ from storage.store import Store
 
 log = logging.getLogger("kotae.release")
 
-PROBES = ("Hello", "Where is my order 48213?", "How long do I have to send something back?")
-PROBE_TOKENS = 12
-SMALLEST_EFFECT_NATS = 1e-6
-"""A policy whose greedy log-probs all agree with the base's to this was not applied by the engine."""
 POLL_S = 1.0
 RECHECK_S = 5.0
 
@@ -127,15 +123,15 @@ def check_files(policy: Policy) -> None:
 class Release:
     """Keeps a running engine at what the deployment rows say, and says which policy answers."""
 
-    def __init__(self, store: Store, engine: Engine) -> None:
+    def __init__(self, store: Store, engine: Engine, *, probe_tolerance_nats: float | None = None) -> None:
         self.store = store
         self.engine = engine
+        self.behaviour = BehaviourGate(engine, tolerance_nats=probe_tolerance_nats)
         self.served = serving(store)
         self.alerts: list[str] = []
         self.in_flight: Counter[str] = Counter()
         self._lock = asyncio.Lock()
         self._last_trouble: type[KotaeError] | None = None
-        self._base_logprobs: dict[str, tuple[float, ...]] = {}
         self._checked: set[str] = set()
         """Policies that the engine had and that passed their probes when it was last asked."""
 
@@ -248,26 +244,8 @@ class Release:
         self._checked.add(policy.id)
 
     async def _probe(self, policy: Policy) -> None:
-        """The behaviour gate: greedy answers must be finite, not empty, and not the base's own.
-
-        Raises:
-            AdapterRefused: says which probe failed and how.
-        """
-        differs = False
-        for text in PROBES:
-            messages = [{"role": "user", "content": text}]
-            answer = await self.engine.probe(policy_id=policy.id, messages=messages, max_tokens=PROBE_TOKENS)
-            if not answer.token_ids or not all(math.isfinite(value) for value in answer.logprobs):
-                raise AdapterRefused(f"{policy.id}: the probe {text!r} gave empty or non-finite output")
-            if text not in self._base_logprobs:
-                base = await self.engine.probe(
-                    policy_id=self.engine.base_name, messages=messages, max_tokens=PROBE_TOKENS
-                )
-                self._base_logprobs[text] = tuple(base.logprobs)
-            pairs = zip(answer.logprobs, self._base_logprobs[text], strict=False)
-            differs |= any(abs(mine - its) > SMALLEST_EFFECT_NATS for mine, its in pairs)
-        if not differs:
-            raise AdapterRefused(f"{policy.id}: the engine answers exactly like the base; it was not applied")
+        if policy.adapter_path is not None:
+            await self.behaviour.check(policy.id, Path(policy.adapter_path))
 
     def _withdraw(self, policy_id: str, why: str) -> None:
         """Take a policy that cannot be served out of the desired state, and tell the operator."""

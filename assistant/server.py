@@ -63,8 +63,15 @@ class ServeOptions:
     """A TLS proxy stands in front: session cookies go over https only."""
     limits: Limits = field(default_factory=Limits)
     """Answers under way at once; beyond them requests are told to come back."""
+    probe_tolerance_nats: float | None = None
+    """Most that a log-prob of the probes may differ from the trainer's; None: by the arithmetic of both."""
     align_command: tuple[str, ...]
     """Starts one alignment run in a process of its own; the trigger is appended."""
+
+    def __post_init__(self) -> None:
+        tolerance = self.probe_tolerance_nats
+        if tolerance is not None and not tolerance > 0:
+            raise InvalidField("--probe-tolerance", tolerance, "use a number of nats above 0")
 
 
 class Scheduler(Protocol):
@@ -178,7 +185,7 @@ async def _serve(
     from assistant.web.server import build_app
 
     async with running_engine(options, base, on_death=lambda: note_death(store)) as engine:
-        release = Release(store, engine)
+        release = Release(store, engine, probe_tolerance_nats=options.probe_tolerance_nats)
         services = Services(
             store=store,
             engine=engine,
@@ -234,7 +241,12 @@ async def running_engine(
     )
     booting = asyncio.create_task(_boot(vllm), name="vllm-boot")
     try:
-        yield VllmEngine([vllm.url], base_name=base.id, explain=lambda: boot.explain(vllm))
+        yield VllmEngine(
+            [vllm.url],
+            base_name=base.id,
+            explain=lambda: boot.explain(vllm),
+            in_float32=vllm.in_float32,
+        )
     finally:
         booting.cancel()
         with suppress(asyncio.CancelledError):

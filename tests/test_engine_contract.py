@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 
 from alignment.logprobs import completion_logprobs
-from alignment.models import prompt_ids
+from alignment.models import load_adapter, load_base, prompt_ids
 from alignment.ppo_config import PpoConfig
 from alignment.ppo_rollouts import Answers, take_answers
+from alignment.probe_record import record_probes
 from alignment.progress import Silent
 from alignment.rollout_server import ServedRollouts
+from assistant.engine.behaviour_gate import FLOAT32_NATS, BehaviourGate
 from assistant.engine.errors import AdapterRefused, ContextTooLong, PolicyNotLoaded
 from assistant.engine.local import LocalEngine
 from assistant.engine.protocol import Engine, Sampling
@@ -37,6 +39,7 @@ from engine_fixtures import (
 )
 from learning_fixtures import base_with_policy, randomise
 from storage.errors import InvalidField
+from storage.probes import write_probes
 from tiny_models import EOS, make_tokenizer
 
 Running = tuple[Engine, LoopThread]
@@ -307,6 +310,23 @@ def test_engines_agree_with_transformers_to_the_last_digits(running: Running, wo
         assert found.text == expected.text
         assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
     loop.run(oracle.close())
+
+
+def test_engines_give_the_probes_the_log_probs_that_the_trainer_recorded(
+    running: Running, world: TinyWorld, tmp_path: Path
+) -> None:
+    engine, loop = running
+    adapter = Path(shutil.copytree(world.first, tmp_path / "adapter"))
+    base = load_base(str(world.model), device="cpu")
+    load_adapter(base, "policy", adapter, trainable=False)
+    write_probes(adapter, record_probes(base, adapter="policy"))
+    gate = BehaviourGate(engine, tolerance_nats=FLOAT32_NATS)
+    loop.run(engine.load(policy_id="policy-0003-cccccc", adapter=adapter))
+    loop.run(gate.check("policy-0003-cccccc", adapter))
+    loop.run(engine.load(policy_id="policy-0002-bbbbbb", adapter=world.second))
+    with pytest.raises(AdapterRefused, match="recorded token"):
+        loop.run(gate.check("policy-0002-bbbbbb", adapter))  # the second's answers against the first's record
+    loop.run(engine.unload("policy-0003-cccccc"))
 
 
 @pytest.mark.parametrize("running", [pytest.param("vllm", marks=pytest.mark.vllm)], indirect=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -22,11 +23,14 @@ from alignment.pipeline import OUTCOME_EXIT_CODES, align, run_folder
 from alignment.run_progress import RunProgress, stopping_on_signals
 from alignment.run_record import new_run
 from alignment_fixtures import Filled, add_comparisons, open_store
+from assistant.engine.behaviour_gate import BehaviourGate
+from assistant.engine.local import LocalEngine
 from storage import deployments, people, policies, runs
 from storage.adapters import verify_adapter
 from storage.errors import Busy, NotFound
 from storage.people import SYSTEM
 from storage.policies import get_policy
+from storage.probes import read_probes
 from storage.records import Policy
 from storage.store import Store
 
@@ -156,8 +160,19 @@ def _check_adapter_loads(candidate: Policy, model: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), candidate.adapter_path)
+    asyncio.run(_check_answers_as_recorded(candidate, model))
     changed = [p for name, p in loaded.named_parameters() if "lora_B" in name and bool(p.abs().sum() > 0)]
     assert changed
+
+
+async def _check_answers_as_recorded(candidate: Policy, model: Path) -> None:
+    assert candidate.adapter_path is not None
+    adapter = Path(candidate.adapter_path)
+    assert read_probes(adapter) is not None
+    engine = LocalEngine(str(model), base_name="policy-base-00000000")
+    await engine.load(policy_id=candidate.id, adapter=adapter)
+    await BehaviourGate(engine).check(candidate.id, adapter)
+    await engine.close()
 
 
 def test_a_refused_run_says_why_and_its_candidate_cannot_be_approved(filled: Filled) -> None:

@@ -18,10 +18,11 @@ import numpy as np
 from assistant.engine.errors import AdapterRefused
 from assistant.engine.safetensors_file import FLOAT_BYTES, BadFile, TensorEntry, read_floats, read_header
 from storage.digests import base_digest
-from storage.errors import InvalidField, shown
+from storage.errors import CorruptData, InvalidField, shown
+from storage.probes import RECORD, ProbeRecord, read_probes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-ALLOWED_FILES = frozenset({CONFIG, WEIGHTS, "README.md", "manifest.json"})
+ALLOWED_FILES = frozenset({CONFIG, WEIGHTS, "README.md", "manifest.json", RECORD})
 MAX_CONFIG_BYTES = 1_000_000
 MAX_ALPHA = 1e6
 KEY_PREFIX = "base_model.model."
@@ -98,6 +99,19 @@ def check_adapter(folder: Path, *, base: BaseShape, max_rank: int = 64) -> None:
         raise AdapterRefused(f"{path}: {error}") from error
     _check_tensors(entries, expected=expected, path=path)
     _check_values(entries, path=path)
+    read_record(folder)
+
+
+def read_record(folder: Path) -> ProbeRecord | None:
+    """Return what the trainer recorded for the behaviour gate; None where there is no record.
+
+    Raises:
+        AdapterRefused: it cannot be read.
+    """
+    try:
+        return read_probes(folder)
+    except CorruptData as error:
+        raise AdapterRefused(str(error)) from error
 
 
 def _refuse(path: Path, what: str, *, fix: str) -> NoReturn:

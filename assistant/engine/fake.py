@@ -106,7 +106,10 @@ class FakeEngine:
         words = split_words(default_answer(self._flavour(policy_id), messages, Sampling()))[:max_tokens]
         logprobs = tuple(-(1 + _number(f"{policy_id}\0{word}") % 1000) / 1000 for word in words)
         return ProbeResult(
-            text="".join(words), token_ids=tuple(token_id(word) for word in words), logprobs=logprobs
+            text="".join(words),
+            token_ids=tuple(token_id(word) for word in words),
+            logprobs=logprobs,
+            in_float32=True,
         )
 
     async def health(self) -> Health:

@@ -274,7 +274,12 @@ class _Model:
             if token in self.end_ids or len(ids) >= min(max_tokens, self.limit - len(prompt)):
                 break
         spoken = [token for token in ids if token not in self.end_ids]
-        return ProbeResult(text=self._text(spoken), token_ids=tuple(ids), logprobs=tuple(logprobs))
+        return ProbeResult(
+            text=self._text(spoken),
+            token_ids=tuple(ids),
+            logprobs=tuple(logprobs),
+            in_float32=str(self.base.dtype) == "torch.float32",
+        )
 
     def _prompt(self, policy_id: str, messages: list[Json], max_tokens: int) -> list[int]:
         if policy_id != self.base_name and policy_id not in self.paths:

@@ -46,6 +46,8 @@ class ProbeResult:
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    in_float32: bool = False
+    """Whether the engine is known to compute in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

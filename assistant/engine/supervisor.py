@@ -26,7 +26,14 @@ import psutil
 
 from assistant.engine import process_group
 from assistant.engine.errors import EngineUnavailable
-from assistant.engine.vllm_launch import VllmOptions, choose_engine, command, environment, installed_vllm
+from assistant.engine.vllm_launch import (
+    VllmOptions,
+    choose_engine,
+    command,
+    dtype_of,
+    environment,
+    installed_vllm,
+)
 from assistant.engine.vllm_wire import queue_lengths
 
 Progress = Callable[[str, float], None]
@@ -94,6 +101,7 @@ class VllmProcess:
         self._on_progress = on_progress or (lambda words, elapsed_s: None)
         self._on_restart = on_restart
         on_cpu = installed_vllm() != "vllm"
+        self.in_float32 = dtype_of(options, on_cpu=on_cpu) == "float32"
         self._command = (serve or (lambda port: command(options, port=port, on_cpu=on_cpu)))(self.port)
         self._environment = environment(options, inherited=os.environ)
         self._process: subprocess.Popen[bytes] | None = None

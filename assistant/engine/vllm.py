@@ -66,16 +66,19 @@ class VllmEngine:
         read_timeout_s: float = READ_TIMEOUT_S,
         transport: httpx.AsyncBaseTransport | None = None,
         explain: Callable[[], EngineUnavailable | None] = lambda: None,
+        in_float32: bool = False,
     ) -> None:
         """Prepare a client; nothing is sent yet.
 
         Args:
             explain: says why a server that does not answer does not, when its supervisor knows.
+            in_float32: whether the servers are known to compute in float32; vLLM does not tell.
         """
         if not urls:
             raise InvalidField("engine_url", list(urls), "give the address of at least one vLLM server")
         self.base_name = base_name
         self._explain = explain
+        self._in_float32 = in_float32
         self._replicas = [_Replica(url.rstrip("/").removesuffix("/v1")) for url in urls]
         self._client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
@@ -158,7 +161,7 @@ class VllmEngine:
             if response.status_code >= 400 and "JSON compliant" in response.text:  # 0.32 says 400
                 return ProbeResult(text="", token_ids=(0,), logprobs=(math.nan,))
             await _raise_for_status(response, policy_id=policy_id, url=replica.url)
-            return wire.read_probe(response.json(), model=model)
+            return replace(wire.read_probe(response.json(), model=model), in_float32=self._in_float32)
 
         failure: EngineError = EngineUnavailable("engine: no replica is configured")
         for replica in self._by_load(policy_id):

