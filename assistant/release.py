@@ -49,7 +49,7 @@ def approve(
     if canary_percent is not None and not 0 < canary_percent < 100:
         raise InvalidField("canary", canary_percent, "give a percentage above 0 and below 100")
     policy = store.get(Policy, policy_id)
-    check_files(policy)
+    check_files(store, policy)
     if policies.standing(store, policy_id) != "approved":
         policies.decide(store, policy_id=policy_id, person_id=person.id, decision="approve", reason=reason)
     if canary_percent is None:
@@ -109,10 +109,16 @@ def serving(store: Store) -> Served:
     return served
 
 
-def check_files(policy: Policy) -> None:
-    """Raise unless the adapter's bytes are those that were evaluated and an engine can serve them."""
+def check_files(store: Store, policy: Policy) -> None:
+    """Raise unless the adapter is of the base that is served, its bytes are those evaluated, and an engine can serve it."""
     if policy.adapter_path is None or policy.adapter_sha256 is None:
         return
+    base = store.get(Policy, serving(store).stable.policy_id)
+    if policy.base_sha256 != base.base_sha256:
+        raise AdapterRefused(
+            f"{policy.id}: base_sha256: got {policy.base_sha256[:12]}…; train on the base served, {base.base_path} "
+            f"({base.base_sha256[:12]}…), or serve with --model {policy.base_path}"
+        )
     adapters.verify_adapter(Path(policy.adapter_path), policy.adapter_sha256)
     check_adapter(Path(policy.adapter_path), base=base_shape(policy.base_path, sha256=policy.base_sha256))
 
@@ -157,7 +163,7 @@ class Release:
     ) -> Deployment:
         """As `approve`, after the policy has been loaded and probed: a bad one never gets a row."""
         policy = self.store.get(Policy, policy_id)
-        check_files(policy)
+        check_files(self.store, policy)
         async with self._lock:
             await self._prepare(policy)
         deployment = approve(

@@ -9,7 +9,7 @@ from storage.store import Store
 def served(store: Store) -> Served | None:
     """Return what should answer now; None before the first deployment.
 
-    stable is the latest stable row; previous the latest earlier stable row of another policy; canary the
+    stable is the latest stable row; previous the latest earlier stable row of another policy of the same base; canary the
     latest row after stable that is a canary and was not followed by a row of the same policy.
     """
     with store.reading():
@@ -33,8 +33,10 @@ def stages_of(rows: list[Deployment]) -> list[Deployment]:
 def _around(store: Store, stable: Deployment) -> Served:
     previous = store.all(
         Deployment,
-        "role = 'stable' AND policy_id <> ? AND seq < (SELECT seq FROM deployments WHERE id = ?)",
-        [stable.policy_id, stable.id],
+        """role = 'stable' AND policy_id <> ? AND seq < (SELECT seq FROM deployments WHERE id = ?)
+            AND (SELECT base_sha256 FROM policies WHERE id = deployments.policy_id)
+                = (SELECT base_sha256 FROM policies WHERE id = ?)""",
+        [stable.policy_id, stable.id, stable.policy_id],
         order="seq DESC",
         limit=1,
     )

@@ -68,6 +68,8 @@ def add_policy(store: Store, policy: Policy, evaluation: Evaluation | None = Non
         raise InvalidField(
             "adapter_sha256", None, "add policies with an adapter; use register_base for a base model"
         )
+    if store.all(Policy, "id = ?", [policy.id]):
+        raise Conflict(f"id: got {policy.id!r}, which exists; ids are never reused, take a new one")
     if not Path(policy.adapter_path).is_absolute():
         raise InvalidField("adapter_path", policy.adapter_path, "use an absolute path")
     if policy.parent_id is not None:

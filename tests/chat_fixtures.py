@@ -63,6 +63,7 @@ def add_servable_candidate(
     world: World, adapter: Path, *, passed: bool = True, parent: Policy | None = None
 ) -> Policy:
     """Add a policy with a real adapter folder, as a finished run leaves it."""
+    stored = adapters.import_adapter(world.store.data, adapter)
     run = make_run()
     open_run(world.store, run)
     snapshot = Snapshot(
@@ -75,7 +76,6 @@ def add_servable_candidate(
         created_at=now(),
     )
     add_snapshot(world.store, snapshot)
-    stored = adapters.import_adapter(world.store.data, adapter)
     policy = Policy(
         id=policies.new_policy_id(world.store),
         base_path=world.base.base_path,

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from adapter_faults import (
+    A,
+    Fault,
+    add,
+    add_tail,
+    as_integers,
+    cut,
+    edit_header,
+    link_outside,
+    overlap,
+    poison,
+    remove,
+    rename,
+    reshape,
+    set_config,
+)
 from assistant.engine.adapter_gate import CONFIG, WEIGHTS, BaseShape, base_shape, check_adapter
 from assistant.engine.errors import AdapterRefused
 from assistant.engine.safetensors_file import read_floats, read_header
 from engine_fixtures import TinyWorld, make_world
 from storage.digests import base_digest
 from storage.errors import InvalidField
-
-A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-Fault = Callable[[Path], None]
 
 
 @pytest.fixture(scope="module")
@@ -42,87 +52,11 @@ def adapter(world: TinyWorld, tmp_path: Path) -> Path:
     return Path(shutil.copytree(world.first, tmp_path / "adapter"))
 
 
-def read(folder: Path) -> tuple[dict[str, Any], bytes]:
-    raw = (folder / WEIGHTS).read_bytes()
-    length = struct.unpack("<Q", raw[:8])[0]
-    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
-
-
-def write(folder: Path, header: dict[str, Any], data: bytes) -> None:
-    text = json.dumps(header).encode()
-    (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data)
-
-
-def set_config(**changes: Any) -> Fault:
-    def change(folder: Path) -> None:
-        path = folder / CONFIG
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return change
-
-
-def edit_header(edit: Callable[[dict[str, Any]], Any]) -> Fault:
-    def change(folder: Path) -> None:
-        header, data = read(folder)
-        edit(header)
-        write(folder, header, data)
-
-    return change
-
-
-def poison(value: float) -> Fault:
-    """Put one bad number in the middle of one tensor."""
-
-    def change(folder: Path) -> None:
-        header, data = read(folder)
-        begin, _ = header[A]["data_offsets"]
-        write(folder, header, data[: begin + 40] + struct.pack("<f", value) + data[begin + 44 :])
-
-    return change
-
-
-def rename(header: dict[str, Any]) -> None:
-    header[A.replace("q_proj", "wrong_proj")] = header.pop(A)
-
-
-def reshape(header: dict[str, Any]) -> None:
-    header[A]["shape"] = header[A]["shape"][::-1]
-
-
-def overlap(header: dict[str, Any]) -> None:
-    header[A]["data_offsets"] = [offset + 4 for offset in header[A]["data_offsets"]]
-
-
-def as_integers(header: dict[str, Any]) -> None:
-    header[A]["dtype"] = "I32"
-
-
-def cut(folder: Path) -> None:
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
-
-
-def add_tail(folder: Path) -> None:
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes() + b"\0" * 8)
-
-
-def add(name: str, content: bytes = b"x") -> Fault:
-    return lambda folder: (folder / name).write_bytes(content) and None
-
-
-def remove(name: str) -> Fault:
-    return lambda folder: (folder / name).unlink()
-
-
-def link_outside(folder: Path) -> None:
-    outside = folder.parent / "outside.safetensors"
-    shutil.move(folder / WEIGHTS, outside)
-    (folder / WEIGHTS).symlink_to(outside)
-
-
 FAULTS: list[tuple[Fault, str]] = [
     (poison(float("nan")), r"q_proj.lora_A.weight: 1 of 256 values are not finite, first nan at 10"),
     (poison(float("inf")), r"not finite, first inf"),
     (poison(float("-inf")), r"not finite, first -inf"),
+    (poison(-1e5), r"lora_A.weight: -100000.0 at 10 is beyond the 65504 of float16; train again"),
     (edit_header(rename), r"q_proj.lora_A.weight: missing"),
     (edit_header(lambda header: header.pop(A)), r"expected|missing"),
     (edit_header(reshape), r"lora_A.weight: shape \(64, 4\), expected \(4, 64\)"),
@@ -156,6 +90,7 @@ FAULTS: list[tuple[Fault, str]] = [
     (set_config(lora_alpha=float("nan")), r"lora_alpha: got nan"),
     (set_config(lora_alpha=10**400), r"lora_alpha"),
     (set_config(lora_alpha=0), r"lora_alpha: got 0"),
+    (set_config(lora_alpha=True), r"lora_alpha: got True"),
     (set_config(peft_type="IA3"), r"peft_type: got 'IA3'"),
     (set_config(task_type="SEQ_CLS"), r"task_type"),
     (set_config(use_dora=True), r"use_dora: got True; train a plain LoRA"),

@@ -61,6 +61,16 @@ def test_a_rollback_is_one_more_row(world: World) -> None:
     assert len(deployments.history(world.store, limit=2)) == 2
 
 
+def test_there_is_no_way_back_to_a_policy_of_another_base(world: World) -> None:
+    first, second = approved(world), approved(world)
+    deploy(world, first)
+    other = policies.register_base(world.store, base_path="/models/other", base_sha256="07" * 32)
+    deploy(world, other)
+    assert served(world) == (other.id, None, None)
+    deploy(world, second)
+    assert served(world) == (second.id, first.id, None)
+
+
 def test_the_previous_policy_is_another_one_even_after_deploying_twice(world: World) -> None:
     policy = approved(world)
     deploy(world, policy)

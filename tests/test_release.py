@@ -12,10 +12,12 @@ import pytest
 from assistant import release
 from assistant.engine.errors import AdapterRefused, EngineStarting, EngineUnavailable, PolicyNotLoaded
 from assistant.engine.protocol import ProbeResult
-from chat_fixtures import Desk, add_random_candidate, make_real_desk
+from chat_fixtures import Desk, add_random_candidate, add_servable_candidate, make_real_desk
 from storage import audit, deployments, policies
 from storage.errors import Conflict, CorruptData, InvalidField, NotAllowed, NotFound
+from storage.probes import ProbeRecord, RecordedProbe, write_probes
 from storage.records import Policy
+from tiny_models import make_adapter
 
 
 @pytest.fixture
@@ -224,6 +226,23 @@ def test_an_adapter_that_the_engine_ignores_is_refused(
     monkeypatch.setattr(desk.engine, "probe", same_as_base)
     with pytest.raises(AdapterRefused, match="not applied"):
         approve(desk, policy)
+
+
+def test_a_policy_that_the_engine_answers_otherwise_than_its_trainer_is_refused_or_withdrawn(
+    desk: Desk, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter", Path(desk.world.base.base_path))
+    probe = RecordedProbe(ask="Hello", token_ids=(1,), logprobs=(-0.5,), margins=(9.0,))
+    write_probes(adapter, ProbeRecord(dtype="float32", probes=(probe,)))
+    policy = add_servable_candidate(desk.world, adapter)
+    with pytest.raises(AdapterRefused, match="probe 'Hello', position 0"):
+        approve(desk, policy)
+    assert policies.standing(desk.world.store, policy.id) == "candidate"
+    assert policy.id not in asyncio.run(desk.engine.loaded())
+    release.approve(desk.world.store, policy_id=policy.id, person=desk.world.admin, reason="without a server")
+    asyncio.run(desk.release.sync())
+    assert answered_by(desk) == desk.world.base.id
+    assert "the trainer recorded token 1 with -0.5000" in desk.release.alerts[0]
 
 
 def test_approving_on_the_command_line_reaches_a_running_server(desk: Desk, tmp_path: Path) -> None:

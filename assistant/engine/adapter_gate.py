@@ -25,6 +25,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ALLOWED_FILES = frozenset({CONFIG, WEIGHTS, "README.md", "manifest.json", RECORD})
 MAX_CONFIG_BYTES = 1_000_000
 MAX_ALPHA = 1e6
+MAX_WEIGHT = 65504.0
+"""The largest float16: an engine casts to its own type, where a float64 that is finite here may be infinite."""
 KEY_PREFIX = "base_model.model."
 NOT_ADAPTED = ("embed_tokens", "lm_head", "wte", "wpe", "embed_positions")
 """Two-dimensional weights that are not linear layers an engine can adapt."""
@@ -156,7 +158,7 @@ def _check_config(config: dict[str, Any], *, path: Path, max_rank: int) -> int:
     want(config.get("task_type") in ("CAUSAL_LM", None), "task_type", "train for CAUSAL_LM")
     rank, alpha, start = config.get("r"), config.get("lora_alpha"), config.get("init_lora_weights", True)
     want(type(rank) is int and 1 <= rank <= max_rank, "r", f"use a rank from 1 to {max_rank}")
-    plain_alpha = isinstance(alpha, int | float) and 0 < alpha <= MAX_ALPHA
+    plain_alpha = type(alpha) in (int, float) and 0 < alpha <= MAX_ALPHA
     want(plain_alpha, "lora_alpha", f"use a number above 0, at most {MAX_ALPHA:g}")
     want(not isinstance(start, str) or start.lower() in PLAIN_STARTS, "init_lora_weights", "use true")
     for key in sorted(config.keys() - FREE_KEYS):
@@ -229,4 +231,8 @@ def _check_values(entries: Mapping[str, TensorEntry], *, path: Path) -> None:
             at = int(np.argmin(finite))
             bad = int(values.size - np.count_nonzero(finite))
             what = f"{name}: {bad} of {values.size} values are not finite, first {values[at]} at {at}"
+            _refuse(path, what, fix="train again with a lower learning rate")
+        at = int(np.argmax(np.abs(values)))
+        if abs(values[at]) > MAX_WEIGHT:
+            what = f"{name}: {values[at]} at {at} is beyond the {MAX_WEIGHT:g} of float16"
             _refuse(path, what, fix="train again with a lower learning rate")
