@@ -23,7 +23,7 @@ from assistant.engine.reconcile import reconcile
 from assistant.routing import assign
 from storage import adapters, deployments, policies
 from storage.conversations import first_policy_since
-from storage.errors import Conflict, InvalidField, KotaeError
+from storage.errors import Conflict, CorruptData, InvalidField, KotaeError
 from storage.records import Deployment, Person, Policy, Served
 from storage.store import Store
 
@@ -186,7 +186,12 @@ class Release:
         async with self._lock:
             wanted = self._wanted(serving(self.store))
             paths = {id: Path(p.adapter_path) for id, p in wanted.items() if p.adapter_path is not None}
-            result = await reconcile(self.engine, paths, in_use=frozenset(self.in_flight))
+            result = await reconcile(
+                self.engine,
+                paths,
+                in_use=frozenset(self.in_flight),
+                check=lambda policy_id: check_files(self.store, wanted[policy_id]),
+            )
             refused = dict(result.failed)
             for policy_id in sorted(result.loaded):
                 try:
@@ -194,7 +199,7 @@ class Release:
                 except AdapterRefused as error:
                     refused[policy_id] = error
             for policy_id, reason in refused.items():
-                if not isinstance(reason, AdapterRefused):
+                if not isinstance(reason, AdapterRefused | CorruptData):
                     raise reason
                 self._withdraw(policy_id, str(reason))
             self.served = serving(self.store)

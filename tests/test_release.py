@@ -245,6 +245,21 @@ def test_a_policy_that_the_engine_answers_otherwise_than_its_trainer_is_refused_
     assert "the trainer recorded token 1 with -0.5000" in desk.release.alerts[0]
 
 
+def test_an_engine_that_restarted_does_not_get_files_that_changed_meanwhile(
+    desk: Desk, tmp_path: Path
+) -> None:
+    policy = candidate(desk, tmp_path)
+    approve(desk, policy)
+    desk.engine.adapters.clear()
+    path = Path(str(policy.adapter_path)) / "adapter_model.safetensors"
+    os.chmod(path, 0o644)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    asyncio.run(desk.release.sync())
+    assert desk.engine.adapters == {}
+    assert answered_by(desk) == desk.world.base.id
+    assert "adapter_model.safetensors is not as it was stored" in desk.release.alerts[0]
+
+
 def test_approving_on_the_command_line_reaches_a_running_server(desk: Desk, tmp_path: Path) -> None:
     policy = candidate(desk, tmp_path)
 

@@ -124,6 +124,8 @@ def start_canary(site: Site, *, share: float) -> str:
     policy = add_candidate(world)
     approve(world, policy)
     deploy(world, policy, "canary", share=share)
+    # it has no files that could be checked: let the engine have it already
+    asyncio.run(site.engine.load(policy_id=policy.id, adapter=Path(str(policy.adapter_path))))
     asyncio.run(site.services.release.sync())
     return policy.id
 

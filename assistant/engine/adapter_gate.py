@@ -158,7 +158,7 @@ def _check_config(config: dict[str, Any], *, path: Path, max_rank: int) -> int:
     want(config.get("task_type") in ("CAUSAL_LM", None), "task_type", "train for CAUSAL_LM")
     rank, alpha, start = config.get("r"), config.get("lora_alpha"), config.get("init_lora_weights", True)
     want(type(rank) is int and 1 <= rank <= max_rank, "r", f"use a rank from 1 to {max_rank}")
-    plain_alpha = type(alpha) in (int, float) and 0 < alpha <= MAX_ALPHA
+    plain_alpha = isinstance(alpha, int | float) and alpha is not True and 0 < alpha <= MAX_ALPHA
     want(plain_alpha, "lora_alpha", f"use a number above 0, at most {MAX_ALPHA:g}")
     want(not isinstance(start, str) or start.lower() in PLAIN_STARTS, "init_lora_weights", "use true")
     for key in sorted(config.keys() - FREE_KEYS):

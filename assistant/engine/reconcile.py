@@ -6,7 +6,8 @@ any time and after any crash. An engine that restarted lists only the base and g
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+import asyncio
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,11 @@ class ReconcileResult:
 
 
 async def reconcile(
-    engine: Engine, wanted: Mapping[str, Path], *, in_use: Set[str] = frozenset()
+    engine: Engine,
+    wanted: Mapping[str, Path],
+    *,
+    in_use: Set[str] = frozenset(),
+    check: Callable[[str], None] = lambda policy_id: None,
 ) -> ReconcileResult:
     """Load what is wanted and missing, then unload what is neither wanted nor in use.
 
@@ -35,6 +40,7 @@ async def reconcile(
         engine: the engine to change.
         wanted: policy id → adapter folder, without the base.
         in_use: policies that answers are still being streamed from.
+        check: called in a thread before a policy is loaded; raises a KotaeError when the engine must not get it.
 
     Raises:
         EngineUnavailable: the engine does not say what it has.
@@ -44,6 +50,7 @@ async def reconcile(
     loaded, unloaded = set(), set()
     for policy_id in sorted(wanted.keys() - present):
         try:
+            await asyncio.to_thread(check, policy_id)
             await engine.load(policy_id=policy_id, adapter=wanted[policy_id])
             loaded.add(policy_id)
         except KotaeError as error:
