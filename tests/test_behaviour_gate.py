@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import app
 from alignment.golden import load_golden
 from alignment.logprobs import completion_logprobs
 from alignment.models import load_adapter, load_base, prompt_ids
@@ -209,6 +210,15 @@ def test_the_tolerance_is_that_of_the_coarser_side(world: TinyWorld) -> None:
         compare(replace(off, in_float32=False, logprobs=(-0.5 - COARSE_NATS - 0.01, -1.0, -0.1)))
     with pytest.raises(AdapterRefused, match=r"tolerance 0\.01"):
         compare(replace(off, in_float32=False), tolerance_nats=0.01)
+
+
+@pytest.mark.parametrize("nats", ["0", "-1", "nan"])
+def test_a_tolerance_that_nothing_meets_is_named(
+    nats: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app.main(["serve", "--data", str(tmp_path / "data"), f"--probe-tolerance={nats}"]) == 2
+    assert "--probe-tolerance: got" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(
