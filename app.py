@@ -41,7 +41,9 @@ def serve(args: argparse.Namespace) -> int:
         host=args.host,
         port=args.port,
         behind_https=args.behind_https,
-        limits=Limits(everybody=args.max_answers, one_person=args.max_answers_each),
+        limits=Limits(
+            everybody=args.max_answers, one_person=args.max_answers_each, shadow_below=args.shadow_below
+        ),
         probe_tolerance_nats=args.probe_tolerance,
         align_command=(sys.executable, str(Path(__file__).resolve()), "align", "--data", str(args.data)),
     )
@@ -92,6 +94,8 @@ def again(args: argparse.Namespace) -> list[str]:
 
 def status(args: argparse.Namespace) -> int:
     """What is served, waiting and running."""
+    from assistant.shadow_watch import shadow_status
+
     store = Store(args.data)
     served, running = deployments.served(store), runs.running(store)
     waiting = [p.id for p in policies.list_policies(store) if policies.standing(store, p.id) == "candidate"]
@@ -103,6 +107,7 @@ def status(args: argparse.Namespace) -> int:
             if served and served.canary
             else None
         ),
+        "shadow": shadow_status(store),
         "waiting_for_decision": waiting,
         "running": {"id": running.id, **running.progress} if running else None,
     }
@@ -139,7 +144,7 @@ def audit_command(args: argparse.Namespace) -> int:
 
 
 def approve(args: argparse.Namespace) -> int:
-    """Approve a candidate and serve it, to everybody or to a share."""
+    """Approve a candidate and serve it: to everybody, to a share, or to nobody as the shadow."""
     from assistant import release
 
     store = Store(args.data)
@@ -149,6 +154,7 @@ def approve(args: argparse.Namespace) -> int:
         person=acting(store, args),
         reason=args.reason,
         canary_percent=args.canary,
+        shadow_percent=args.shadow,
     )
     show(args, asdict(row), f"{row.policy_id} is approved as {row.role}, share {row.share:.0%}")
     return 0
@@ -175,13 +181,14 @@ def promote(args: argparse.Namespace) -> int:
 
 
 def rollback(args: argparse.Namespace) -> int:
-    """Withdraw the canary, or go back to the policy before."""
+    """Withdraw the canary, or go back to the policy before; with --shadow withdraw the shadow."""
     from assistant import release
 
     store = Store(args.data)
     person = acting(store, args)
     people.require(person, "operator")
-    row = release.rollback(store, actor=person.id, reason=args.reason)
+    take_back = release.withdraw if args.shadow else release.rollback
+    row = take_back(store, actor=person.id, reason=args.reason)
     show(
         args,
         asdict(row),
@@ -318,6 +325,14 @@ def _add_serve(one: argparse.ArgumentParser) -> None:
         "(default: 0.001 where both are known to compute in float32, else 0.25)",
     )
 
+    one.add_argument(
+        "--shadow-below",
+        type=int,
+        default=limits.shadow_below,
+        metavar="N",
+        help="the shadow is asked while fewer answers are under way than this (default: %(default)s)",
+    )
+
 
 def _add_decisions(commands: Any) -> None:
     for name, run in (("approve", approve), ("reject", reject), ("promote", promote), ("rollback", rollback)):
@@ -327,9 +342,14 @@ def _add_decisions(commands: Any) -> None:
         one.add_argument("--as", dest="actor", required=True, metavar="USER", help="who decides")
         one.add_argument("--reason", required=True, help="kept in the audit log")
         if name == "approve":
-            one.add_argument(
+            share = one.add_mutually_exclusive_group()
+            share.add_argument(
                 "--canary", type=float, metavar="PERCENT", help="only this share of conversations"
             )
+            asked = "asked the questions of this share too, its answers shown to nobody"
+            share.add_argument("--shadow", type=float, metavar="PERCENT", help=asked)
+        if name == "rollback":
+            one.add_argument("--shadow", action="store_true", help="the shadow, and nothing that answers")
 
 
 def _add_users(users: argparse.ArgumentParser) -> None:

@@ -30,9 +30,15 @@ class Limits:
     """As many as vLLM runs at once by itself (its --max-num-seqs): more would only wait there."""
     one_person: int = 64
     """A program with one token may ask for many at once, but not take it all."""
+    shadow_below: int = 1
+    """The shadow is asked while fewer answers than this are under way: by itself only while nobody waits for one."""
 
     def __post_init__(self) -> None:
-        for option, value in (("--max-answers", self.everybody), ("--max-answers-each", self.one_person)):
+        for option, value in (
+            ("--max-answers", self.everybody),
+            ("--max-answers-each", self.one_person),
+            ("--shadow-below", self.shadow_below),
+        ):
             if value < 1:
                 raise InvalidField(option, value, "use 1 or more")
 

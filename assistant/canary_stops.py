@@ -24,49 +24,52 @@ class Seen:
     at: float
     """Unix seconds."""
     canary: bool
+    """Of the policy that is watched; False is stable's."""
     event: Event = "answer"
     total_s: float = 0.0
 
 
 def hard_stops(seen: Sequence[Seen], *, now: float, config: CanaryConfig) -> list[str]:
     """Return what stops the canary, from answers in the order of time."""
+    return [*faults(seen, now=now, config=config), *latency(seen, config)]
+
+
+def faults(seen: Sequence[Seen], *, now: float, config: CanaryConfig, who: str = "canary") -> list[str]:
+    """Return what is wrong with the answers themselves, of the canary or of `who` is watched like one."""
     asked = [one for one in seen if one.event != "engine_died"]
     window = [one for one in asked if one.at > now - config.window_s]
     return [
-        *wrong_policy(seen),
-        *engine_deaths(seen, now=now, config=config),
-        *empty_answers(window, config),
-        *error_burst(window, config),
-        *latency(seen, config),
+        *wrong_policy(seen, who),
+        *engine_deaths(seen, who, now=now, config=config),
+        *empty_answers(window, who, config),
+        *error_burst(window, who, config),
     ]
 
 
-def wrong_policy(seen: Sequence[Seen]) -> list[str]:
+def wrong_policy(seen: Sequence[Seen], who: str) -> list[str]:
     """Return a reason when another policy ever answered in the canary's place: nothing it is judged by holds then."""
     wrong = sum(one.event == "wrong_policy" for one in seen if one.canary)
-    return [f"another policy answered {wrong} questions in the canary's place"] if wrong else []
+    return [f"another policy answered {wrong} questions in the {who}'s place"] if wrong else []
 
 
-def engine_deaths(seen: Sequence[Seen], *, now: float, config: CanaryConfig) -> list[str]:
+def engine_deaths(seen: Sequence[Seen], who: str, *, now: float, config: CanaryConfig) -> list[str]:
     """Return a reason when the engine died again and again while the canary was there, whoever was answering."""
     died = sum(one.event == "engine_died" and one.at > now - config.deaths_window_s for one in seen)
     if died < config.deaths:
         return []
-    return [
-        f"the engine died {died} times in {config.deaths_window_s / 60:.0f} minutes with the canary in it"
-    ]
+    return [f"the engine died {died} times in {config.deaths_window_s / 60:.0f} minutes with the {who} in it"]
 
 
-def empty_answers(window: Sequence[Seen], config: CanaryConfig) -> list[str]:
+def empty_answers(window: Sequence[Seen], who: str, config: CanaryConfig) -> list[str]:
     """Return a reason when the canary's answers of one window were empty."""
     canary = [one for one in window if one.canary]
     empty = sum(one.event == "empty" for one in canary)
     if empty < config.empty_answers or empty <= config.empty_share * len(canary):
         return []
-    return [f"{empty} of the canary's {len(canary)} answers of the last {config.window_s:.0f} s were empty"]
+    return [f"{empty} of the {who}'s {len(canary)} answers of the last {config.window_s:.0f} s were empty"]
 
 
-def error_burst(window: Sequence[Seen], config: CanaryConfig) -> list[str]:
+def error_burst(window: Sequence[Seen], who: str, config: CanaryConfig) -> list[str]:
     """Return a reason when the canary failed in one window more than it may and much more than stable."""
     canary, stable = ([one for one in window if one.canary is arm] for arm in (True, False))
     errors = sum(one.event == "error" for one in canary)
@@ -74,7 +77,7 @@ def error_burst(window: Sequence[Seen], config: CanaryConfig) -> list[str]:
     least = max(config.error_share, config.error_ratio * of_stable) * len(canary)
     if errors < config.errors or errors <= least:
         return []
-    return [f"{errors} of the canary's {len(canary)} requests failed, {of_stable:.0%} of stable's"]
+    return [f"{errors} of the {who}'s {len(canary)} requests failed, {of_stable:.0%} of stable's"]
 
 
 def latency(seen: Sequence[Seen], config: CanaryConfig) -> list[str]:

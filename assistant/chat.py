@@ -9,21 +9,16 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from assistant.admission import Admission, Limits
-from assistant.engine.errors import (
-    ContextTooLong,
-    EngineBusy,
-    EngineError,
-    PolicyNotLoaded,
-    StreamBroken,
-    WrongPolicy,
-)
-from assistant.engine.protocol import Engine, Piece, Sampling
+from assistant.answering import Prompt, Stream, pieces_of
+from assistant.engine.errors import ContextTooLong, EngineBusy, EngineError, StreamBroken, WrongPolicy
+from assistant.engine.protocol import Engine, Sampling
 from assistant.release import Release
+from assistant.shadow import Shadow
 from storage import conversations, feedback, settings
 from storage.errors import InvalidField, KotaeError, NotFound
 from storage.failures import record_failure
@@ -31,7 +26,6 @@ from storage.records import (
     Comparison,
     Conversation,
     Deployment,
-    FinishReason,
     Json,
     Person,
     Turn,
@@ -71,6 +65,16 @@ class Ask:
     begins: Conversation | None = None
     """The conversation, where it is kept with this answer only: nobody waits for it before the first token."""
 
+    @property
+    def prompt(self) -> Prompt:
+        """What the policy is asked."""
+        return Prompt(
+            messages=self.messages,
+            sampling=self.sampling,
+            request_id=self.turn_id,
+            may_shorten=self.source != "api",
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
@@ -79,26 +83,6 @@ class Pair:
     left: Turn
     right: Turn
     propensity: float = ORDER_PROPENSITY
-
-
-@dataclass(slots=True)
-class _Stream:
-    """What one stream has brought so far."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    prompt_token_ids: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    first_token_s: float | None = None
-
-    def add(self, piece: Piece, *, elapsed_s: float) -> None:
-        if self.first_token_s is None and (piece.text or piece.token_ids):
-            self.first_token_s = elapsed_s
-        self.text += piece.text
-        self.token_ids.extend(piece.token_ids)
-        if piece.prompt_token_ids is not None:
-            self.prompt_token_ids = list(piece.prompt_token_ids)
-        self.finish_reason = piece.finish_reason or self.finish_reason
 
 
 class Chat:
@@ -111,6 +95,7 @@ class Chat:
         self.engine = engine
         self.release = release
         self.admission = Admission(limits)
+        self.shadow = Shadow(store, release, self.admission)
 
     # -- asking ---------------------------------------------------------------------------------------
 
@@ -192,10 +177,11 @@ class Chat:
             self.admission.admit(ask.person.id),
             self.release.lease(ask.conversation_id) as deployment,
         ):
+            self.shadow.give_way()
             started = time.monotonic()
-            stream = _Stream()
+            stream = Stream()
             try:
-                async with aclosing(self._pieces(ask, deployment)) as pieces:
+                async with aclosing(pieces_of(self.release, deployment, ask.prompt)) as pieces:
                     async for piece in pieces:
                         stream.add(piece, elapsed_s=time.monotonic() - started)
                         if piece.text:
@@ -214,7 +200,10 @@ class Chat:
             turn = await asyncio.shield(
                 asyncio.to_thread(self._record, ask, deployment, stream, total_s=total_s)
             )
-        yield turn
+        try:
+            yield turn
+        finally:  # whoever asked has the whole answer now
+            self.shadow.offer(ask.prompt, turn)
 
     def _note_failure(self, deployment: Deployment, error: BaseException, *, begun: bool) -> None:
         """Record what speaks against the policy and leaves no turn: a fault of the engine's, not of the question."""
@@ -227,40 +216,7 @@ class Chat:
         ):
             record_failure(self.store, policy_id=deployment.policy_id, kind="error")
 
-    async def _pieces(self, ask: Ask, deployment: Deployment) -> AsyncGenerator[Piece, None]:
-        """Yield the engine's pieces; a dialogue that outgrew the context loses its oldest turns first.
-
-        Both errors that are mended here come before the first piece.
-        """
-        messages, reloaded = ask.messages, False
-        while True:
-            try:
-                stream: AsyncIterator[Piece] = self.engine.stream(
-                    policy_id=deployment.policy_id,
-                    messages=messages,
-                    sampling=ask.sampling,
-                    request_id=ask.turn_id,
-                )
-                async with aclosing(stream) as pieces:  # type: ignore[type-var]
-                    async for piece in pieces:
-                        if piece.served_by != deployment.policy_id:
-                            raise WrongPolicy(
-                                f"policy: {piece.served_by!r} answered instead of {deployment.policy_id!r}; ask again"
-                            )
-                        yield piece
-                return
-            except PolicyNotLoaded:  # the engine restarted and has lost its adapters
-                if reloaded:
-                    raise
-                reloaded = True
-                await self.release.sync()
-            except ContextTooLong:
-                shorter = drop_oldest_turn(messages)
-                if ask.source == "api" or shorter is None:
-                    raise
-                messages = shorter
-
-    def _record(self, ask: Ask, deployment: Deployment, stream: _Stream, *, total_s: float) -> Turn:
+    def _record(self, ask: Ask, deployment: Deployment, stream: Stream, *, total_s: float) -> Turn:
         """Store the answered turn and return it."""
         turn = Turn(
             id=ask.turn_id,
@@ -352,13 +308,6 @@ def only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     for error in group.exceptions:
         flat.append(only_error(error) if isinstance(error, BaseExceptionGroup) else error)
     return next((error for error in flat if isinstance(error, KotaeError)), flat[0])
-
-
-def drop_oldest_turn(messages: list[Json]) -> list[Json] | None:
-    """Return `messages` without the oldest question and answer; None when only the question is left."""
-    system = [message for message in messages if message["role"] == "system"]
-    rest = messages[len(system) :]
-    return [*system, *rest[2:]] if len(rest) > 2 else None
 
 
 def check_messages(messages: list[Json]) -> list[Json]:

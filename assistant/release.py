@@ -1,4 +1,4 @@
-"""What should answer, and making it so: approval, hot swap, promotion, rollback.
+"""What should answer, and making it so: approval, hot swap, shadow, promotion, rollback.
 
 A decision is rows in storage (`approve`, `promote`, `rollback`: they work without a server). `Release` brings a running
 engine to what the rows say, in this order: load → check → flip → drain. The flip is one reference in this process, so no
@@ -20,11 +20,11 @@ from assistant.engine.behaviour_gate import BehaviourGate
 from assistant.engine.errors import AdapterRefused, EngineError, EngineStarting
 from assistant.engine.protocol import Engine
 from assistant.engine.reconcile import reconcile
-from assistant.routing import assign
+from assistant.routing import assign, is_drawn
 from storage import adapters, deployments, policies
 from storage.conversations import first_policy_since
 from storage.errors import Conflict, CorruptData, InvalidField, KotaeError
-from storage.records import Deployment, Person, Policy, Served
+from storage.records import Deployment, DeploymentRole, Person, Policy, Served
 from storage.store import Store
 
 log = logging.getLogger("kotae.release")
@@ -37,33 +37,58 @@ RECHECK_S = 5.0
 
 
 def approve(
-    store: Store, *, policy_id: str, person: Person, reason: str, canary_percent: float | None = None
+    store: Store,
+    *,
+    policy_id: str,
+    person: Person,
+    reason: str,
+    canary_percent: float | None = None,
+    shadow_percent: float | None = None,
 ) -> Deployment:
-    """Approve a candidate and deploy it, to everybody or to a share of the conversations.
+    """Approve a candidate and deploy it: to everybody, to a share of the conversations, or as the shadow of a share.
+
+    One that is in the shadow, or was, is approved already; it is only deployed.
 
     Raises:
-        NotAllowed, NotFound, Conflict: as `storage.policies.decide`.
-        InvalidField: the share is not between 0 and 100.
+        NotAllowed, NotFound, Conflict: as `storage.policies.decide`, or another policy is the shadow.
+        InvalidField: the share is not between 0 and 100, or two are given.
         AdapterRefused, CorruptData: the adapter's files are not what was evaluated, or not servable.
     """
-    if canary_percent is not None and not 0 < canary_percent < 100:
-        raise InvalidField("canary", canary_percent, "give a percentage above 0 and below 100")
+    role, share = _role_and_share(canary_percent, shadow_percent)
     policy = store.get(Policy, policy_id)
     check_files(store, policy)
-    if policies.standing(store, policy_id) != "approved":
+    deployments.check_step(deployments.served(store), policy_id, role)  # nothing is decided that is not done
+    if not _is_approved_and_free(store, policy_id):
         policies.decide(store, policy_id=policy_id, person_id=person.id, decision="approve", reason=reason)
-    if canary_percent is None:
-        return deployments.deploy(
-            store, policy_id=policy_id, role="stable", share=1.0, actor=person.id, reason=reason
-        )
     return deployments.deploy(
-        store, policy_id=policy_id, role="canary", share=canary_percent / 100, actor=person.id, reason=reason
+        store, policy_id=policy_id, role=role, share=share, actor=person.id, reason=reason
     )
 
 
+def _is_approved_and_free(store: Store, policy_id: str) -> bool:
+    """Tell whether an approved policy answers nobody, so that it may be deployed without another decision."""
+    free = policies.standing(store, policy_id) in ("approved", "shadow", "retired")
+    return free and policies.is_approved(store, policy_id)
+
+
+def _role_and_share(canary: float | None, shadow: float | None) -> tuple[DeploymentRole, float]:
+    """Return how a policy is deployed for these percentages of the conversations."""
+    if canary is not None and shadow is not None:
+        raise InvalidField("shadow", shadow, "a policy answers a share (canary) or nobody (shadow), not both")
+    if canary is not None and not 0 < canary < 100:
+        raise InvalidField("canary", canary, "give a percentage above 0 and below 100")
+    if shadow is not None and not 0 < shadow <= 100:
+        raise InvalidField("shadow", shadow, "give a percentage above 0, at most 100")
+    if canary is not None:
+        return "canary", canary / 100
+    return ("stable", 1.0) if shadow is None else ("shadow", shadow / 100)
+
+
 def reject(store: Store, *, policy_id: str, person: Person, reason: str) -> None:
-    """Reject a candidate for good, with a reason."""
+    """Reject a candidate for good, with a reason; the shadow is withdrawn with it."""
     policies.decide(store, policy_id=policy_id, person_id=person.id, decision="reject", reason=reason)
+    if policies.standing(store, policy_id) == "shadow":
+        withdraw(store, actor=person.id, reason=reason)
 
 
 def promote(store: Store, *, policy_id: str, person: Person, reason: str) -> Deployment:
@@ -98,6 +123,20 @@ def rollback(store: Store, *, actor: str, reason: str) -> Deployment:
         raise Conflict("rollback: nothing was served before this policy; there is nothing to go back to")
     return deployments.deploy(
         store, policy_id=served.previous.policy_id, role="stable", share=1.0, actor=actor, reason=reason
+    )
+
+
+def withdraw(store: Store, *, actor: str, reason: str) -> Deployment:
+    """Ask the shadow no more.
+
+    Raises:
+        Conflict: no policy is the shadow.
+    """
+    shadow = serving(store).shadow
+    if shadow is None:
+        raise Conflict("shadow: no policy is in the shadow; there is nothing to withdraw")
+    return deployments.deploy(
+        store, policy_id=shadow.policy_id, role="retired", share=0.0, actor=actor, reason=reason
     )
 
 
@@ -144,7 +183,12 @@ class Release:
     @contextmanager
     def lease(self, conversation_id: str) -> Iterator[Deployment]:
         """Yield the deployment that answers now; its policy stays loaded until the lease ends."""
-        deployment = self._assigned(conversation_id)
+        with self.using(self._assigned(conversation_id)) as deployment:
+            yield deployment
+
+    @contextmanager
+    def using(self, deployment: Deployment) -> Iterator[Deployment]:
+        """Keep the policy of `deployment` loaded until the block ends."""
         self.in_flight[deployment.policy_id] += 1
         try:
             yield deployment
@@ -158,8 +202,21 @@ class Release:
             first = first_policy_since(self.store, conversation_id, served.canary_since)
         return assign(conversation_id, served, first_answer_by=first)
 
+    def shadow_of(self, conversation_id: str) -> Deployment | None:
+        """Return the shadow that is asked this conversation's questions too; None where none is, or not yet loaded."""
+        shadow = self.served.shadow
+        if shadow is None or shadow.policy_id not in self._checked:
+            return None
+        return shadow if is_drawn(conversation_id, shadow) else None
+
     async def approve(
-        self, *, policy_id: str, person: Person, reason: str, canary_percent: float | None = None
+        self,
+        *,
+        policy_id: str,
+        person: Person,
+        reason: str,
+        canary_percent: float | None = None,
+        shadow_percent: float | None = None,
     ) -> Deployment:
         """As `approve`, after the policy has been loaded and probed: a bad one never gets a row."""
         policy = self.store.get(Policy, policy_id)
@@ -167,7 +224,12 @@ class Release:
         async with self._lock:
             await self._prepare(policy)
         deployment = approve(
-            self.store, policy_id=policy_id, person=person, reason=reason, canary_percent=canary_percent
+            self.store,
+            policy_id=policy_id,
+            person=person,
+            reason=reason,
+            canary_percent=canary_percent,
+            shadow_percent=shadow_percent,
         )
         await self.sync()
         return deployment
@@ -184,7 +246,8 @@ class Release:
         """
         self._flip_if_checked()
         async with self._lock:
-            wanted = self._wanted(serving(self.store))
+            served = serving(self.store)
+            wanted = self._wanted(served)
             paths = {id: Path(p.adapter_path) for id, p in wanted.items() if p.adapter_path is not None}
             result = await reconcile(
                 self.engine,
@@ -196,12 +259,15 @@ class Release:
             for policy_id in sorted(result.loaded):
                 try:
                     await self._probe(wanted[policy_id])
-                except AdapterRefused as error:
+                except EngineError as error:
                     refused[policy_id] = error
             for policy_id, reason in refused.items():
-                if not isinstance(reason, AdapterRefused | CorruptData):
+                if isinstance(reason, AdapterRefused | CorruptData):
+                    self._withdraw(policy_id, str(reason))
+                elif served.shadow is None or policy_id != served.shadow.policy_id:
                     raise reason
-                self._withdraw(policy_id, str(reason))
+                else:  # it answers nobody, so nothing that does may wait for it
+                    log.warning("the shadow %s is not loaded: %s", policy_id, reason)
             self.served = serving(self.store)
             self._checked = wanted.keys() - refused.keys()
             return self.served
@@ -239,7 +305,7 @@ class Release:
         return True
 
     def _wanted(self, served: Served) -> dict[str, Policy]:
-        rows = (served.stable, served.previous, served.canary)
+        rows = (served.stable, served.previous, served.canary, served.shadow)
         return {row.policy_id: self.store.get(Policy, row.policy_id) for row in rows if row is not None}
 
     async def _prepare(self, policy: Policy) -> None:
@@ -264,7 +330,7 @@ class Release:
         log.error(message)
         self.alerts.append(message)
         served = serving(self.store)
-        if served.canary is not None and served.canary.policy_id == policy_id:
+        if policy_id in {row.policy_id for row in (served.canary, served.shadow) if row is not None}:
             role, back_to = "retired", policy_id
         elif served.stable.policy_id == policy_id:
             failed_too = served.previous is None or served.previous.policy_id == policy_id
@@ -291,4 +357,5 @@ __all__ = [
     "reject",
     "rollback",
     "serving",
+    "withdraw",
 ]

@@ -20,9 +20,14 @@ def assign(conversation_id: str, served: Served, *, first_answer_by: str | None 
     canary = served.canary
     if canary is None or first_answer_by == served.stable.policy_id:
         return served.stable
-    if first_answer_by == canary.policy_id or draw(conversation_id, canary.id) < canary.share:
+    if first_answer_by == canary.policy_id or is_drawn(conversation_id, canary):
         return canary
     return served.stable
+
+
+def is_drawn(conversation_id: str, deployment: Deployment) -> bool:
+    """Tell whether the conversation is one of the share of a canary or a shadow."""
+    return draw(conversation_id, deployment.id) < deployment.share
 
 
 def draw(conversation_id: str, deployment_id: str) -> float:

@@ -258,7 +258,9 @@ def note_death(store: Store) -> None:
     """Book the engine's end on what was new in it."""
     served = deployments.served(store)
     if served is not None:
-        record_failure(store, policy_id=(served.canary or served.stable).policy_id, kind="engine_died")
+        new = [row for row in (served.canary, served.shadow) if row is not None]
+        for row in new or [served.stable]:
+            record_failure(store, policy_id=row.policy_id, kind="engine_died")
 
 
 async def _boot(vllm: VllmProcess) -> None:

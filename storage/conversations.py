@@ -14,7 +14,7 @@ from typing import Any
 
 from storage.errors import InvalidField, NotAllowed, NotFound
 from storage.people import SYSTEM, get_person, may
-from storage.records import Conversation, Deployment, Turn, new_id, now
+from storage.records import Conversation, Deployment, ShadowAnswer, Turn, new_id, now
 from storage.store import Store, Transaction
 from storage.tables import column_list, decode
 
@@ -111,11 +111,16 @@ def rename_conversation(store: Store, id: str, *, title: str, actor: str) -> Con
 
 
 def delete_conversation(store: Store, id: str, *, actor: str) -> None:
-    """Hide the conversation from lists and search. Its turns stay, because labels may refer to them."""
+    """Hide the conversation from lists and search. Its turns stay, because labels may refer to them.
+
+    No label refers to what a shadow answered in it: that is removed.
+    """
     with store.transaction(actor) as changes:
         _check_owner(store, _existing(store, id), actor)
         changes.update(Conversation, id, deleted_at=now())
-        changes.audit("conversation.deleted", id)
+        of_it = "turn_id IN (SELECT turns.id FROM turns WHERE turns.conversation_id = ?)"
+        removed = changes.delete(ShadowAnswer, of_it, [id])
+        changes.audit("conversation.deleted", id, shadow_answers=removed)
 
 
 def record_turn(store: Store, turn: Turn, *, begins: Conversation | None = None) -> None:

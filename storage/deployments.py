@@ -12,13 +12,13 @@ from storage.policies import get_policy, is_approved
 from storage.records import Deployment, DeploymentRole, Served, new_id, now
 from storage.store import Store
 
-__all__ = ["deploy", "deployments_of", "history", "served", "stages_of"]
+__all__ = ["check_step", "deploy", "deployments_of", "history", "served", "stages_of"]
 
 
 def deploy(
     store: Store, *, policy_id: str, role: DeploymentRole, share: float, actor: str, reason: str
 ) -> Deployment:
-    """Make the policy stable, a canary with a share of the conversations (0 to 1), or retire it.
+    """Make the policy stable, a canary or the shadow with a share of the conversations (0 to 1), or retire it.
 
     Raises:
         NotAllowed: no valid approval of exactly this policy, or `actor` is neither "system" nor an operator.
@@ -40,7 +40,7 @@ def deploy(
     )
     with store.transaction(actor) as changes:
         _check_approved(store, policy_id, role)
-        _check_step(served(store), policy_id, role)
+        check_step(served(store), policy_id, role)
         changes.insert(deployment)
         changes.audit("policy.deployed", policy_id, deployment_id=deployment.id, role=role, share=share)
     return deployment
@@ -52,11 +52,14 @@ def history(store: Store, limit: int = 100) -> list[Deployment]:
 
 
 def _check_share(role: DeploymentRole, share: float) -> None:
-    fits = {"stable": share == 1, "canary": 0 < share <= 1, "retired": share == 0}
+    part = 0 < share <= 1
+    fits = {"stable": share == 1, "canary": part, "shadow": part, "retired": share == 0}
     if role not in fits:
-        raise InvalidField("role", role, "use stable, canary or retired")
+        raise InvalidField("role", role, "use stable, canary, shadow or retired")
     if not fits[role]:
-        raise InvalidField("share", share, "use 1 for stable, above 0 up to 1 for canary, 0 for retired")
+        raise InvalidField(
+            "share", share, "use 1 for stable, above 0 up to 1 for canary and shadow, 0 for retired"
+        )
 
 
 def _check_approved(store: Store, policy_id: str, role: DeploymentRole) -> None:
@@ -66,8 +69,12 @@ def _check_approved(store: Store, policy_id: str, role: DeploymentRole) -> None:
     raise NotAllowed(f"{policy_id} has no approval of exactly its present evidence; approve it first")
 
 
-def _check_step(now_served: Served | None, policy_id: str, role: DeploymentRole) -> None:
+def check_step(now_served: Served | None, policy_id: str, role: DeploymentRole) -> None:
+    """Raise Conflict when the step makes no sense from what is served now."""
     if now_served is None and role != "stable":
         raise Conflict(f"nothing is served yet: deploy {policy_id} as stable first")
     if now_served is not None and role != "stable" and now_served.stable.policy_id == policy_id:
         raise Conflict(f"{policy_id} is the stable policy: make another one stable first")
+    shadow = now_served.shadow if now_served is not None and role == "shadow" else None
+    if shadow is not None and shadow.policy_id != policy_id:
+        raise Conflict(f"{shadow.policy_id} is in the shadow already: withdraw it first")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from storage.records import Deployment, Served
+from storage.records import Deployment, DeploymentRole, Served
 from storage.store import Store
 
 
 def served(store: Store) -> Served | None:
     """Return what should answer now; None before the first deployment.
 
-    stable is the latest stable row; previous the latest earlier stable row of another policy of the same base; canary the
-    latest row after stable that is a canary and was not followed by a row of the same policy.
+    stable is the latest stable row; previous the latest earlier stable row of another policy of the same base; canary
+    and shadow the latest row after stable of that role that was not followed by a row of the same policy.
     """
     with store.reading():
         latest = store.all(Deployment, "role = 'stable'", order="seq DESC", limit=1)
@@ -40,18 +40,24 @@ def _around(store: Store, stable: Deployment) -> Served:
         order="seq DESC",
         limit=1,
     )
-    canary = store.all(
-        Deployment,
-        """role = 'canary' AND seq > (SELECT seq FROM deployments WHERE id = ?)
-            AND NOT EXISTS (SELECT 1 FROM deployments AS later
-                WHERE later.policy_id = deployments.policy_id AND later.seq > deployments.seq)""",
-        [stable.id],
-        order="seq DESC",
-        limit=1,
-    )
+    canary = _beside(store, stable, "canary")
     return Served(
         stable=stable,
         previous=previous[0] if previous else None,
-        canary=canary[0] if canary else None,
-        canary_since=stages_of(deployments_of(store, canary[0].policy_id))[0].created_at if canary else None,
+        canary=canary,
+        canary_since=stages_of(deployments_of(store, canary.policy_id))[0].created_at if canary else None,
+        shadow=_beside(store, stable, "shadow"),
     )
+
+
+def _beside(store: Store, stable: Deployment, role: DeploymentRole) -> Deployment | None:
+    found = store.all(
+        Deployment,
+        """role = ? AND seq > (SELECT seq FROM deployments WHERE id = ?)
+            AND NOT EXISTS (SELECT 1 FROM deployments AS later
+                WHERE later.policy_id = deployments.policy_id AND later.seq > deployments.seq)""",
+        [role, stable.id],
+        order="seq DESC",
+        limit=1,
+    )
+    return found[0] if found else None

@@ -21,7 +21,16 @@ from storage.store import Store, Transaction
 from storage.tables import Setting
 
 Standing = Literal[
-    "base", "candidate", "refused", "approved", "rejected", "canary", "stable", "previous", "retired"
+    "base",
+    "candidate",
+    "refused",
+    "approved",
+    "rejected",
+    "shadow",
+    "canary",
+    "stable",
+    "previous",
+    "retired",
 ]
 _NUMBER_KEY = "policies.last_number"
 
@@ -198,6 +207,7 @@ def standing(store: Store, policy_id: str) -> Standing:
             ("stable", now_served.stable.policy_id),
             ("canary", now_served.canary.policy_id if now_served.canary else None),
             ("previous", now_served.previous.policy_id if now_served.previous else None),
+            ("shadow", now_served.shadow.policy_id if now_served.shadow else None),
         ]
         for role, role_policy_id in roles:
             if role_policy_id == policy_id:

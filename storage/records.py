@@ -23,7 +23,8 @@ FailureKind = Literal["error", "wrong_policy", "engine_died"]
 TurnSource = Literal["chat", "compare", "api"]
 RunStatus = Literal["running", "passed", "refused", "not_enough_data", "failed", "cancelled"]
 RunTrigger = Literal["manual", "cron", "labels"]
-DeploymentRole = Literal["stable", "canary", "retired"]
+ShadowFinish = Literal["stop", "length", "error", "wrong_policy"]
+DeploymentRole = Literal["stable", "canary", "shadow", "retired"]
 Decision = Literal["approve", "reject"]
 Json = dict[str, Any]
 
@@ -278,9 +279,26 @@ class Deployment:
     policy_id: str
     role: DeploymentRole
     share: float
-    """Part of the conversations, 0 to 1: 1 for stable, the canary's share, 0 for retired."""
+    """Part of the conversations, 0 to 1: 1 for stable, the canary's or shadow's share, 0 for retired."""
     actor: str
     reason: str
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShadowAnswer:
+    """What the shadow answered to the question of a turn. Nobody is shown it, and it goes with its conversation."""
+
+    id: str
+    turn_id: str
+    """The turn whose messages and sampling it was asked with."""
+    deployment_id: str
+    answer: str
+    prompt_token_ids: list[int]
+    answer_token_ids: list[int]
+    finish_reason: ShadowFinish
+    first_token_s: float | None
+    total_s: float
     created_at: float
 
 
@@ -317,3 +335,5 @@ class Served:
     canary: Deployment | None = None
     canary_since: float | None = None
     """When the canary's stay began, at whatever share (Unix seconds)."""
+    shadow: Deployment | None = None
+    """What is asked the same questions as stable, for nobody to see."""

@@ -11,7 +11,8 @@ import sqlite3
 
 from sqlite_utils import Database, Migrations
 
-from storage.errors import StorageUnavailable
+from storage.errors import CorruptData, StorageUnavailable
+from storage.schema_shadow_sql import SHADOW_ANSWERS, shadow_role
 from storage.schema_sql import (
     ALIGNMENT_TABLES,
     APPEND_ONLY,
@@ -34,21 +35,27 @@ def migrate(connection: sqlite3.Connection) -> None:
 
     Raises:
         StorageUnavailable: the data was written by a newer version of Kotae.
+        CorruptData: a row refers to one that is not there.
     """
     database = Database(connection, recursive_triggers=False, execute_plugins=False)
     if not MIGRATIONS.pending(database) and not _unknown(database):
         return
+    connection.execute("PRAGMA foreign_keys = OFF")  # a table that others refer to may be made anew
     connection.execute("BEGIN IMMEDIATE")
     try:
         unknown = _unknown(database)
         if unknown:
             raise StorageUnavailable(f"the data is of a newer Kotae (it has {unknown[0]}); update Kotae")
         MIGRATIONS.apply(database)
+        if connection.execute("PRAGMA foreign_key_check").fetchone() is not None:
+            raise CorruptData("a row refers to one that is not there; restore a backup")
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+    finally:
+        connection.execute("PRAGMA foreign_keys = ON")
 
 
 def _unknown(database: Database) -> list[str]:
@@ -100,6 +107,12 @@ def m006_failures(database: Database) -> None:
     _execute(database, FAILURES)
 
 
+@MIGRATIONS()
+def m007_shadow(database: Database) -> None:
+    """A shadow answers for nobody to see: its answers lie where no reader of turns can take them for a person's."""
+    _execute(database, (*shadow_role(), *SHADOW_ANSWERS))
+
+
 MIGRATION_NAMES = frozenset(
     {
         "m001_initial",
@@ -108,5 +121,6 @@ MIGRATION_NAMES = frozenset(
         "m004_moved_policies",
         "m005_search",
         "m006_failures",
+        "m007_shadow",
     }
 )

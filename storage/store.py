@@ -73,6 +73,18 @@ class Transaction:
         if self._write(sql, {**values, table.key: id}, table.name) == 0:
             raise NotFound(table.key, id, f"name an existing row of {table.name}")
 
+    def delete(self, record_type: type[Any], where: str, params: Sequence[Any]) -> int:
+        """Remove the rows that meet `where` and return how many they were.
+
+        Raises:
+            Conflict: the table is append-only.
+        """
+        with translated():
+            sql = f"DELETE FROM {table_of(record_type).name} WHERE {where}"
+            count = self._connection.execute(sql, params).rowcount
+        self._changes += count
+        return count
+
     def audit(self, action: str, subject: str, **detail: Any) -> AuditEvent:
         """Add the event that tells of the changes so far. Never pass chat text or secrets."""
         chain.check_detail(detail)

@@ -93,6 +93,7 @@ TABLES: dict[type[Any], Table] = {
     records.Evaluation: Table("evaluations", evidence=True),
     records.Approval: Table("approvals", evidence=True),
     records.Deployment: Table("deployments", evidence=True),
+    records.ShadowAnswer: Table("shadow_answers"),
     records.Failure: Table("failures"),
     records.AuditEvent: Table("audit_events", "seq"),
 }

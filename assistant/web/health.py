@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from assistant.canary_watch import last_judged
 from assistant.engine.protocol import Health, Queue
+from assistant.shadow_watch import last_evidence
 from assistant.web.metrics import CONTENT_TYPE, Present, exposition
 from assistant.web.services import Services
 from assistant.web.sessions import Sessions, caller
@@ -64,6 +65,7 @@ class HealthApi:
             engine_up=health.ready,
             queues=queues,
             judged=await asyncio.to_thread(last_judged, self.services.store),
+            shadow=await asyncio.to_thread(last_evidence, self.services.store),
         )
         text = await asyncio.to_thread(exposition, self.totals, present)
         return Response(text, media_type=CONTENT_TYPE)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from assistant.canary_watch import Judged
 from assistant.engine.protocol import Queue
+from assistant.shadow_watch import ShadowEvidence
 from assistant.web.totals import Histogram, Totals
 from storage.records import Served
 
@@ -30,6 +31,8 @@ class Present:
     queues: Sequence[Queue]
     judged: Judged | None
     """The last verdict on a canary; it stays until there is another."""
+    shadow: ShadowEvidence | None
+    """The last evidence about a shadow; it stays until there is another."""
 
 
 def exposition(totals: Totals, present: Present) -> str:
@@ -46,15 +49,18 @@ def exposition(totals: Totals, present: Present) -> str:
     lines += [*_serving(present), *_refused(present.refused), *_engine(present)]
     if present.judged is not None:
         lines += _canary(present.judged)
+    if present.shadow is not None:
+        lines += _shadow(present.shadow)
     return "\n".join(lines) + "\n"
 
 
 def _serving(present: Present) -> Iterator[str]:
     served = present.served
     rows = [("stable", served.stable), ("previous", served.previous), ("canary", served.canary)]
+    rows.append(("shadow", served.shadow))
     roles = [({"policy": row.policy_id, "role": role}, row) for role, row in rows if row is not None]
     canary_share = served.canary.share if served.canary else 0.0
-    shares = {"stable": 1 - canary_share, "previous": 0.0, "canary": canary_share}
+    shares = {"stable": 1 - canary_share, "previous": 0.0, "canary": canary_share, "shadow": 0.0}
     in_flight = sorted(present.in_flight.items())
     yield from _gauge(
         "kotae_in_flight", "Answers being made now.", (({"policy": id}, n) for id, n in in_flight)
@@ -118,6 +124,27 @@ def _canary(judged: Judged) -> Iterator[str]:
         ),
     ):
         yield from _gauge(f"kotae_canary_{name}", help, rows)
+
+
+def _shadow(evidence: ShadowEvidence) -> Iterator[str]:
+    """Yield the shadow beside the served policy; docs/canary.md says what the measures mean."""
+    policy = {"policy": evidence.policy_id}
+    counts = {"answered": evidence.answered, "failed": evidence.failed, "skipped": evidence.skipped}
+    yield from _gauge(
+        "kotae_shadow_questions",
+        "Questions of the shadow's share, by what became of them.",
+        (({**policy, "outcome": outcome}, n) for outcome, n in counts.items()),
+    )
+    yield from _gauge(
+        "kotae_shadow_measure",
+        "The shadow beside the served policy on the same questions, with 95% bounds.",
+        (
+            ({**policy, "measure": name, "bound": bound}, number)
+            for name, estimate in evidence.measures.items()
+            for bound, number in asdict(estimate).items()
+            if number is not None
+        ),
+    )
 
 
 def _gauge(name: str, help: str, rows: Gauge) -> Iterator[str]:

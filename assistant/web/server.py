@@ -20,6 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Mount
 
 from assistant.canary_watch import WATCH_S, CanaryWatch
+from assistant.shadow_watch import ShadowWatch
 from assistant.web.errors import add_error_handlers
 from assistant.web.feedback_api import FeedbackApi
 from assistant.web.guard import Guard, person_id_of
@@ -112,7 +113,8 @@ def _lifespan(services: Services) -> Callable[[FastAPI], Any]:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         watching = [
             asyncio.create_task(_watch(services), name="release.watch"),
-            asyncio.create_task(_watch_canary(CanaryWatch(services.store)), name="canary.watch"),
+            asyncio.create_task(_look(CanaryWatch(services.store).look), name="canary.watch"),
+            asyncio.create_task(_look(ShadowWatch(services.store).look), name="shadow.watch"),
         ]
         try:
             yield
@@ -121,6 +123,7 @@ def _lifespan(services: Services) -> Callable[[FastAPI], Any]:
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task
+            await services.chat.shadow.stop()
             await services.engine.close()
 
     return lifespan
@@ -136,11 +139,11 @@ async def _watch(services: Services) -> None:
         await asyncio.sleep(WATCH_AGAIN_S)
 
 
-async def _watch_canary(watch: CanaryWatch) -> None:
-    """Judge the canary again and again; its rollback is a row, which `release.watch` follows."""
+async def _look(look: Callable[[], object]) -> None:
+    """Look at the canary or the shadow again and again; taking it back is a row, which `release.watch` follows."""
     while True:
         try:
-            await asyncio.to_thread(watch.look)
+            await asyncio.to_thread(look)
         except Exception:
-            log.exception("judging the canary failed; it is tried again")
+            log.exception("looking at the canary or the shadow failed; it is tried again")
         await asyncio.sleep(WATCH_S)

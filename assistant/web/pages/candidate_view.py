@@ -17,6 +17,7 @@ STANDING_KINDS = {
     "candidate": "live",
     "stable": "good",
     "canary": "live",
+    "shadow": "live",
     "refused": "bad",
     "rejected": "bad",
 }

@@ -46,7 +46,7 @@ class CandidatesPage:
         gr.on([blocks.load, tab.select], self.refresh, self.selected, shown, **QUICK)
         self.listing.click(self.open, None, shown, **QUICK)
         self.share_kind.change(
-            lambda kind: gr.Slider(visible=kind == "canary"), self.share_kind, self.share, **QUICK
+            lambda kind: gr.Slider(visible=kind != "all"), self.share_kind, self.share, **QUICK
         )
         approval = [self.selected, self.reason, self.share_kind, self.share]
         self.approve.click(
@@ -65,7 +65,11 @@ class CandidatesPage:
         )
         with gr.Row(elem_classes="k-inline"):
             self.share_kind = gr.Radio(
-                choices=[(words("candidates.everybody"), "all"), (words("candidates.canary"), "canary")],
+                choices=[
+                    (words("candidates.everybody"), "all"),
+                    (words("candidates.canary"), "canary"),
+                    (words("candidates.shadow"), "shadow"),
+                ],
                 value="canary",
                 show_label=False,
                 container=False,
@@ -117,11 +121,17 @@ class CandidatesPage:
         with self.frame.told():
             person = self.frame.person(request)
             self._check_reason(reason)
-            percent = share if share_kind == "canary" else None
             deployment = await self.services.release.approve(
-                policy_id=selected, person=person, reason=reason, canary_percent=percent
+                policy_id=selected,
+                person=person,
+                reason=reason,
+                canary_percent=share if share_kind == "canary" else None,
+                shadow_percent=share if share_kind == "shadow" else None,
             )
-            told = self.words("candidates.approved", policy=selected, percent=f"{deployment.share:.0%}")
+            percent = f"{deployment.share:.0%}"
+            told = self.words("candidates.approved", policy=selected, percent=percent)
+            if deployment.role == "shadow":
+                told = self.words("candidates.shadowed", policy=selected, percent=percent)
             return self._shown(selected) | {self.message: note(told, "good"), self.reason: ""}
 
     def on_reject(self, selected: str, reason: str, request: gr.Request) -> Updates:
@@ -162,7 +172,7 @@ class CandidatesPage:
         return {
             self.verdict: look.verdict(words, policy, standing, evaluation)
             + look.decision(words, approval, decided),
-            self.decision: gr.Column(visible=standing in ("candidate", "approved")),
+            self.decision: gr.Column(visible=standing in ("candidate", "approved", "shadow")),
             self.evidence: gr.Column(visible=evaluation is not None),
             self.numbers: look.numbers_table(words, numbers),
             self.chart: look.number_chart(words, numbers),

@@ -1,4 +1,4 @@
-"""What is served: stable, canary, previous; how people like it; promote and roll back; what was served before."""
+"""What is served: stable, canary, previous, shadow; how people like it; promote, roll back, withdraw; what was before."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import gradio as gr
 
 from assistant import release
 from assistant.canary_watch import last_verdict
+from assistant.shadow_watch import last_evidence
 from assistant.web.pages.candidate_view import standing_badge
 from assistant.web.pages.frame import Frame, markup
 from assistant.web.pages.html import badge, moment, note, table, time_tag
 from assistant.web.pages.satisfaction import satisfaction_html
+from assistant.web.pages.shadow_view import shadow_html
 from assistant.web.words import Words
 from storage import deployments, people
 from storage.errors import InvalidField, NotFound
@@ -37,6 +39,7 @@ class ServedPage:
         words = self.words
         self.alerts = markup(elem_id="served-alerts")
         self.now = markup(elem_id="served-now")
+        self.shadow = markup(elem_id="served-shadow")
         with gr.Column(elem_id="served-change", elem_classes="k-card"):
             self.reason = gr.Textbox(
                 "",
@@ -52,6 +55,7 @@ class ServedPage:
                 self.rollback = gr.Button(
                     words("served.rollback"), scale=0, min_width=130, elem_classes="k-danger"
                 )
+                self.withdraw = gr.Button(words("served.withdraw"), scale=0, min_width=160, visible=False)
         self.message = markup(elem_id="served-message")
         markup(f"<h3>{escape(words('served.satisfaction'))}</h3>")
         self.satisfaction = markup(elem_id="served-satisfaction")
@@ -60,7 +64,9 @@ class ServedPage:
         shown = [
             self.alerts,
             self.now,
+            self.shadow,
             self.promote,
+            self.withdraw,
             self.satisfaction,
             self.history,
             self.message,
@@ -70,6 +76,7 @@ class ServedPage:
         slow: Json = {"show_progress": "minimal", "show_progress_on": self.now}
         self.promote.click(self.on_promote, self.reason, shown, **slow)
         self.rollback.click(self.on_rollback, self.reason, shown, **slow)
+        self.withdraw.click(self.on_withdraw, self.reason, shown, **slow)
 
     def refresh(self, request: gr.Request) -> Updates:
         with self.frame.told():
@@ -91,6 +98,14 @@ class ServedPage:
             release.rollback(self.store, actor=person.id, reason=reason)
             return self._done(self.words("served.rolled_back", policy=await self._synced()))
 
+    async def on_withdraw(self, reason: str, request: gr.Request) -> Updates:
+        with self.frame.told():
+            person = self.frame.person(request)
+            self._check_reason(reason)
+            row = release.withdraw(self.store, actor=person.id, reason=reason)
+            await self._synced()
+            return self._done(self.words("served.withdrawn", policy=row.policy_id))
+
     async def _synced(self) -> str:
         """Bring the engine to what was decided and return the policy that answers."""
         served = await self.services.release.sync()
@@ -108,7 +123,9 @@ class ServedPage:
         return {
             self.alerts: "".join(note(alert, "bad") for alert in self.services.release.alerts[-5:]),
             self.now: served_html(self.words, self.store, served) + verdict_html(self.words, self.store),
+            self.shadow: shadow_html(self.words, last_evidence(self.store)),
             self.promote: gr.Button(visible=served is not None and served.canary is not None),
+            self.withdraw: gr.Button(visible=served is not None and served.shadow is not None),
             self.satisfaction: satisfaction_html(self.words, likings(self.store)),
             self.history: history_html(self.words, self.store, deployments.history(self.store, HISTORY)),
         }
@@ -118,11 +135,15 @@ def served_html(words: Words, store: Store, served: Served | None) -> str:
     """Return a card for each policy that answers or stands by."""
     if served is None:
         return note(words("served.nothing"))
-    rows = (("stable", served.stable), ("canary", served.canary), ("previous", served.previous))
     canary_share = served.canary.share if served.canary else 0.0
-    shares = {"stable": 1 - canary_share, "canary": canary_share, "previous": 0.0}
+    rows = (
+        ("stable", served.stable, 1 - canary_share),
+        ("canary", served.canary, canary_share),
+        ("previous", served.previous, 0.0),
+        ("shadow", served.shadow, served.shadow.share if served.shadow else 0.0),
+    )
     cards = "".join(
-        served_card(words, store, role, row, share=shares[role]) for role, row in rows if row is not None
+        served_card(words, store, role, row, share=share) for role, row, share in rows if row is not None
     )
     return f'<div class="k-cards">{cards}</div>'
 
