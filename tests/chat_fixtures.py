@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +11,19 @@ from assistant.engine.fake import FakeEngine
 from assistant.release import Release
 from storage import adapters, deployments, people, policies
 from storage.digests import base_digest
-from storage.records import Conversation, Policy, Snapshot, new_id, now
+from storage.records import Conversation, Deployment, Policy, Snapshot, new_id, now
 from storage.runs import add_snapshot, close_run, open_run
 from storage.store import Store
-from storage_fixtures import World, make_evaluation, make_run, make_world, start_conversation
+from storage_fixtures import (
+    World,
+    add_candidate,
+    approve,
+    deploy,
+    make_evaluation,
+    make_run,
+    make_world,
+    start_conversation,
+)
 from tiny_models import make_adapter, make_tiny_model
 
 
@@ -39,6 +49,16 @@ def make_desk(data: Path, *, world: World | None = None) -> Desk:
         chat=Chat(world.store, engine, release),
         conversation=start_conversation(world),
     )
+
+
+def put_beside(desk: Desk, role: str, *, share: float = 1.0) -> Deployment:
+    """Deploy an approved candidate as canary or shadow; it has no files that could be checked, so the engine has it."""
+    policy = add_candidate(desk.world)
+    approve(desk.world, policy)
+    row = deploy(desk.world, policy, role, share=share)
+    asyncio.run(desk.engine.load(policy_id=policy.id, adapter=Path(str(policy.adapter_path))))
+    asyncio.run(desk.release.sync())
+    return row
 
 
 def make_real_desk(folder: Path) -> Desk:

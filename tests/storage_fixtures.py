@@ -19,6 +19,7 @@ from storage.records import (
     RewardModel,
     Rubric,
     Run,
+    ShadowAnswer,
     Snapshot,
     Turn,
     new_id,
@@ -193,6 +194,23 @@ def judge(world: World, left: Turn, right: Turn) -> tuple[Rubric, Judgement]:
     return rubric, judgement
 
 
+def shadow_answer(turn: Turn, shadow: Deployment, **changes: Any) -> ShadowAnswer:
+    """Return what the shadow answered to the question of a turn, not recorded yet."""
+    fields: dict[str, Any] = {
+        "id": new_id("shadow"),
+        "turn_id": turn.id,
+        "deployment_id": shadow.id,
+        "answer": "It is on its way.",
+        "prompt_token_ids": [1, 2, 3],
+        "answer_token_ids": [4, 5],
+        "finish_reason": "stop",
+        "first_token_s": 0.1,
+        "total_s": 1.0,
+        "created_at": now(),
+    }
+    return ShadowAnswer(**{**fields, **changes})
+
+
 def fill_evidence(world: World) -> None:
     """Put at least one row into each evidence table."""
     store, person_id = world.store, world.staff.id
@@ -216,7 +234,7 @@ def fill_evidence(world: World) -> None:
 
 
 def deploy(world: World, policy: Policy, role: str = "stable", share: float | None = None) -> Deployment:
-    shares = {"stable": 1.0, "canary": 0.1, "retired": 0.0}
+    shares = {"stable": 1.0, "canary": 0.1, "shadow": 0.1, "retired": 0.0}
     return deployments.deploy(
         world.store,
         policy_id=policy.id,

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from assistant.chat import MAX_MESSAGE_CHARS, Delta, check_messages, drop_oldest_turn
+from assistant.answering import drop_oldest_turn
+from assistant.chat import MAX_MESSAGE_CHARS, Delta, check_messages
 from assistant.engine.errors import ContextTooLong, EngineUnavailable, StreamBroken
 from chat_fixtures import Desk, make_desk
 from storage import conversations, feedback

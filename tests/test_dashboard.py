@@ -13,6 +13,10 @@ import pytest
 import yaml
 
 from assistant.canary_watch import CanaryWatch
+from assistant.shadow_watch import ShadowWatch
+from storage.records import Turn
+from storage.shadows import record_shadow_answer
+from storage_fixtures import shadow_answer
 from web_fixtures import Site, make_site, start_canary
 
 GRAFANA = Path(__file__).parent.parent / "docs" / "grafana"
@@ -76,7 +80,7 @@ def expressions() -> Iterator[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def exposed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    """Return metric → labels of the page of a server that has seen everything: answers, feedback and a canary."""
+    """Return metric → labels of the page of a server that has seen everything: answers, feedback, a canary and a shadow."""
     site = make_site(tmp_path_factory.mktemp("site"))
     client = site.client()
     sides = client.post("/api/pairs", json={"messages": QUESTION}).json()
@@ -85,7 +89,12 @@ def exposed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     rating = {"turn_id": turn_ids["left_turn_id"], "verdict": "up"}
     client.post("/api/ratings", json=rating).raise_for_status()
     start_canary(site, share=0.25)
+    start_canary(site, share=1.0, role="shadow")
+    turn, shadow = site.store.get(Turn, turn_ids["left_turn_id"]), site.services.release.served.shadow
+    assert shadow is not None
+    record_shadow_answer(site.store, shadow_answer(turn, shadow))
     CanaryWatch(site.store).look()
+    ShadowWatch(site.store).look()
     with site.services.release.lease("conversation_1"):
         return metrics_of(site)
 

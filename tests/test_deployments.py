@@ -107,7 +107,43 @@ def test_a_retired_canary_brings_back_the_one_before_it(world: World) -> None:
     assert served(world)[2] == first.id
 
 
-@pytest.mark.parametrize("role", ["stable", "canary"])
+def shadow(world: World) -> str | None:
+    now_served = deployments.served(world.store)
+    assert now_served is not None
+    return now_served.shadow.policy_id if now_served.shadow else None
+
+
+def test_a_shadow_stands_beside_what_answers_until_it_is_retired_or_answers_itself(world: World) -> None:
+    first, second = approved(world), approved(world)
+    deploy(world, first, "shadow", share=0.5)
+    deploy(world, second, "canary")
+    assert (*served(world), shadow(world)) == (world.base.id, None, second.id, first.id)
+    deploy(world, second, "retired")
+    assert (*served(world), shadow(world)) == (world.base.id, None, None, first.id)
+    deploy(world, first, "canary")
+    assert (*served(world), shadow(world)) == (world.base.id, None, first.id, None)
+    deploy(world, second, "shadow")
+    deploy(world, second, "retired")
+    assert (*served(world), shadow(world)) == (world.base.id, None, first.id, None)
+
+
+def test_another_stable_policy_ends_a_shadow_because_it_was_held_against_the_one_before(world: World) -> None:
+    first, second = approved(world), approved(world)
+    deploy(world, first, "shadow")
+    deploy(world, second)
+    assert (*served(world), shadow(world)) == (second.id, world.base.id, None, None)
+
+
+def test_there_is_at_most_one_shadow(world: World) -> None:
+    first, second = approved(world), approved(world)
+    deploy(world, first, "shadow")
+    with pytest.raises(Conflict, match=f"{first.id} is in the shadow already"):
+        deploy(world, second, "shadow")
+    deploy(world, first, "shadow", share=1.0)  # the same one may get another share
+    assert shadow(world) == first.id
+
+
+@pytest.mark.parametrize("role", ["stable", "canary", "shadow"])
 def test_an_unapproved_policy_is_never_deployed(world: World, role: str) -> None:
     never, revoked, changed = add_candidate(world), approved(world), approved(world)
     policies.decide(
@@ -132,6 +168,8 @@ def test_an_unapproved_policy_is_never_deployed(world: World, role: str) -> None
         ("canary", 1.1),
         ("canary", -0.1),
         ("canary", float("nan")),
+        ("shadow", 0.0),
+        ("shadow", 1.1),
         ("retired", 1.0),
     ],
 )
@@ -157,7 +195,7 @@ def test_an_unknown_role_or_policy_is_named(world: World) -> None:
 
 
 def test_the_stable_policy_is_no_canary_and_cannot_be_retired(world: World) -> None:
-    for role in ("canary", "retired"):
+    for role in ("canary", "shadow", "retired"):
         with pytest.raises(Conflict, match=world.base.id):
             deploy(world, world.base, role)
 

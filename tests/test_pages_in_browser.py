@@ -9,6 +9,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from assistant.engine.errors import EngineUnavailable
+from assistant.shadow_watch import ShadowWatch
 from pages_fixtures import add_candidate, add_dialogue, add_running_run, make_pages_site, sign_in
 from storage import conversations, deployments, feedback, policies, settings
 from storage.records import Rating, Turn
@@ -285,6 +286,31 @@ def test_a_candidate_is_approved_as_canary_promoted_and_rolled_back(
     operator.get_by_role("button", name="Roll back").click()
     expect(operator.locator("#served-message")).to_contain_text(base)
     assert site.services.release.served.stable.policy_id == base
+
+
+def test_a_candidate_is_put_into_the_shadow_and_withdrawn(operator: Page, site: Site, tmp_path: Path) -> None:
+    candidate = add_candidate(site, tmp_path, seed=3)
+    operator.reload()
+    expect(operator.locator("#candidate-verdict")).to_contain_text(candidate.id)
+    operator.fill("#candidate-decision textarea", "Seen on real questions first")
+    operator.get_by_text("In the shadow first").click()
+    operator.get_by_role("button", name="Approve").click()
+    expect(operator.locator("#candidate-message")).to_contain_text("10% of the conversations")
+    shadow = deployments.served(site.store).shadow  # type: ignore[union-attr]
+    assert shadow is not None
+    assert (shadow.policy_id, shadow.share) == (candidate.id, 0.1)
+    assert policies.standing(site.store, candidate.id) == "shadow"
+    expect(operator.locator("#candidate-decision")).to_be_visible()  # from here it may go on to canary
+
+    ShadowWatch(site.store).look()
+    operator.get_by_role("tab", name="Served").click()
+    expect(operator.locator("#served-now .k-card.shadow")).to_contain_text("Seen on real questions first")
+    expect(operator.locator("#served-shadow")).to_contain_text("Shadow against served")
+    operator.fill("#served-change textarea", "Seen enough")
+    operator.get_by_role("button", name="Withdraw shadow").click()
+    expect(operator.locator("#served-message")).to_contain_text("is asked no more")
+    assert policies.standing(site.store, candidate.id) == "retired"
+    expect(operator.get_by_role("button", name="Withdraw shadow")).to_be_hidden()
 
 
 def test_a_candidate_is_rejected_with_its_reason(operator: Page, site: Site, tmp_path: Path) -> None:

@@ -174,6 +174,8 @@ def test_standing_follows_a_policy_from_candidate_to_retired(world: World) -> No
     assert standing(add_candidate(world, passed=False)) == "refused"
     approve(world, first)
     assert standing(first) == "approved"
+    deploy(world, first, "shadow")
+    assert standing(first) == "shadow"
     deploy(world, first, "canary")
     assert standing(first) == "canary"
     deploy(world, first)

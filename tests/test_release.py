@@ -16,7 +16,7 @@ from chat_fixtures import Desk, add_random_candidate, add_servable_candidate, ma
 from storage import audit, deployments, policies
 from storage.errors import Conflict, CorruptData, InvalidField, NotAllowed, NotFound
 from storage.probes import ProbeRecord, RecordedProbe, write_probes
-from storage.records import Policy
+from storage.records import Approval, Policy
 from tiny_models import make_adapter
 
 
@@ -143,6 +143,89 @@ def test_a_rollback_withdraws_the_canary_first(desk: Desk, tmp_path: Path) -> No
     assert policies.standing(desk.world.store, policy.id) == "retired"
 
 
+def shade(desk: Desk, policy: Policy, percent: float = 100) -> None:
+    asyncio.run(
+        desk.release.approve(
+            policy_id=policy.id, person=desk.world.admin, reason="a look first", shadow_percent=percent
+        )
+    )
+
+
+def test_a_shadow_is_loaded_answers_nobody_and_goes_on_to_canary(desk: Desk, tmp_path: Path) -> None:
+    policy = candidate(desk, tmp_path)
+    shade(desk, policy, 25)
+    shadow = desk.release.served.shadow
+    assert shadow is not None
+    assert (shadow.policy_id, shadow.share) == (policy.id, 0.25)
+    assert policy.id in asyncio.run(desk.engine.loaded())
+    assert answered_by(desk) == desk.world.base.id
+    approve(desk, policy, canary_percent=10)
+    assert desk.release.served.shadow is None
+    assert desk.release.served.canary.policy_id == policy.id  # type: ignore[union-attr]
+    decisions = desk.world.store.all(Approval, "policy_id = ?", [policy.id])
+    assert len(decisions) == 1  # the same evidence is decided on once
+
+
+def test_a_shadow_is_withdrawn_and_a_rollback_does_not_touch_it(desk: Desk, tmp_path: Path) -> None:
+    canary, policy = candidate(desk, tmp_path, 1), candidate(desk, tmp_path, 2)
+    shade(desk, policy)
+    approve(desk, canary, canary_percent=10)
+    release.rollback(desk.world.store, actor=desk.world.admin.id, reason="worse")
+    served = asyncio.run(desk.release.sync())
+    assert (served.canary, served.shadow.policy_id) == (None, policy.id)  # type: ignore[union-attr]
+    with pytest.raises(Conflict, match="nothing to go back to"):
+        release.rollback(desk.world.store, actor=desk.world.admin.id, reason="worse")
+    release.withdraw(desk.world.store, actor=desk.world.admin.id, reason="seen enough")
+    asyncio.run(desk.release.sync())
+    assert desk.release.served.shadow is None
+    assert policy.id not in asyncio.run(desk.engine.loaded())
+    with pytest.raises(Conflict, match="no policy is in the shadow"):
+        release.withdraw(desk.world.store, actor=desk.world.admin.id, reason="again")
+
+
+def test_a_second_shadow_is_neither_approved_nor_deployed(desk: Desk, tmp_path: Path) -> None:
+    first, second = candidate(desk, tmp_path, 1), candidate(desk, tmp_path, 2)
+    shade(desk, first)
+    with pytest.raises(Conflict, match=f"{first.id} is in the shadow already"):
+        shade(desk, second)
+    assert policies.standing(desk.world.store, second.id) == "candidate"
+
+
+def test_a_rejected_shadow_is_withdrawn(desk: Desk, tmp_path: Path) -> None:
+    policy = candidate(desk, tmp_path)
+    shade(desk, policy)
+    release.reject(desk.world.store, policy_id=policy.id, person=desk.world.admin, reason="too curt")
+    assert asyncio.run(desk.release.sync()).shadow is None
+    assert policies.standing(desk.world.store, policy.id) == "rejected"
+
+
+@pytest.mark.parametrize("error", [EngineUnavailable("no memory for it"), AdapterRefused("rank: got 999")])
+def test_a_shadow_that_cannot_be_loaded_keeps_no_other_policy_from_answering(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    policy, shadow = candidate(desk, tmp_path, 1), candidate(desk, tmp_path, 2)
+    release.approve(
+        desk.world.store, policy_id=policy.id, person=desk.world.admin, reason="better", canary_percent=50
+    )
+    release.approve(
+        desk.world.store, policy_id=shadow.id, person=desk.world.admin, reason="a look", shadow_percent=50
+    )
+    load = desk.engine.load
+
+    async def refuses(*, policy_id: str, adapter: Path) -> None:
+        if policy_id == shadow.id:
+            raise error
+        await load(policy_id=policy_id, adapter=adapter)
+
+    monkeypatch.setattr(desk.engine, "load", refuses)
+    served = asyncio.run(desk.release.sync())
+    assert served.canary.policy_id == policy.id  # type: ignore[union-attr]
+    assert desk.release.shadow_of("conversation_1") is None
+    refused = isinstance(error, AdapterRefused)
+    assert (served.shadow is None) == refused
+    assert bool(desk.release.alerts) == refused  # refused for good: withdrawn, with the reason
+
+
 def test_without_a_canary_and_a_previous_policy_there_is_nothing_to_roll_back(desk: Desk) -> None:
     with pytest.raises(Conflict, match="nothing to go back to"):
         release.rollback(desk.world.store, actor=desk.world.admin.id, reason="worse")
@@ -176,6 +259,20 @@ def test_adapter_bytes_that_changed_after_the_evaluation_are_refused(desk: Desk,
     with pytest.raises(CorruptData):
         approve(desk, policy)
     assert policy.id not in asyncio.run(desk.engine.loaded())
+    assert policies.standing(desk.world.store, policy.id) == "candidate"
+
+
+@pytest.mark.parametrize(
+    "shares", [{"shadow_percent": 0}, {"shadow_percent": 101}, {"shadow_percent": 5, "canary_percent": 5}]
+)
+def test_the_share_of_a_shadow_is_above_zero_and_the_only_one(
+    desk: Desk, tmp_path: Path, shares: dict[str, float]
+) -> None:
+    policy = candidate(desk, tmp_path)
+    with pytest.raises(InvalidField, match="shadow"):
+        release.approve(
+            desk.world.store, policy_id=policy.id, person=desk.world.admin, reason="a look", **shares
+        )
     assert policies.standing(desk.world.store, policy.id) == "candidate"
 
 

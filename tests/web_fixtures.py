@@ -110,8 +110,8 @@ def make_site(data: Path, *, pages: Pages = (), secure_cookies: bool = False) ->
     return Site(services=services, engine=engine, app=app, people=team)
 
 
-def start_canary(site: Site, *, share: float) -> str:
-    """Give a share of the conversations to an approved candidate, and return its id."""
+def start_canary(site: Site, *, share: float, role: str = "canary") -> str:
+    """Give a share of the conversations to an approved candidate (or ask it as the shadow), and return its id."""
     served = site.services.release.served
     world = World(
         store=site.store,
@@ -123,7 +123,7 @@ def start_canary(site: Site, *, share: float) -> str:
     )
     policy = add_candidate(world)
     approve(world, policy)
-    deploy(world, policy, "canary", share=share)
+    deploy(world, policy, role, share=share)
     # it has no files that could be checked: let the engine have it already
     asyncio.run(site.engine.load(policy_id=policy.id, adapter=Path(str(policy.adapter_path))))
     asyncio.run(site.services.release.sync())
