@@ -24,6 +24,8 @@ ROOT = Path(__file__).parent.parent
 BOOT_TIMEOUT_S = 600
 LONG_TOKENS = 45
 """Most answers of the starter model are shorter; a shorter one could end before it is stopped."""
+TRIES = 12
+"""Beside other tests an answer of a quarter of a second may be over before the client is given the processor."""
 
 
 def free_port() -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from running_server import Server, long_question, recorded
+from running_server import TRIES, Server, long_question, recorded
 
 CLIENT = Path(__file__).parent / "node_client.cjs"
 MODULES = Path(sys.prefix) / "node" / "node_modules"
@@ -76,8 +76,11 @@ def test_it_streams_an_answer_and_reads_what_is_recorded(server: Server) -> None
 def test_a_stream_it_stops_midway_is_recorded_as_cancelled_and_the_next_question_is_answered(
     server: Server, question: dict[str, Any], action: str
 ) -> None:
-    told = run(server, action, question)
-    turn = recorded(server, told["id"])
+    for _ in range(TRIES):
+        told = run(server, action, question)
+        turn = recorded(server, told["id"])
+        if turn.finish_reason != "stop":
+            break  # else the answer was over before the client stopped it
     assert turn.finish_reason == "cancelled"
     assert told["finish"] is None
     assert turn.answer.startswith(told["text"])

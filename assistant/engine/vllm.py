@@ -34,6 +34,8 @@ from storage.records import Json
 
 T = TypeVar("T")
 CONNECT_TIMEOUT_S = 5.0
+KEEP_ALIVE_S = 3.0
+"""An idle connection is used again; below the 5 s after which vLLM closes it, so that no question meets a closed one."""
 READ_TIMEOUT_S = 120.0
 """Longest silence of a stream, waiting in the queue included."""
 HEALTH_TIMEOUT_S = 4.0
@@ -356,7 +358,7 @@ class VllmEngine:
 
 def _session() -> aiohttp.ClientSession:
     """Return the connections: aiohttp parses in C, which halves what a token costs on its way through httpx."""
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S))
 
 
 def _worse(first: EngineError, second: EngineError) -> EngineError:
