@@ -324,7 +324,6 @@ def _add_serve(one: argparse.ArgumentParser) -> None:
         help="most that the engine's log-probs of a new policy's probes may differ from the trainer's "
         "(default: 0.001 where both are known to compute in float32, else 0.25)",
     )
-
     one.add_argument(
         "--shadow-below",
         type=int,

@@ -46,13 +46,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the longest work begin first, so that no worker is left alone with it at the end."""
 
-    def weight(item: pytest.Item) -> tuple[bool, bool, bool]:
-        heavy = (item.get_closest_marker(name) is not None for name in ("vllm", "slow"))
-        return ("booted" in getattr(item, "fixturenames", ()), *heavy)  # type: ignore[return-value]
+    def heavy(item: pytest.Item) -> tuple[bool, ...]:
+        marks = (item.get_closest_marker(name) is not None for name in ("vllm", "slow"))
+        return ("booted" in getattr(item, "fixturenames", ()), *marks)
 
-    files: dict[Path, tuple[bool, bool, bool]] = {}
+    files: dict[Path, tuple[bool, ...]] = {}
     for item in items:
-        files[item.path] = max(files.get(item.path, (False, False, False)), weight(item))
+        files[item.path] = max(files.get(item.path, ()), heavy(item))
     items.sort(key=lambda item: files[item.path], reverse=True)
 
 
