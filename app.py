@@ -61,6 +61,7 @@ def align(args: argparse.Namespace) -> int:
     config = load_config(args.config)
     if args.method is not None:
         config = replace(config, method=args.method)
+    launch.give_way()
     rank = launch.rank()
     if rank:
         from alignment.together import follow

@@ -29,8 +29,18 @@ MARK = "KOTAE_LAUNCHED"
 """Set for what the launcher starts, so that it never starts a launcher itself."""
 
 
+NICENESS = 10
+"""A tenth of the weight of other processes."""
+
+
 class NotLaunched(KotaeError):
     """The launcher ended before a run began."""
+
+
+def give_way() -> None:
+    """Let the processes that answer people go first where they share processors with this run."""
+    if hasattr(os, "setpriority"):
+        os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 def rank(environment: Mapping[str, str] = os.environ) -> int | None:

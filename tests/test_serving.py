@@ -21,7 +21,7 @@ from assistant import release
 from chat_fixtures import add_servable_candidate
 from running_server import ROOT, TRIES, Server, long_question, recorded, run_app
 from storage import conversations, deployments, feedback, people, runs
-from storage.records import Policy, Turn
+from storage.records import Policy, ShadowAnswer, Turn
 from storage.store import Store
 from storage_fixtures import World
 from tiny_models import make_adapter
@@ -360,3 +360,31 @@ def test_an_adapter_with_nan_is_refused_before_the_engine_sees_it(server: Server
         conversations.get_turn(world.store, server.ask("Hello", max_tokens=1)["id"]).policy_id
         == world.base.id
     )
+
+
+def test_a_shadow_answers_on_real_vllm_what_it_would_answer_people(server: Server, tmp_path: Path) -> None:
+    world = world_of(server)
+    policy = add_candidate(world, tmp_path, 16)
+    approve = ("approve", policy.id, "--as", "admin", "--reason", "compare first")
+    alone = server.ask(QUESTION, temperature=0)["choices"]
+    done = run_app(*approve, "--shadow", "100", data=server.data)
+    assert done.returncode == 0, done.stderr
+    deadline = time.monotonic() + 60
+    while not (shadowed := world.store.all(ShadowAnswer)):
+        assert time.monotonic() < deadline, server.log[-2000:]
+        beside = server.ask(QUESTION, temperature=0)
+        assert beside["choices"] == alone
+        assert server.policy_of(beside["id"]) == world.base.id
+        time.sleep(0.2)
+    status = json.loads(run_app("status", "--json", data=server.data).stdout)
+    assert status["shadow"]["policy"] == policy.id
+    withdraw = ("rollback", "--shadow", "--as", "admin", "--reason", "seen")
+    for command in (withdraw, approve):
+        assert run_app(*command, data=server.data).returncode == 0
+    server.wait_until_served(policy.id)
+    answer = server.ask(QUESTION, temperature=0)["choices"][0]
+    assert (answer["message"]["content"], answer["finish_reason"]) == (
+        shadowed[0].answer,
+        shadowed[0].finish_reason,
+    )
+    assert answer["message"]["content"] != alone[0]["message"]["content"]

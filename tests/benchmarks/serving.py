@@ -102,23 +102,24 @@ async def crowd(
 
 
 class Tab:
-    """A browser tab on the chat page, by Gradio's protocol: one event asks, a second streams the answer."""
+    """A browser tab that stays open on the chat page, by Gradio's protocol: one event asks, a second streams the answer."""
 
     def __init__(self, client: httpx.AsyncClient, config: dict[str, object]) -> None:
-        self.client = client
+        self.client, self.session = client, secrets.token_hex(6)
         by_name = {one["api_name"]: one for one in config["dependencies"]}  # type: ignore[attr-defined, union-attr]
-        self.ask_event, self.stream_event = by_name["ask"], by_name["stream"]
+        self.new_event, self.ask_event, self.stream_event = (
+            by_name[name] for name in ("open_new", "ask", "stream")
+        )
 
     async def ask(self, question: str, seen: Seen) -> None:
-        """Press Enter in a tab just opened and wait for the first words, then for the end.
+        """Press "New conversation" (before the clock starts) and Enter; wait for the first words, then for the end.
 
-        In one that stays open each question would carry the whole dialogue so far, unlike those that the engine is asked.
+        In one conversation each question would carry the whole dialogue so far, unlike those that the engine is asked.
         """
-        self.session = secrets.token_hex(6)
+        if not await self._quick(self.new_event, [], seen):
+            return
         started = time.monotonic()
-        asked = await self._send("/gradio_api/run/predict", self.ask_event, [None, question])
-        if asked.status_code != 200:
-            seen.failures.append(asked.text[:200])
+        if not await self._quick(self.ask_event, [None, question], seen):
             return
         await self._send("/gradio_api/queue/join", self.stream_event, [None])
         first = False
@@ -133,6 +134,13 @@ class Tab:
                     if not event["success"]:
                         seen.failures.append(str(event["output"])[:200])
                     return
+
+    async def _quick(self, event: dict[str, object], data: list[object], seen: Seen) -> bool:
+        """Send an event that is answered at once and return whether it was."""
+        reply = await self._send("/gradio_api/run/predict", event, data)
+        if reply.status_code != 200:
+            seen.failures.append(reply.text[:200])
+        return reply.status_code == 200
 
     async def _send(self, path: str, event: dict[str, object], data: list[object]) -> httpx.Response:
         body = {"data": data, "fn_index": event["id"], "session_hash": self.session, "event_data": None}

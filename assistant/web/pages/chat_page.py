@@ -21,7 +21,7 @@ from assistant.web.pages.chat_screen import answer_bar, example_questions, listi
 from assistant.web.pages.chat_view import SHOWN_TURNS, View
 from assistant.web.pages.feedback_panel import FeedbackPanel
 from assistant.web.pages.frame import Frame, clicked, toast
-from assistant.web.pages.streaming import paced
+from assistant.web.pages.streaming import interval_for, paced
 from storage import conversations, feedback
 from storage.errors import KotaeError
 from storage.records import Json, Person, Turn
@@ -138,7 +138,8 @@ class ChatPage:
             stop = self.stops[key] = asyncio.Event()
             problem = ""
             try:
-                async with aclosing(paced(self.services.chat.reply(view.ask), stop=stop)) as events:
+                answer, interval_s = self.services.chat.reply(view.ask), interval_for(len(self.stops))
+                async with aclosing(paced(answer, stop=stop, interval_s=interval_s)) as events:
                     async for event in events:
                         if isinstance(event, Delta):
                             yield {self.ui.live: self._live(view, event.text), self.ui.bar: look.STREAMING}

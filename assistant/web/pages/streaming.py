@@ -9,6 +9,13 @@ from typing import TypeVar
 Event = TypeVar("Event")
 UPDATE_INTERVAL_S = 0.1
 """Ten updates a second read as fluent and keep the cost of drawing low."""
+UPDATES_PER_S = 60
+"""Of all streams together: each costs the web process a millisecond or two, and first words wait behind it."""
+
+
+def interval_for(streams: int) -> float:
+    """Return the seconds between two updates of one of so many streams."""
+    return max(UPDATE_INTERVAL_S, streams / UPDATES_PER_S)
 
 
 async def paced(
