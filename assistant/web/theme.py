@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import matplotlib
 from fastapi import FastAPI, Request
 from gradio.themes.utils import colors, sizes
 
 HERE = Path(__file__).parent
+QUEUE_POLL_S = 0.005
+"""Gradio looks each millisecond, for each app, whether an event has come: 5% of a processor while nobody does anything."""
 MAX_UPLOAD_BYTES = 1024 * 1024
 """No page asks for files; Gradio's upload route exists all the same."""
 FONTS = ("Inter", "system-ui", "Hiragino Sans", "Noto Sans JP", "Yu Gothic UI", "Meiryo", "sans-serif")
@@ -112,6 +115,8 @@ def mount(
     app: FastAPI, blocks: gr.Blocks, *, path: str, auth_dependency: Callable[[Request], Any]
 ) -> FastAPI:
     """Mount one of the apps with its look; `auth_dependency` returns the id of the person, or None."""
+    # Gradio asks which back end it is at each event; where none was named, the first has to load all of pyplot.
+    matplotlib.use("agg")
     with warnings.catch_warnings():
         # Gradio 6.31 warns that it turns server-side rendering off for several pages, although it is off.
         warnings.filterwarnings("ignore", message="SSR mode is not supported with multi-page apps")
@@ -128,6 +133,7 @@ def mount(
             app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
             **page_look(),
         )
+    blocks._queue.sleep_when_free = QUEUE_POLL_S
     return mounted
 
 

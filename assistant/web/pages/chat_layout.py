@@ -34,10 +34,10 @@ class ChatLayout:
         return [*parts, self.listing, *self.panel.outputs]
 
     def drawn(self, screen: Screen) -> dict[Any, Any]:
-        """Return the updates that show a screen."""
+        """Return the updates that show a screen: a value for every component, see `look.marker`."""
         return {
             self.title: screen.title,
-            self.renaming: gr.Row(visible=False),
+            self.renaming: "",
             self.listing: screen.listing,
             self.older: look.older_bar(self.words) if screen.has_older else "",
             self.history: gr.Chatbot(value=screen.history, feedback_value=screen.history_feedback)
@@ -65,7 +65,8 @@ class ChatLayout:
     def _build_title(self) -> None:
         words = self.words
         self.title = clickable(look.title_bar(words, None), elem_id="chat-title")
-        with gr.Row(visible=False, elem_classes="k-inline") as self.renaming:
+        self.renaming = markup()
+        with gr.Row(elem_id="chat-renaming", elem_classes="k-inline"):
             self.new_title = gr.Textbox(
                 "", label=words("chat.title"), show_label=False, container=False, max_lines=1, scale=4
             )

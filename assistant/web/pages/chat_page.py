@@ -243,7 +243,7 @@ class ChatPage:
             person, act = self.frame.person(request), clicked(event)["act"]
             conversation = self.services.chat.conversation(person, view.conversation_id or "")
             if act == "rename":
-                return {self.ui.renaming: gr.Row(visible=True), self.ui.new_title: conversation.title}
+                return {self.ui.renaming: look.marker("renaming"), self.ui.new_title: conversation.title}
             if act == "delete":
                 return {self.ui.title: look.delete_bar(self.words)}
             if act == "delete-yes":
@@ -257,7 +257,7 @@ class ChatPage:
             conversation = self.services.chat.conversation(person, view.conversation_id or "")
             conversations.rename_conversation(self.store, conversation.id, title=title, actor=person.id)
             listing, bar = self.refresh_list(view, "", request)
-            return {self.ui.listing: listing, self.ui.title: bar, self.ui.renaming: gr.Row(visible=False)}
+            return {self.ui.listing: listing, self.ui.title: bar, self.ui.renaming: ""}
 
     def refresh_list(self, view: View, query: str, request: gr.Request) -> tuple[str, str]:
         with self.frame.told():

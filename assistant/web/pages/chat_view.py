@@ -169,12 +169,17 @@ def waiting(words: Words) -> str:
     return f'<p class="k-waiting k-answering" role="status"><i></i><i></i><i></i><span>{text}</span></p>'
 
 
-STREAMING = '<span class="k-answering"></span>'
-"""Below an answer that is being made; while `k-answering` is there, style.css shows Stop in the place of Send.
+def marker(state: str) -> str:
+    """Return nothing to see: while `k-<state>` is there, style.css shows what belongs to it.
 
-Gradio makes a whole component, with the signature of its constructor and its JSON schema, for each property that an event
-changes; a text costs it nothing.
-"""
+    Gradio makes a whole component, with the signature of its constructor and its JSON schema, for each property that an
+    event changes, such as `visible`, and for each output that it leaves out; a text costs it nothing.
+    """
+    return f'<span class="k-marker k-{state}"></span>'
+
+
+STREAMING = marker("answering")
+"""Below an answer that is being made: Stop is in the place of Send."""
 
 
 def broken(words: Words, message: str) -> str:

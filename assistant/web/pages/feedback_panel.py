@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from assistant.web.pages.chat_session import own_turn
-from assistant.web.pages.chat_view import View
+from assistant.web.pages.chat_view import View, marker
 from assistant.web.pages.frame import Frame, clickable, clicked, markup
 from assistant.web.pages.html import button, merged_difference, note
 from assistant.web.words import Words, default_reasons
@@ -28,9 +28,9 @@ class FeedbackPanel:
         self.frame, self.words, self.store = frame, frame.words, frame.services.store
 
     def build(self) -> None:
-        """Add the panel's components; nothing is shown yet."""
+        """Add the panel's components; style.css shows each part once it has its text or marker."""
         words = self.words
-        with gr.Column(visible=False, elem_id="feedback-panel") as self.panel:
+        with gr.Column(elem_id="feedback-panel"):
             self.about = markup()
             self.chips = clickable(elem_id="feedback-reasons")
             with gr.Row(elem_classes="k-inline"):
@@ -43,7 +43,8 @@ class FeedbackPanel:
                     scale=4,
                 )
                 self.save = gr.Button(words("feedback.save"), scale=0, min_width=90)
-        with gr.Column(visible=False, elem_id="correction-panel") as self.correction:
+        self.correcting = markup()
+        with gr.Column(elem_id="correction-panel"):
             self.edited = gr.Textbox("", label=words("feedback.corrected"), lines=3, max_lines=14)
             with gr.Row(elem_classes="k-inline"):
                 self.use = gr.Button(words("feedback.use"), variant="primary", scale=0, min_width=160)
@@ -53,7 +54,7 @@ class FeedbackPanel:
     @property
     def outputs(self) -> list[Any]:
         """Return the components that `shown` and `hidden` change."""
-        return [self.panel, self.about, self.chips, self.comment, self.correction, self.edited, self.result]
+        return [self.about, self.chips, self.comment, self.correcting, self.edited, self.result]
 
     def wire(self, view: gr.State) -> None:
         """Connect the panel's own events."""
@@ -69,7 +70,7 @@ class FeedbackPanel:
         self.use.click(self.keep_correction, [view, self.edited], self.outputs, **quick).success(
             None, self.edited, js=COPY
         )
-        self.cancel.click(lambda: gr.Column(visible=False), None, self.correction, **quick)
+        self.cancel.click(lambda: "", None, self.correcting, **quick)
 
     # -- what people do -------------------------------------------------------------------------------
 
@@ -106,7 +107,7 @@ class FeedbackPanel:
             kept = feedback.correct(self.store, turn_id=turn.id, person_id=person.id, edited=edited.strip())
             saved = note(self.words("feedback.correction_saved"), "good")
             return {
-                self.correction: gr.Column(visible=False),
+                self.correcting: "",
                 self.result: saved + merged_difference(kept.original, kept.edited),
             }
 
@@ -114,29 +115,20 @@ class FeedbackPanel:
 
     def shown(self, turn: Turn, rating: Rating) -> dict[Any, Any]:
         """Return the updates that open the panel for a rated turn."""
-        return {
-            self.panel: gr.Column(visible=True),
+        return self.hidden() | {
             self.about: about_html(self.words, turn),
             self.chips: reason_chips(self.words, reasons_offered(self.store, rating.verdict), rating.reasons),
-            self.comment: gr.Textbox(value=rating.comment),
-            self.correction: gr.Column(visible=False),
+            self.comment: rating.comment,
             self.result: note(self.words("feedback.saved"), "good"),
         }
 
     def opened_for_correction(self, turn: Turn) -> dict[Any, Any]:
         """Return the updates that offer the answer for editing."""
-        return self.hidden() | {
-            self.correction: gr.Column(visible=True),
-            self.edited: gr.Textbox(value=turn.answer),
-        }
+        return self.hidden() | {self.correcting: marker("correcting"), self.edited: turn.answer}
 
     def hidden(self) -> dict[Any, Any]:
         """Return the updates that close the panel."""
-        return {
-            self.panel: gr.Column(visible=False),
-            self.correction: gr.Column(visible=False),
-            self.result: "",
-        }
+        return dict.fromkeys(self.outputs, "")
 
     def _rating(self, person: Person, turn: Turn) -> Rating:
         rating = feedback.current_rating(self.store, turn_id=turn.id, person_id=person.id)
