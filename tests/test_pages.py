@@ -11,20 +11,24 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 
+import gradio as gr
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from assistant.web.pages import candidate_view, charts, chat_view, runs_page, runs_view, settings_page
-from assistant.web.pages.frame import header_html, page_path
+from assistant.web.pages.chat_page import ChatPage
+from assistant.web.pages.chat_view import View
+from assistant.web.pages.frame import Frame, header_html, page_path
 from assistant.web.pages.html import difference, merged_difference, when
-from assistant.web.pages.streaming import paced
+from assistant.web.pages.streaming import UPDATE_INTERVAL_S, UPDATES_PER_S, interval_for, paced
 from assistant.web.words import LANGUAGES, Words
 from storage import conversations, feedback
 from storage.errors import InvalidField
 from storage.records import Person
 from storage.tallies import likings
 from storage_fixtures import make_run, make_turn, make_world, start_conversation
+from web_fixtures import make_site
 
 EVIL = '<script>alert("x")</script>&"\''
 ENGLISH = Words("en")
@@ -116,6 +120,16 @@ def test_every_turn_is_two_messages_so_that_an_index_names_a_turn(tmp_path: Path
     assert [message["role"] for message in chat_view.messages_of([turn, turn])] == ["user", "assistant"] * 2
 
 
+def test_a_screen_gives_each_output_a_value_so_that_gradio_rebuilds_no_component(tmp_path: Path) -> None:
+    site = make_site(tmp_path)
+    with gr.Blocks() as blocks:
+        page = ChatPage(Frame(site.services, ENGLISH, "staff", "staff"))
+        page.build(blocks)
+    updates = page._screen(site.people["staff"], View())
+    assert updates.keys() == {page.view, *page.ui.screen}
+    assert not [value for value in updates.values() if isinstance(value, gr.blocks.Block)]
+
+
 # -- the pace of a stream ---------------------------------------------------------------------------
 
 
@@ -148,6 +162,11 @@ def test_a_stream_starts_at_once_and_ends_with_its_last_event() -> None:
     assert seen[-1] == 99
     assert len(seen) < 50  # 100 events in 0.2 s or more, drawn about every 0.05 s
     assert first_s < 0.05
+
+
+def test_many_streams_share_the_updates_of_a_second() -> None:
+    assert interval_for(1) == UPDATE_INTERVAL_S
+    assert 50 / interval_for(50) == pytest.approx(UPDATES_PER_S)
 
 
 def test_stop_cancels_the_stream_where_it_stands() -> None:
