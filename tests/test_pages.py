@@ -122,9 +122,14 @@ def test_every_turn_is_two_messages_so_that_an_index_names_a_turn(tmp_path: Path
 
 def test_a_screen_gives_each_output_a_value_so_that_gradio_rebuilds_no_component(tmp_path: Path) -> None:
     site = make_site(tmp_path)
-    with gr.Blocks() as blocks:
-        page = ChatPage(Frame(site.services, ENGLISH, "staff", "staff"))
-        page.build(blocks)
+
+    async def build() -> ChatPage:  # outside a running loop Gradio makes one that it never closes
+        with gr.Blocks() as blocks:
+            page = ChatPage(Frame(site.services, ENGLISH, "staff", "staff"))
+            page.build(blocks)
+        return page
+
+    page = asyncio.run(build())
     updates = page._screen(site.people["staff"], View())
     assert updates.keys() == {page.view, *page.ui.screen}
     assert not [value for value in updates.values() if isinstance(value, gr.blocks.Block)]
