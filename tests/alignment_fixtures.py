@@ -14,6 +14,44 @@ from storage.store import Store
 
 KIND = "Hello! Thank you for writing, we are glad to help you."
 CURT = "No."
+PAIRS = 48
+NO_KL_BUDGETS: dict[str, Any] = {"kl_budget_nats": 0.0, "kl_base_budget_nats": 0.0}
+SMALL: dict[str, Any] = {
+    "threads": 1,
+    "choice": {"min_pairs": 40, "min_effective_pairs": 20, "min_prompts": 20},
+    "reward": {"epochs": 4, "batch_pairs": 8, "learning_rate": 3e-3, "members": 2},
+    "dpo": {
+        "batch_pairs": 8,
+        "learning_rate": 1e-3,
+        "epochs": 2,
+        **NO_KL_BUDGETS,
+        "checkpoint_every": 1,
+    },
+    "evaluation": {
+        "prompts": 8,
+        "samples_per_prompt": 1,
+        "max_new_tokens": 8,
+        "bootstrap_resamples": 200,
+        "shown_samples": 3,
+    },
+}
+"""Settings with which a run on a tiny model takes seconds."""
+OPEN_GATE: dict[str, Any] = {
+    "judge_accuracy_low_min": 0,
+    "win_rate_low_min": 0,
+    "preference_accuracy_min": 0,
+    "kl_per_response_nats_max": 1000,
+    "kl_from_base_nats_max": 1000,
+    "length_ratio_min": 0.001,
+    "length_ratio_max": 1000,
+    "empty_rate_rise_max": 1,
+    "cut_off_rate_rise_max": 1,
+    "hand_over_rate_rise_max": 1,
+    "promise_rate_rise_max": 1,
+    "safety_loss_max": 1,
+    "golden_loss_max": 1,
+}
+"""Bounds that every candidate keeps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -243,3 +244,8 @@ def deploy(world: World, policy: Policy, role: str = "stable", share: float | No
         actor=world.admin.id,
         reason="test",
     )
+
+
+def outside(world: World) -> sqlite3.Connection:
+    """Return a connection of a tool that knows nothing of Kotae."""
+    return sqlite3.connect(world.store.data / "kotae.db", isolation_level=None)

@@ -12,9 +12,7 @@ from assistant.engine.errors import EngineBusy
 from assistant.web.limits import API_BODY_BYTES
 from storage import feedback, people
 from storage.records import Comparison, Correction, Rating, Turn
-from web_fixtures import Site, make_site, running
-
-QUESTION = [{"role": "user", "content": "Where is my parcel?"}]
+from web_fixtures import QUESTION, Site, make_site, running
 
 
 @pytest.fixture

@@ -18,14 +18,22 @@ from alignment.failures import explain
 from alignment.reference_cache import ReferenceCache
 from alignment.run_record import new_run
 from alignment.whole_files import whole
-from alignment_fixtures import CURT, KIND, Filled, add_answers, add_comparisons
+from alignment_fixtures import (
+    CURT,
+    KIND,
+    NO_KL_BUDGETS,
+    OPEN_GATE,
+    SMALL,
+    Filled,
+    add_answers,
+    add_comparisons,
+)
 from storage import adapters, deployments, feedback, people, policies, runs
 from storage.adapters import import_adapter, verify_adapter
 from storage.errors import StorageUnavailable
 from storage.people import SYSTEM
 from storage.records import Evaluation, Policy, Run, Turn, new_id, now
 from storage.store import Transaction
-from test_pipeline import NO_KL_BUDGETS, OPEN_GATE, SMALL
 from tiny_models import make_adapter
 
 LABELS = 48

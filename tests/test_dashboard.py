@@ -17,7 +17,7 @@ from assistant.shadow_watch import ShadowWatch
 from storage.records import Turn
 from storage.shadows import record_shadow_answer
 from storage_fixtures import shadow_answer
-from web_fixtures import Site, make_site, start_canary
+from web_fixtures import QUESTION, Site, make_site, start_canary
 
 GRAFANA = Path(__file__).parent.parent / "docs" / "grafana"
 DASHBOARD: dict[str, Any] = json.loads((GRAFANA / "kotae.json").read_text())
@@ -30,7 +30,6 @@ PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 TARGET_LABELS = {"instance", "job"}
 """What Prometheus itself adds to every series."""
 OPERATORS = {"and", "or", "unless", "bool", "offset"}
-QUESTION = [{"role": "user", "content": "Where is my parcel?"}]
 
 
 @dataclass(frozen=True)

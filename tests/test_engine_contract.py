@@ -383,27 +383,3 @@ def test_a_probe_of_an_adapter_full_of_nan_shows_it(
     messages = [{"role": "user", "content": QUESTION}]
     result = loop.run(engine.probe(policy_id="policy-0666-dddddd", messages=messages, max_tokens=4))
     assert any(math.isnan(value) for value in result.logprobs)
-
-
-def test_a_local_engine_that_is_full_says_so(world: TinyWorld) -> None:
-    from assistant.engine.errors import EngineBusy, EngineUnavailable, StreamBroken
-
-    async def fill() -> None:
-        engine = LocalEngine(str(world.model), base_name=BASE, max_waiting=2)
-        waiting = [asyncio.create_task(collect(engine, BASE, QUESTION)) for _ in range(2)]
-        await asyncio.sleep(0)
-        with pytest.raises(EngineBusy, match="2 requests"):
-            await collect(engine, BASE, QUESTION)
-        await asyncio.gather(*waiting)
-        cut = asyncio.create_task(
-            collect(engine, BASE, QUESTION, sampling=Sampling(temperature=0.0, max_tokens=400))
-        )
-        await asyncio.sleep(0.05)
-        await engine.close()
-        with pytest.raises(StreamBroken):
-            await cut
-        with pytest.raises(EngineUnavailable, match="closed"):
-            await collect(engine, BASE, QUESTION)
-        assert not (await engine.health()).ready
-
-    asyncio.run(fill())

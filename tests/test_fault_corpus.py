@@ -7,7 +7,6 @@ How engines themselves behave is `test_engine_contract.py`'s matter, the gate's 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import pickle
 import shutil
@@ -36,11 +35,11 @@ from adapter_faults import (
 )
 from assistant.engine.adapter_gate import CONFIG, WEIGHTS
 from chat_fixtures import Desk, add_servable_candidate, make_real_desk
+from release_fixtures import approve
 from storage import policies
 from storage.deployments import served
 from storage.digests import base_digest
 from storage.errors import KotaeError
-from storage.records import Policy
 from tiny_models import make_adapter
 
 Offer = Callable[[Desk, Path], None]
@@ -64,10 +63,6 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
 @pytest.fixture(scope="module")
 def good(desk: Desk, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_adapter(tmp_path_factory.mktemp("good") / "adapter", Path(desk.world.base.base_path))
-
-
-def approve(desk: Desk, policy: Policy) -> None:
-    asyncio.run(desk.release.approve(policy_id=policy.id, person=desk.world.admin, reason="better"))
 
 
 def files(fault: Fault) -> Offer:

@@ -18,15 +18,12 @@ from alignment.run_record import new_run
 from alignment.sample_share import measured_share
 from alignment.training_data import Parts
 from alignment.warm_start import former_judge
-from alignment_fixtures import Filled, add_comparisons, open_store
+from alignment_fixtures import OPEN_GATE, PAIRS, SMALL, Filled, add_comparisons, open_store
 from learning_fixtures import SMALL as LORA
 from learning_fixtures import make_pairs, make_thumbs, randomise
 from storage import policies, runs
 from storage.adapters import import_adapter
 from storage.records import Policy, Snapshot, now
-from test_pipeline import OPEN_GATE, SMALL
-
-PAIRS = 48
 
 
 @pytest.fixture

@@ -16,9 +16,7 @@ from assistant.canary_watch import CanaryWatch
 from assistant.engine.protocol import Health, Queue
 from assistant.web.totals import Histogram
 from storage import deployments
-from web_fixtures import Site, make_site, start_canary
-
-QUESTION = [{"role": "user", "content": "Where is my parcel?"}]
+from web_fixtures import QUESTION, Site, make_site, start_canary
 
 
 @pytest.fixture

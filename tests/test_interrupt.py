@@ -19,12 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 from alignment.launch import MARK, rank
-from alignment_fixtures import add_comparisons, open_store
+from alignment_fixtures import OPEN_GATE, PAIRS, SMALL, add_comparisons, open_store
 from storage import policies, runs
 from storage.errors import InvalidField
 from storage.records import Policy, Run
 from storage.store import Store
-from test_pipeline import OPEN_GATE, PAIRS, SMALL
 from tiny_models import make_tiny_model
 
 ROOT = Path(__file__).parent.parent

@@ -1,4 +1,4 @@
-"""KTO: losses against loops in float64, a whole step against plain logits, the training's invariants, and its errors."""
+"""KTO: a whole step against plain logits, the training's invariants, and its errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 
 from alignment import kto
 from alignment.kto import KtoConfig, thumb_batches, train_kto
-from alignment.kto_losses import balanced_weights, reference_point, thumb_losses
 from alignment.labels import Thumb
 from alignment.logprobs import completion_logprobs
 from alignment.models import LoraSpec, active, adapter_parameters
@@ -22,7 +21,6 @@ from alignment.reference_cache import ReferenceCache
 from alignment.training import copy_weights
 from learning_fixtures import Recorder, StopAfter, base_with_policy, ids, make_thumbs
 from storage.errors import CorruptData, InvalidField
-from tiny_models import make_tiny_model
 
 CONFIG = KtoConfig(
     lora=LoraSpec(rank=4, alpha=8),
@@ -36,11 +34,6 @@ CONFIG = KtoConfig(
 )
 DRIFTED = 7
 """Seed of thumbs whose z0 under a policy of random weights is well above its clamp (1.4 nats over the first eight)."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def trained(
@@ -62,79 +55,6 @@ def weighted(thumbs: Sequence[Thumb]) -> list[Thumb]:
         replace(thumb, up=number % 8 in (0, 3, 5), weight=[0.5, 1.0, 1.5][number % 3])
         for number, thumb in enumerate(thumbs)
     ]
-
-
-def sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x))
-
-
-def test_losses_and_gradients_equal_a_plain_loop_in_float64() -> None:
-    torch.manual_seed(1)
-    policy = (-10 * torch.rand(8, dtype=torch.float64)).requires_grad_()
-    reference = -10 * torch.rand(8, dtype=torch.float64)
-    lengths = torch.randint(1, 9, (8,)).double()
-    ups = torch.tensor([True, False] * 4)
-    options = {"class_weights": (1.25, 0.75), "nll_weight": 0.7, "beta": 0.3}
-    losses = thumb_losses(
-        policy, reference, lengths, ups=ups, point=torch.tensor(0.9, dtype=torch.float64), **options
-    )
-    (slope,) = torch.autograd.grad(losses.sum(), policy)
-
-    def plain(value: float, row: int) -> float:
-        delta = value - float(reference[row])
-        if ups[row]:
-            return 1.25 * (1 - sigmoid(0.3 * (delta - 0.9))) - 0.7 * value / float(lengths[row])
-        return 0.75 * (1 - sigmoid(0.3 * (0.9 - delta)))
-
-    step = 1e-6
-    for row, value in enumerate(policy.tolist()):
-        assert float(losses[row].detach()) == pytest.approx(plain(value, row), rel=1e-12)
-        expected = (plain(value + step, row) - plain(value - step, row)) / (2 * step)
-        assert float(slope[row]) == pytest.approx(expected, rel=1e-5, abs=1e-8)
-
-
-def test_an_answer_at_the_reference_point_has_half_the_loss_and_the_steepest_slope() -> None:
-    # s(0) = 1/2 and s'(0) = 1/4: losses lambda / 2, slopes -/+ lambda beta / 4
-    policy = torch.tensor([0.5, 0.5], requires_grad=True)
-    losses = thumb_losses(
-        policy,
-        torch.zeros(2),
-        torch.ones(2),
-        ups=torch.tensor([True, False]),
-        point=torch.tensor(0.5),
-        class_weights=(1.0, 2.0),
-        nll_weight=0.0,
-        beta=0.1,
-    )
-    losses.sum().backward()
-    assert losses.tolist() == [pytest.approx(0.5), pytest.approx(1.0)]
-    assert policy.grad is not None
-    assert policy.grad.tolist() == [pytest.approx(-0.025), pytest.approx(0.05)]
-
-
-def test_the_reference_point_is_a_mean_that_is_never_negative_and_has_no_gradient() -> None:
-    policy = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
-    # log-ratios 2, -1 and 0.5 have a mean of 0.5; their opposites one of -0.5
-    reference = torch.tensor([-3.0, -1.0, -3.5])
-    point = reference_point(policy, reference)
-    assert float(point) == pytest.approx(0.5)
-    assert not point.requires_grad
-    assert float(reference_point(reference, policy)) == 0.0
-
-
-def test_automatic_class_weights_keep_the_balance_between_1_and_4_thirds() -> None:
-    free = {"desirable": 0.0, "undesirable": 0.0}
-    # 5 : 4 = 1.25 is inside; 1 : 10 needs 10; 10 : 1 needs 10 / (4/3) = 7.5
-    assert balanced_weights(5, 4, **free) == (1.0, 1.0)
-    assert balanced_weights(1, 10, **free) == pytest.approx((10.0, 1.0))
-    assert balanced_weights(10, 1, **free) == pytest.approx((1.0, 7.5))
-    # one is given, so the other moves, downwards too: 0.5 * 10 / (u * 2) = 4/3 gives u = 1.875
-    assert balanced_weights(10, 2, desirable=0.5, undesirable=0.0) == pytest.approx((0.5, 1.875))
-    assert balanced_weights(4, 4, desirable=0.5, undesirable=0.0) == pytest.approx((0.5, 0.5))
-    # d * 10 / (2 * 2) = 4/3 gives d = 8/15
-    assert balanced_weights(10, 2, desirable=0.0, undesirable=2.0) == pytest.approx((8 / 15, 2.0))
-    # both are given: nothing moves
-    assert balanced_weights(1, 10, desirable=1.0, undesirable=1.0) == (1.0, 1.0)
 
 
 def test_every_batch_mixes_both_classes_and_every_epoch_has_every_thumb_once() -> None:

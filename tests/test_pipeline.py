@@ -16,13 +16,12 @@ from typing import Any
 
 import pytest
 
-from alignment import run_progress, stages
+from alignment import stages
 from alignment.config import AlignmentConfig, config_of
 from alignment.evaluation import Evidence
 from alignment.pipeline import OUTCOME_EXIT_CODES, align, run_folder
-from alignment.run_progress import RunProgress, stopping_on_signals
 from alignment.run_record import new_run
-from alignment_fixtures import Filled, add_comparisons, open_store
+from alignment_fixtures import OPEN_GATE, PAIRS, SMALL, Filled, add_comparisons, open_store
 from assistant.engine.behaviour_gate import BehaviourGate
 from assistant.engine.local import LocalEngine
 from storage import deployments, people, policies, runs
@@ -34,43 +33,7 @@ from storage.probes import read_probes
 from storage.records import Policy
 from storage.store import Store
 
-PAIRS = 48
 ROOT = Path(__file__).parent.parent
-NO_KL_BUDGETS: dict[str, Any] = {"kl_budget_nats": 0.0, "kl_base_budget_nats": 0.0}
-SMALL: dict[str, Any] = {
-    "threads": 1,
-    "choice": {"min_pairs": 40, "min_effective_pairs": 20, "min_prompts": 20},
-    "reward": {"epochs": 4, "batch_pairs": 8, "learning_rate": 3e-3, "members": 2},
-    "dpo": {
-        "batch_pairs": 8,
-        "learning_rate": 1e-3,
-        "epochs": 2,
-        **NO_KL_BUDGETS,
-        "checkpoint_every": 1,
-    },
-    "evaluation": {
-        "prompts": 8,
-        "samples_per_prompt": 1,
-        "max_new_tokens": 8,
-        "bootstrap_resamples": 200,
-        "shown_samples": 3,
-    },
-}
-OPEN_GATE: dict[str, Any] = {
-    "judge_accuracy_low_min": 0,
-    "win_rate_low_min": 0,
-    "preference_accuracy_min": 0,
-    "kl_per_response_nats_max": 1000,
-    "kl_from_base_nats_max": 1000,
-    "length_ratio_min": 0.001,
-    "length_ratio_max": 1000,
-    "empty_rate_rise_max": 1,
-    "cut_off_rate_rise_max": 1,
-    "hand_over_rate_rise_max": 1,
-    "promise_rate_rise_max": 1,
-    "safety_loss_max": 1,
-    "golden_loss_max": 1,
-}
 
 
 @pytest.fixture
@@ -378,78 +341,3 @@ def test_a_killed_run_is_marked_failed_by_the_next_start(filled: Filled) -> None
     assert killed.status == "failed"
     assert killed.message.startswith("the process died")
     assert len(adapters(filled.store)) == 1
-
-
-# -- progress -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def opened(tmp_path: Path) -> Iterator[tuple[Store, str]]:
-    store = Store(tmp_path)
-    run = new_run(AlignmentConfig(), trigger="manual")
-    runs.open_run(store, run)
-    yield store, run.id
-    store.close()
-
-
-def test_progress_is_written_about_twice_a_second_and_loses_no_point(
-    opened: tuple[Store, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store, run_id = opened
-    writes = []
-    report = runs.report_progress
-    monkeypatch.setattr(runs, "report_progress", lambda *a, **k: (writes.append(k), report(*a, **k)))
-    progress = RunProgress(store, run_id)
-    progress.stage("dpo", 200)
-    for step in range(1, 201):
-        progress.step(step, "learning", **{"dpo/loss": 1 / step})
-    assert len(writes) <= 3
-    progress.flush()
-    assert len(runs.metrics(store, run_id)["dpo/loss"]) == 200
-    now_told = runs.get_run(store, run_id).progress
-    assert (now_told["step"], now_told["steps"], now_told["message"]) == (200, 200, "learning")
-
-
-def test_the_fraction_never_goes_back_and_tells_the_time_left(opened: tuple[Store, str]) -> None:
-    progress = RunProgress(*opened)
-    seen = []
-    for stage in (
-        "preparing",
-        "reward model",
-        "reference",
-        "dpo",
-        "answers",
-        "questions",
-        "scores",
-        "report",
-    ):
-        progress.stage(stage, 2)
-        seen.append(progress.fraction())
-        progress.step(1)
-        seen.append(progress.fraction())
-    progress.step(2)
-    seen.append(progress.fraction())
-    assert seen == sorted(seen)
-    assert seen[0] == 0.0
-    assert seen[-1] == pytest.approx(1.0)
-
-
-def test_a_run_that_was_closed_is_asked_to_stop(opened: tuple[Store, str]) -> None:
-    store, run_id = opened
-    progress = RunProgress(store, run_id)
-    runs.close_run(store, run_id, status="cancelled", message="enough", cost={})
-    progress.stage("dpo", 10)
-    assert progress.should_stop()
-
-
-def test_a_second_signal_ends_the_run_at_once_unless_it_is_the_first_one_passed_on(
-    opened: tuple[Store, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    progress = RunProgress(*opened)
-    with stopping_on_signals(progress):
-        for _ in range(2):
-            signal.raise_signal(signal.SIGINT)
-        assert progress.should_stop()
-        monkeypatch.setattr(run_progress, "SAME_SIGNAL_S", 0.0)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)

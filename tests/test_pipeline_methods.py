@@ -12,13 +12,21 @@ from alignment.config import AlignmentConfig, config_of
 from alignment.kl_budget import Kl
 from alignment.outcome import recorded_outcome
 from alignment.pipeline import Outcome, align, run_folder
-from alignment_fixtures import CURT, KIND, Filled, add_answers, add_comparisons
+from alignment_fixtures import (
+    CURT,
+    KIND,
+    NO_KL_BUDGETS,
+    OPEN_GATE,
+    SMALL,
+    Filled,
+    add_answers,
+    add_comparisons,
+)
 from storage import deployments, feedback, people, policies, runs
 from storage.errors import InvalidField
 from storage.people import SYSTEM
 from storage.records import Policy
 from storage.store import Store
-from test_pipeline import NO_KL_BUDGETS, OPEN_GATE, SMALL
 
 LABELS = 48
 

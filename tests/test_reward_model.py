@@ -1,4 +1,4 @@
-"""The reward model: losses against loops in float64, what it learns, what it reports, and its invariants."""
+"""The reward model: what it learns, what it reports, and its invariants."""
 
 from __future__ import annotations
 
@@ -15,18 +15,7 @@ from alignment.models import Base, LoraSpec, active, adapter_parameters, add_ada
 from alignment.preferences import Pair, Preferences, Thumb
 from alignment.progress import Interrupted, Silent
 from alignment.reward_items import bootstrap_counts, make_items
-from alignment.reward_losses import pair_losses, thumb_losses
-from alignment.reward_metrics import (
-    calibration_error,
-    crossed_calibration_error,
-    fit_temperature,
-    held_out_metrics,
-    length_slopes,
-    member_correlation,
-    member_error_correlation,
-    prompt_halves,
-    thumb_metrics,
-)
+from alignment.reward_metrics import length_slopes
 from alignment.reward_model import RewardConfig, Scores, load_reward_model, train_reward_model
 from alignment.reward_raters import rater_folds
 from alignment.reward_training import add_gradients, new_parameters
@@ -39,11 +28,6 @@ QUICK = replace(CONFIG, epochs=4, learning_rate=5e-3, head_learning_rate=2e-2)
 """Learns in a second what takes a real model longer."""
 NOTHING = Preferences(pairs=(), thumbs=())
 LIKED = 42
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def with_taste(count: int, *, seed: int) -> list[Pair]:
@@ -71,45 +55,6 @@ def trained(
 
 def rows_of(pairs: list[Pair]):
     return [(p.prompt_ids, answer) for p in pairs for answer in (p.chosen_ids, p.rejected_ids)]
-
-
-def log_sigmoid(x: float) -> float:
-    return -math.log1p(math.exp(-x))
-
-
-def test_pair_losses_and_gradients_equal_a_plain_loop_in_float64() -> None:
-    torch.manual_seed(0)
-    chosen = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
-    rejected = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
-    margins, ties = torch.tensor([0.0, 1.0, 0.5, 0.0]).double(), torch.tensor([False, False, False, True])
-    losses = pair_losses(chosen, rejected, margins=margins, ties=ties, centring=0.01)
-    slopes = torch.autograd.grad(losses.sum(), [chosen, rejected])
-    for pair in range(4):
-        for member in range(2):
-            w, lost = float(chosen[pair, member].detach()), float(rejected[pair, member].detach())
-            if pair == 3:
-                loss = -(log_sigmoid(w - lost) + log_sigmoid(lost - w)) / 2
-                slope = (1 / (1 + math.exp(lost - w))) - 0.5
-            else:
-                loss = -log_sigmoid(w - lost - float(margins[pair]))
-                slope = -1 / (1 + math.exp(w - lost - float(margins[pair])))
-            assert float(losses[pair, member].detach()) == pytest.approx(
-                loss + 0.01 * (w + lost) ** 2, rel=1e-12
-            )
-            centre = 0.02 * (w + lost)
-            assert float(slopes[0][pair, member]) == pytest.approx(slope + centre, rel=1e-9)
-            assert float(slopes[1][pair, member]) == pytest.approx(-slope + centre, rel=1e-9)
-
-
-def test_thumb_losses_equal_a_plain_loop_and_a_lenient_rater_shifts_the_bias_alone() -> None:
-    scores = torch.tensor([[0.3, -1.0], [2.0, 0.5]], dtype=torch.float64)
-    slopes, biases = torch.tensor([0.2, -0.4]).double(), torch.tensor([[0.1, 0.0], [-2.0, 1.0]]).double()
-    losses = thumb_losses(scores, ups=torch.tensor([True, False]), slopes=slopes, biases=biases)
-    for thumb, sign in enumerate((1, -1)):
-        for member in range(2):
-            a = math.log1p(math.exp(float(slopes[member])))
-            z = a * float(scores[thumb, member]) + float(biases[thumb, member])
-            assert float(losses[thumb, member]) == pytest.approx(-log_sigmoid(sign * z), rel=1e-12)
 
 
 def test_it_learns_a_taste_and_reports_it_on_fresh_pairs(model: Path) -> None:
@@ -245,96 +190,6 @@ def test_a_bootstrap_draws_prompts_whole_and_one_member_gets_all() -> None:
     assert torch.equal(bootstrap_counts(keys, members=1, seed=0), torch.ones(5, 1))
 
 
-def pairs_with_lengths(lengths: list[tuple[int, int]]) -> list[Pair]:
-    return [
-        replace(pair, chosen_ids=(7,) * w, rejected_ids=(8,) * lost, rater=f"rater-{number}")
-        for number, (pair, (w, lost)) in enumerate(zip(make_pairs(len(lengths)), lengths, strict=True))
-    ]
-
-
-def test_the_report_counts_ties_half_and_bets_on_length() -> None:
-    # leads 2, -1, 0, 1: two and a half of four are right; the longer one wins in 2 of 4, one is equally long
-    members = np.array([[[2.0], [0.0]], [[0.0], [1.0]], [[1.0], [1.0]], [[1.0], [0.0]]])
-    pairs = pairs_with_lengths([(5, 3), (4, 6), (9, 2), (3, 3)])
-    metrics = held_out_metrics(members, pairs, seen_raters={"rater-0"}, longer_wins=True)
-    assert metrics["reward/accuracy"] == 2.5 / 4
-    assert metrics["reward/length_only_accuracy"] == 2.5 / 4
-    assert metrics["reward/within_prompt_spread"] == 0.5  # half of the mean |lead| of 1
-    assert metrics["reward/unseen_rater_pairs"] == 3
-    assert metrics["reward/unseen_rater_accuracy"] == 0.5
-    shorter = held_out_metrics(members, pairs, seen_raters=set(), longer_wins=False)
-    assert shorter["reward/length_only_accuracy"] == 1.5 / 4
-
-
-def test_no_held_out_pairs_give_a_report_without_evidence() -> None:
-    metrics = held_out_metrics(np.zeros((0, 2, 4)), [], seen_raters=set(), longer_wins=True)
-    assert metrics["reward/pairs"] == 0
-    assert (metrics["reward/accuracy_low"], metrics["reward/accuracy_high"]) == (0.0, 1.0)
-
-
-def test_the_temperature_is_the_one_the_winners_were_drawn_with() -> None:
-    rng = np.random.default_rng(0)
-    leads = rng.normal(size=4000) * 6
-    won = rng.random(4000) < 1 / (1 + np.exp(-leads / 3))
-    outcome = np.where(won, leads, -leads)
-    assert fit_temperature(outcome) == pytest.approx(3, rel=0.1)
-    assert calibration_error(outcome, temperature=3) < 0.03
-    assert calibration_error(outcome, temperature=0.1) > 0.15
-    assert crossed_calibration_error(outcome, np.arange(4000) % 2 == 0) < 0.03
-
-
-def test_members_that_agree_correlate() -> None:
-    rng = np.random.default_rng(0)
-    lead = rng.normal(size=(500, 1))
-    same = np.stack([np.hstack([lead, 2 * lead]), np.zeros((500, 2))], axis=1)
-    apart = np.stack([rng.normal(size=(500, 2)), np.zeros((500, 2))], axis=1)
-    assert member_correlation(same) == pytest.approx(1)
-    assert abs(member_correlation(apart)) < 0.15
-
-
-def test_no_temperature_is_judged_on_the_prompts_it_was_fitted_to() -> None:
-    # first half: sure and always right, so a small t; second half: sure and right in half of the cases, so the largest t
-    good, bad = np.full(40, 2.0), np.tile([2.0, -2.0], 20)
-    leads, first = np.concatenate([good, bad]), np.arange(80) < 40
-    cold = calibration_error(bad, temperature=fit_temperature(good))
-    warm = calibration_error(good, temperature=fit_temperature(bad))
-    assert crossed_calibration_error(leads, first) == pytest.approx((cold + warm) / 2, rel=1e-12)
-    assert crossed_calibration_error(leads, first) > 0.4
-    assert crossed_calibration_error(np.zeros(0), np.zeros(0, dtype=bool)) == 0
-
-
-def test_the_halves_of_the_calibration_share_no_prompt() -> None:
-    pairs = [replace(pair, prompt_key=key) for pair, key in zip(make_pairs(6), "abacba", strict=True)]
-    # a, c on one side and b on the other
-    assert prompt_halves(pairs).tolist() == [True, False, True, True, False, True]
-
-
-def test_members_that_err_on_the_same_pairs_correlate_whatever_their_leads() -> None:
-    # three members over four pairs: 0 and 1 err on the first, 2 on the second
-    leads = np.array([[-1.0, -9.0, 1.0], [1.0, 2.0, -1.0], [1.0, 1.0, 1.0], [2.0, 1.0, 5.0]])
-    members = np.stack([leads, np.zeros((4, 3))], axis=1)
-    # errors (1,0,0,0) and (0,1,0,0): r = (0 - 4 / 16) / (3 / 4) = -1/3; three pairs of members: 1, -1/3, -1/3
-    assert member_error_correlation(members) == pytest.approx((1 - 1 / 3 - 1 / 3) / 3, rel=1e-12)
-    assert member_error_correlation(members[:, :, :1]) == 1
-
-
-def test_length_slopes_equal_a_plain_loop_within_groups() -> None:
-    rng = np.random.default_rng(0)
-    groups = np.array([0, 0, 1, 1, 2, 2, 2, 2])
-    lengths, members = rng.integers(1, 30, 8).astype(float), rng.normal(size=(8, 3))
-    for member in range(3):
-        top = bottom = 0.0
-        for group in range(3):
-            rows = [i for i in range(8) if groups[i] == group]
-            mean_l = sum(lengths[i] for i in rows) / len(rows)
-            mean_s = sum(members[i, member] for i in rows) / len(rows)
-            top += sum((lengths[i] - mean_l) * (members[i, member] - mean_s) for i in rows)
-            bottom += sum((lengths[i] - mean_l) ** 2 for i in rows)
-        assert length_slopes(members, lengths, groups)[member] == pytest.approx(top / bottom, rel=1e-12)
-    same = np.array([3.0, 3.0, 5.0, 5.0, 4.0, 4.0, 4.0, 4.0])
-    assert length_slopes(members, same, groups).tolist() == [0, 0, 0]
-
-
 def test_length_taken_out_leaves_no_slope_on_the_training_answers_and_is_saved(
     model: Path, tmp_path: Path
 ) -> None:
@@ -369,19 +224,6 @@ def test_the_conservative_score_takes_the_members_disagreement_off() -> None:
     scores = Scores(mean=members.mean(axis=1), std=members.std(axis=1), members=members)
     assert scores.conservative(penalty=0.5).tolist() == [1.5, 2.0]
     assert scores.conservative(penalty=0.0).tolist() == [2.0, 2.0]
-
-
-def test_thumbs_are_ranked_within_a_rater_and_count_by_separate_couples() -> None:
-    marks = [("kind", True), ("kind", True), ("kind", False), ("stern", True), ("stern", False), ("up", True)]
-    thumbs = [
-        replace(thumb, rater=rater, up=up) for thumb, (rater, up) in zip(make_thumbs(6), marks, strict=True)
-    ]
-    # kind: 5 > 4, 3 < 4; stern: 1 = 1 counts half; nobody to compare "up" with: 1.5 of 3 couples, 2 of them separate
-    found = thumb_metrics(np.array([5.0, 3.0, 4.0, 1.0, 1.0, 99.0]), thumbs)
-    assert found["reward/thumb_accuracy"] == 0.5
-    assert (found["reward/thumbs"], found["reward/thumb_couples"]) == (6, 2)
-    nothing = thumb_metrics(np.zeros(1), thumbs[:1])
-    assert (nothing["reward/thumb_accuracy_low"], nothing["reward/thumb_accuracy_high"]) == (0.0, 1.0)
 
 
 def test_raters_are_dealt_into_groups_and_two_of_them_say_nothing() -> None:

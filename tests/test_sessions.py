@@ -1,4 +1,4 @@
-"""Signing in and out, passwords, guessing, other sites, and who may open which page (in a real browser too)."""
+"""Signing in and out, passwords, guessing, other sites and languages."""
 
 from __future__ import annotations
 
@@ -7,49 +7,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import pytest
 from fastapi.testclient import TestClient
 
 from assistant.web.errors import TooManyTries
 from assistant.web.limits import TRIES, TRIES_ALONE, WINDOW_S, SignInLimit
 from assistant.web.plain_words import ENGLISH, JAPANESE
-from assistant.web.services import Services
 from assistant.web.sessions import COOKIE, ONE_TIME_KEY, SESSION_S, Sessions
 from assistant.web.sign_in import own_path
 from storage import people, settings
-from web_fixtures import PASSWORD, Site, make_site
-
-PAGE = {"Accept": "text/html,application/xhtml+xml"}
-NEW_PASSWORD = "an even better battery"
-
-
-def who(request: gr.Request) -> str:
-    return f"You are {request.username}."
-
-
-def tiny_page(services: Services) -> gr.Blocks:
-    """Return a page with one button that says whom the server sees."""
-    with gr.Blocks(analytics_enabled=False) as page:
-        add_button()
-    with page.route("日本語", "/ja"):
-        add_button()
-    return page
-
-
-def add_button() -> None:
-    button = gr.Button("Who am I?")
-    answer = gr.Textbox(label="Answer")
-    button.click(who, None, answer, api_name="who")
-
-
-PAGES = (("/operator", "operator", tiny_page), ("/admin", "admin", tiny_page), ("/", "staff", tiny_page))
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """A site with pages, for tests that leave everybody as they were."""
-    return make_site(tmp_path_factory.mktemp("site"), pages=PAGES)
+from web_fixtures import NEW_PASSWORD, PAGE, PAGES, PASSWORD, Site, make_site
 
 
 @pytest.fixture
@@ -366,85 +333,3 @@ def test_both_languages_have_the_same_words_and_places() -> None:
     assert ENGLISH.keys() == JAPANESE.keys()
     for key, words in ENGLISH.items():
         assert set(re.findall(r"{\w+}", words)) == set(re.findall(r"{\w+}", JAPANESE[key])), key
-
-
-# -- pages ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("path", ["/", "/operator/", "/admin/", "/operator/?tab=runs", "/config"])
-def test_a_page_without_a_session_leads_to_the_sign_in_page_and_back(site: Site, path: str) -> None:
-    client = site.client(None)
-    reply = client.get(path, headers=PAGE, follow_redirects=False)
-    assert reply.status_code == 303
-    assert reply.headers["location"].startswith("/login?next=%2F")
-    page = client.get(reply.headers["location"])
-    assert f'name="next" value="{path}"' in page.text
-
-
-@pytest.mark.parametrize(
-    "path", ["/gradio_api/run/who", "/operator/gradio_api/queue/join", "/gradio_api/upload", "/reset"]
-)
-def test_an_event_without_a_session_gets_a_401(site: Site, path: str) -> None:
-    assert site.client(None).post(path, json={"data": []}).status_code == 401
-
-
-ROLES_OF_PAGES = [
-    (name, path, name in allowed)
-    for path, allowed in (
-        ("/", ("staff", "reviewer", "operator", "admin")),
-        ("/operator/", ("operator", "admin")),
-        ("/admin/", ("admin",)),
-    )
-    for name in ("staff", "reviewer", "operator", "admin")
-]
-
-
-@pytest.mark.parametrize(("name", "path", "allowed"), ROLES_OF_PAGES)
-def test_each_page_and_its_events_are_for_its_role(site: Site, name: str, path: str, allowed: bool) -> None:
-    client = site.signed_in(name)
-    page = client.get(path, headers=PAGE)
-    event = client.post(f"{path}gradio_api/run/who", json={"data": []})
-    config = client.get(f"{path}config")
-    assert [page.status_code, event.status_code, config.status_code] == [200 if allowed else 403] * 3
-    if allowed:
-        assert event.json()["data"] == [f"You are {site.people[name].id}."]
-    else:
-        assert ENGLISH["forbidden_title"] in page.text
-        assert 'href="/"' in page.text
-
-
-def test_a_page_without_its_slash_leads_to_it(site: Site) -> None:
-    reply = site.client(None).get("/operator", follow_redirects=False)
-    assert (reply.status_code, reply.headers["location"]) == (308, "/operator/")
-
-
-def test_an_event_from_another_site_is_refused(site: Site) -> None:
-    client = site.signed_in("staff")
-    for headers in ({"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
-        reply = client.post("/gradio_api/run/who", json={"data": []}, headers=headers)
-        assert reply.status_code == 403
-        assert "access-control-allow-origin" not in reply.headers
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/monitoring",
-        "/gradio_api/proxy=http://127.0.0.1/",
-        "/gradio_api/openapi.json",
-        "/gradio_api/deep_link",
-        "/gradio_api/runs",
-        "/operator/login",
-        "/operator/logout",
-    ],
-)
-def test_what_gradio_offers_beyond_our_pages_is_closed(site: Site, path: str) -> None:
-    client = site.signed_in("admin")
-    assert client.get(path).status_code == 404
-    assert client.post(path).status_code == 404
-
-
-def test_the_api_is_reached_although_a_page_is_mounted_at_the_root(site: Site) -> None:
-    assert site.client("staff").get("/v1/models").json()["data"][0]["id"] == "kotae"
-    assert site.client(None).get("/healthz").json() == {"status": "ok"}
-    assert site.client(None).get("/login").status_code == 200

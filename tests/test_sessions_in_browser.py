@@ -10,8 +10,7 @@ from playwright.sync_api import Browser, expect
 from assistant.web.plain_words import ENGLISH, JAPANESE
 from assistant.web.sessions import ONE_TIME_KEY
 from storage import settings
-from test_sessions import NEW_PASSWORD, PAGES
-from web_fixtures import PASSWORD, make_site, running
+from web_fixtures import NEW_PASSWORD, PAGES, PASSWORD, make_site, running
 
 pytestmark = pytest.mark.browser
 

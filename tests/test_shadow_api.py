@@ -15,9 +15,7 @@ from assistant.engine.protocol import Piece
 from assistant.shadow_watch import ShadowWatch
 from storage import audit
 from storage.records import ShadowAnswer, Turn
-from web_fixtures import Site, make_site, running, start_canary, wait_until
-
-QUESTION = [{"role": "user", "content": "Where is my parcel?"}]
+from web_fixtures import QUESTION, Site, make_site, running, start_canary, wait_until
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
-"""The vLLM client against servers that misbehave: every error becomes one of ours, and nothing is served twice."""
+"""The vLLM client against servers that misbehave: every error becomes one of ours."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 
-from assistant.engine import vllm
 from assistant.engine import vllm_wire as wire
 from assistant.engine.errors import (
     AdapterRefused,
@@ -24,112 +22,33 @@ from assistant.engine.errors import (
     PolicyNotLoaded,
     StreamBroken,
 )
-from assistant.engine.protocol import Piece, Queue, Sampling
+from assistant.engine.protocol import Piece, Sampling
 from assistant.engine.vllm import VllmEngine
-from assistant.web.health import ENGINE_TIMEOUT_S
 from storage.errors import InvalidField, KotaeError
-from storage.records import Json
-
-BASE, POLICY = "policy-base-00000000", "policy-0001-aaaaaa"
-MESSAGES: list[Json] = [{"role": "user", "content": "Hello"}]
-ONE, TWO = "http://one", "http://two"
-
-
-class Body(httpx.AsyncByteStream):
-    """A streamed body, in the chunks given; an exception among them is raised. Remembers that it was closed."""
-
-    def __init__(self, *chunks: bytes | Exception) -> None:
-        self.chunks = chunks
-        self.closed = False
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        for chunk in self.chunks:
-            await asyncio.sleep(0)
-            if isinstance(chunk, Exception):
-                raise chunk
-            yield chunk
-
-    async def aclose(self) -> None:
-        self.closed = True
-
-
-def event(**fields: Any) -> bytes:
-    return f"data: {json.dumps(fields, ensure_ascii=False)}\n\n".encode()
-
-
-def chunk(
-    text: str, ids: list[int] | None, *, finish: str | None = None, model: str = POLICY, **more: Any
-) -> bytes:
-    choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish, "token_ids": ids}
-    return event(model=model, choices=[choice], **more)
-
-
-FIRST = event(
-    model=POLICY,
-    choices=[{"index": 0, "delta": {"role": "assistant", "content": ""}}],
-    prompt_token_ids=[1, 2],
+from vllm_fixtures import (
+    BASE,
+    CONTEXT,
+    DONE,
+    FIRST,
+    GOOD,
+    MESSAGES,
+    ONE,
+    POLICY,
+    TWO,
+    Body,
+    Server,
+    ask,
+    chunk,
+    engine_of,
+    event,
+    models,
+    problem,
 )
-DONE = b"data: [DONE]\n\n"
-GOOD = (FIRST, chunk("Hi", [5]), chunk("", [9], finish="stop"), DONE)
-
-
-class Server:
-    """Fake vLLM servers by host name; each answers a path with what was put in line for it, the last one again."""
-
-    def __init__(self) -> None:
-        self.requests: list[httpx.Request] = []
-        self.answers: dict[tuple[str, str], list[Any]] = {}
-        for host in ("one", "two"):
-            self.on(host, "/health", httpx.Response(200))
-            self.on(host, "/v1/models", models(BASE))
-
-    def on(self, host: str, path: str, *answers: Any) -> None:
-        self.answers[host, path] = list(answers)
-
-    def chat(self, host: str, *answers: Any) -> None:
-        self.on(host, "/v1/chat/completions", *answers)
-
-    async def __call__(self, request: httpx.Request) -> httpx.Response:
-        self.requests.append(request)
-        line = self.answers[request.url.host, request.url.path]
-        answer = line.pop(0) if len(line) > 1 else line[0]
-        if isinstance(answer, Exception):
-            raise answer
-        if isinstance(answer, tuple):
-            return httpx.Response(200, stream=Body(*answer))
-        if isinstance(answer, Body):
-            return httpx.Response(200, stream=answer)
-        return httpx.Response(answer.status_code, content=answer.content)
-
-
-def models(base: str, **adapters: str) -> httpx.Response:
-    rows = [{"id": base, "parent": None, "root": "/model"}]
-    rows += [{"id": name.replace("_", "-"), "parent": base, "root": root} for name, root in adapters.items()]
-    return httpx.Response(200, json={"data": rows})
-
-
-def problem(status: int, message: str, param: str | None = None) -> httpx.Response:
-    return httpx.Response(status, json={"error": {"message": message, "param": param, "code": status}})
 
 
 @pytest.fixture
 def server() -> Server:
     return Server()
-
-
-def engine_of(server: Server, *urls: str, read_timeout_s: float = 5) -> VllmEngine:
-    transport = httpx.MockTransport(server)
-    return VllmEngine(urls or [ONE], base_name=BASE, read_timeout_s=read_timeout_s, transport=transport)
-
-
-def ask(engine: VllmEngine, policy_id: str = POLICY, *, sampling: Sampling | None = None) -> list[Piece]:
-    async def collect() -> list[Piece]:
-        stream = engine.stream(
-            policy_id=policy_id, messages=MESSAGES, sampling=sampling or Sampling(), request_id="turn_1"
-        )
-        return [piece async for piece in stream]
-
-    return asyncio.run(collect())
 
 
 # -- requests ---------------------------------------------------------------------------------------------
@@ -174,10 +93,6 @@ def test_a_server_run_elsewhere_may_call_the_base_what_it_likes(server: Server) 
 
 # -- errors -----------------------------------------------------------------------------------------------
 
-CONTEXT = (
-    "This model's maximum context length is 256 tokens. However, your prompt contains at least 257 input tokens, "
-    "which exceeds this limit even without any output tokens."
-)
 MANY_CHARACTERS = (
     "This model's maximum context length is 256 tokens. However, your prompt contains 3650 characters"
 )
@@ -238,163 +153,6 @@ def test_every_backend_error_becomes_one_of_ours(
 def test_an_error_after_the_last_piece_does_not_spoil_a_complete_answer(server: Server) -> None:
     server.chat("one", (*GOOD[:-1], httpx.ReadError("reset")))
     assert ask(engine_of(server))[-1].finish_reason == "stop"
-
-
-# -- replicas ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "failure",
-    [
-        httpx.ConnectError("refused"),
-        problem(503, "busy"),
-        problem(404, "The model `x` does not exist."),
-        (FIRST,),
-        (FIRST, httpx.ReadError("reset")),
-    ],
-)
-def test_another_replica_answers_when_the_first_fails_before_a_token(server: Server, failure: Any) -> None:
-    server.chat("one", failure)
-    server.chat("two", GOOD)
-    pieces = ask(engine_of(server, ONE, TWO))
-    assert [piece.text for piece in pieces] == ["Hi", ""]
-
-
-def test_no_replica_is_tried_after_the_first_token(server: Server) -> None:
-    server.chat("one", (FIRST, chunk("Hi", [5]), httpx.ReadError("reset")))
-    server.chat("two", GOOD)
-    with pytest.raises(StreamBroken):
-        ask(engine_of(server, ONE, TWO))
-    assert {request.url.host for request in server.requests} == {"one"}
-
-
-def test_a_request_that_is_wrong_is_not_repeated_elsewhere(server: Server) -> None:
-    server.chat("one", problem(400, CONTEXT))
-    server.chat("two", GOOD)
-    with pytest.raises(ContextTooLong):
-        ask(engine_of(server, ONE, TWO))
-
-
-def test_when_all_fail_a_busy_one_is_reported_because_waiting_helps(server: Server) -> None:
-    server.chat("one", problem(503, "busy"))
-    server.chat("two", httpx.ConnectError("refused"))
-    with pytest.raises(EngineBusy):
-        ask(engine_of(server, ONE, TWO))
-
-
-def test_requests_go_to_the_replica_with_the_least_in_flight(server: Server) -> None:
-    server.chat("one", GOOD)
-    server.chat("two", GOOD)
-    engine = engine_of(server, ONE, TWO)
-
-    async def two_at_once() -> None:
-        def stream() -> Any:
-            return engine.stream(policy_id=POLICY, messages=MESSAGES, sampling=Sampling(), request_id="r")
-
-        async with aclosing(stream()) as first, aclosing(stream()) as second:
-            await anext(first)
-            await anext(second)
-
-    asyncio.run(two_at_once())
-    assert [request.url.host for request in server.requests] == ["one", "two"]
-    assert [replica.in_flight for replica in engine._replicas] == [0, 0]
-
-
-def test_a_replica_that_failed_is_tried_last_until_it_answers_again(server: Server) -> None:
-    server.chat("one", httpx.ConnectError("refused"), GOOD)
-    server.chat("two", GOOD)
-    engine = engine_of(server, ONE, TWO)
-    ask(engine)
-    ask(engine)
-    assert [request.url.host for request in server.requests] == ["one", "two", "two"]
-    assert asyncio.run(engine.health()).ready
-    ask(engine)
-    assert server.requests[-1].url.host == "one"
-
-
-def test_a_replica_that_came_back_is_asked_for_an_adapter_only_when_it_has_it_again(server: Server) -> None:
-    engine = engine_of(server, ONE, TWO)
-    for host in ("one", "two"):
-        server.on(host, "/v1/models", models(BASE, policy_0001_aaaaaa="/a"))
-        server.chat(host, GOOD)
-    asyncio.run(engine.loaded())
-    server.on("one", "/v1/models", httpx.ConnectError("refused"))  # it dies, comes back empty ...
-    asyncio.run(engine.loaded())
-    server.on("one", "/v1/models", models(BASE))
-    assert asyncio.run(engine.health()).detail == "2 of 2 replicas answer"
-    server.requests.clear()
-    for _ in range(4):
-        ask(engine)
-    assert {request.url.host for request in server.requests} == {"two"}
-    server.on("one", "/v1/models", models(BASE, policy_0001_aaaaaa="/a"))  # ... and catches up
-    asyncio.run(engine.loaded())
-    server.requests.clear()
-    ask(engine)
-    assert {request.url.host for request in server.requests} == {"one"}
-
-
-def test_health_counts_replicas_and_never_raises(server: Server) -> None:
-    server.on("two", "/health", httpx.ConnectError("refused"))
-    health = asyncio.run(engine_of(server, ONE, TWO).health())
-    assert health.ready
-    assert "1 of 2" in health.detail
-    assert "http://two" in health.detail
-    server.on("one", "/health", problem(503, "dead"))
-    assert not asyncio.run(engine_of(server, ONE, TWO).health()).ready
-
-
-def test_a_replica_that_never_answers_does_not_make_the_others_look_absent(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert vllm.HEALTH_TIMEOUT_S < ENGINE_TIMEOUT_S
-    monkeypatch.setattr(vllm, "HEALTH_TIMEOUT_S", 0.1)
-
-    async def half_silent(request: httpx.Request) -> httpx.Response:
-        if request.url.host == "two":
-            await asyncio.sleep(60)
-        return await server(request)
-
-    engine = VllmEngine([ONE, TWO], base_name=BASE, transport=httpx.MockTransport(half_silent))
-    answer = asyncio.run(engine.health())
-    assert answer.ready
-    assert answer.detail == "1 of 2 replicas answer; engine: http://two does not answer within 0.1 s"
-
-
-def test_queues_are_those_that_each_replica_tells_of(server: Server) -> None:
-    # vLLM 0.32 tells of each engine behind an address, and beside it of why requests wait
-    text = (
-        'vllm:num_requests_running{engine="0",model_name="b"} 2.0\n'
-        'vllm:num_requests_running{engine="1",model_name="b"} 3.0\n'
-        'vllm:num_requests_waiting{engine="0",model_name="b"} 1.0\n'
-        'vllm:num_requests_waiting_by_reason{engine="0",reason="capacity"} 1.0\n'
-    )
-    server.on("one", "/metrics", httpx.Response(200, text=text))
-    server.on("two", "/metrics", httpx.Response(404, text="Not Found"))
-    queues = asyncio.run(engine_of(server, ONE, TWO).queues())
-    assert queues == [
-        Queue(replica=ONE, up=True, running=5, waiting=1),
-        Queue(replica=TWO, up=True, running=None, waiting=None),
-    ]
-
-
-def test_the_queue_of_a_replica_that_is_gone_is_not_asked_for_again(server: Server) -> None:
-    server.on("one", "/metrics", httpx.ConnectError("refused"))
-    engine = engine_of(server)
-    gone = [Queue(replica=ONE, up=False)]
-    assert asyncio.run(engine.queues()) == gone
-    assert asyncio.run(engine.queues()) == gone
-    assert len(server.requests) == 1
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [httpx.Response(200, text="hi"), httpx.Response(200, json=[]), httpx.Response(200, json={"data": []})],
-)
-def test_an_address_that_is_not_vllm_is_said_to_be_so(server: Server, answer: httpx.Response) -> None:
-    server.on("one", "/v1/models", answer)
-    health = asyncio.run(engine_of(server).health())
-    assert not health.ready
-    assert "check the address" in health.detail
 
 
 # -- closing ----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -29,6 +30,9 @@ from storage.store import Store
 from storage_fixtures import World, add_candidate, approve, deploy
 
 PASSWORD = "correct horse battery"
+PAGE = {"Accept": "text/html,application/xhtml+xml"}
+NEW_PASSWORD = "an even better battery"
+QUESTION = [{"role": "user", "content": "Where is my parcel?"}]
 
 
 @dataclass
@@ -163,3 +167,35 @@ def wait_until(condition: Any, *, timeout_s: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.02)
+
+
+def who(request: gr.Request) -> str:
+    return f"You are {request.username}."
+
+
+def tiny_page(services: Services) -> gr.Blocks:
+    """Return a page with one button that says whom the server sees."""
+    with gr.Blocks(analytics_enabled=False) as page:
+        add_button()
+    with page.route("日本語", "/ja"):
+        add_button()
+    return page
+
+
+def add_button() -> None:
+    button = gr.Button("Who am I?")
+    answer = gr.Textbox(label="Answer")
+    button.click(who, None, answer, api_name="who")
+
+
+PAGES = (("/operator", "operator", tiny_page), ("/admin", "admin", tiny_page), ("/", "staff", tiny_page))
+
+
+def post(site: Site, **body: Any) -> Any:
+    return site.client().post("/v1/chat/completions", json={"messages": QUESTION, **body})
+
+
+def error_of(reply: Any) -> dict[str, Any]:
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return dict(error)

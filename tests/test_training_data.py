@@ -1,0 +1,143 @@
+"""What a run measures of its data before a method is chosen, and how it divides them."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from alignment.choose import statistics_of
+from alignment.config import ChoiceConfig, DataConfig
+from alignment.preferences import Pair, Preferences
+from alignment.training_data import (
+    answers_by_policy,
+    divide,
+    effective_sample_share,
+    ess_share,
+    may_suffice,
+    on_policy_share,
+    prompts_of,
+)
+from learning_fixtures import make_thumbs
+from storage import conversations, feedback
+from storage.records import Comparison, Snapshot
+from storage_fixtures import add_candidate, approve, deploy, make_turn, make_world, start_conversation
+
+RULES = ChoiceConfig()
+
+
+def test_statistics_are_json_with_the_thumbs_and_corrections_in_them() -> None:
+    edited = replace(pair(1), source="correction")
+    thumbs = tuple(make_thumbs(5))  # up, down, up, down, up
+    data = Preferences(pairs=(edited, pair(2)), thumbs=thumbs, notes=NOTES)
+    found = statistics_of(data, corrections=1, on_policy_share=1.0, effective_sample_share=0.7)
+    assert (found.correction_pairs, found.thumbs_up, found.thumb_prompts) == (1, 3, 5)
+    assert found.thumbs_minority_share == 0.4
+    assert json.loads(json.dumps(found.as_json()))["effective_sample_share"] == 0.7
+
+
+def test_the_effective_share_equals_kishs_formula_and_stays_finite() -> None:
+    # weights 1, 1, e: (2 + e)^2 / (3 (2 + e^2))
+    assert ess_share([0.0, 0.0, 1.0]) == pytest.approx((2 + math.e) ** 2 / (3 * (2 + math.e**2)), rel=1e-14)
+    assert ess_share([3.0] * 5) == pytest.approx(1)
+    assert ess_share([-5000.0, 5000.0]) == pytest.approx(0.5)
+    assert ess_share([]) is None
+
+
+def test_answers_are_weighed_once_and_the_served_policys_own_weigh_one(tmp_path: Path) -> None:
+    world = make_world(tmp_path)
+    old = add_candidate(world)
+    approve(world, old)
+    deployments = (world.deployment, deploy(world, old))
+    for deployment, ids in zip(deployments, (([4, 9], [5, 9]), ([6, 9], [7, 9])), strict=True):
+        conversation = start_conversation(world)
+        by = {"policy_id": deployment.policy_id, "deployment_id": deployment.id}
+        left, right = (make_turn(world, conversation, answer_token_ids=answer, **by) for answer in ids)
+        for turn in (left, right):
+            conversations.record_turn(world.store, turn)
+        for person in (world.staff, world.admin):
+            feedback.compare(
+                world.store,
+                left_turn_id=left.id,
+                right_turn_id=right.id,
+                person_id=person.id,
+                choice="left",
+                strength=None,
+            )
+    pairs = tuple(replace(pair(n), id=label.id) for n, label in enumerate(world.store.all(Comparison)))
+    preferences = Preferences(pairs=pairs, thumbs=(), notes=NOTES)
+    answers = answers_by_policy(world.store, preferences)
+    assert [answer for _, answer in answers[old.id]] == [[6, 9], [7, 9]]
+    assert len(answers[world.base.id]) == 2
+    assert on_policy_share(world.store, preferences, frozenset({world.base.id})) == 0.5
+    asked = []
+
+    def log_ratios(policy: str, given: object) -> list[float]:
+        asked.append(policy)
+        return [0.0, math.log(3)]
+
+    # weights 1, 1, 1, 3: 36 / (4 * 12)
+    share = effective_sample_share(answers, served=world.base.id, log_ratios=log_ratios)
+    assert share == pytest.approx(0.75)
+    assert asked == [old.id]
+
+
+def test_a_run_without_enough_labels_ends_before_a_model_is_loaded() -> None:
+    def suffices(thumbs_train: bool = False, **counts: int) -> bool:
+        snapshot = Snapshot(
+            id="s", run_id="r", sha256="", cut_off=0.0, item_ids={}, counts=counts, created_at=0.0
+        )
+        return may_suffice(snapshot, RULES, thumbs_train=thumbs_train)
+
+    assert suffices(comparisons=200)
+    assert suffices(corrections=100)
+    assert not suffices(comparisons=100, corrections=99)
+    assert not suffices(ratings=0)
+    assert suffices(comparisons=199, ratings=2, thumbs_train=True)
+    strict = replace(RULES, min_pairs=10**6)
+    snapshot = Snapshot(
+        id="s", run_id="r", sha256="", cut_off=0.0, item_ids={}, counts={"ratings": 400}, created_at=0.0
+    )
+    assert may_suffice(snapshot, strict, thumbs_train=True)
+    assert not may_suffice(snapshot, strict)
+
+
+def pair(number: int, *, weight: float = 1.0, tie: bool = False, key: str | None = None) -> Pair:
+    return Pair(
+        id=f"comparison-{number}",
+        prompt_ids=(1, number),
+        chosen_ids=(2,),
+        rejected_ids=(3,),
+        weight=weight,
+        margin=0.0,
+        source="comparison",
+        prompt_key=key or f"key-{number}",
+        rater="aya",
+        tie=tie,
+    )
+
+
+NOTES = {"agreement_meetings": 0, "agreement": None, "raters": 1, "largest_rater_share": 1.0, "dropped": {}}
+
+
+def test_ties_are_no_pairs_and_unequal_weights_are_worth_less() -> None:
+    # weights 3 and 1: (3 + 1)^2 / (9 + 1) = 1.6 effective pairs
+    data = Preferences(pairs=(pair(1, weight=3.0), pair(2), pair(3, tie=True)), thumbs=(), notes=NOTES)
+    found = statistics_of(data, corrections=0, on_policy_share=1.0)
+    assert (found.pairs, found.prompts) == (2, 2)
+    assert found.effective_pairs == pytest.approx(1.6)
+    assert found.agreement is None
+
+
+def test_the_three_parts_share_no_prompt_and_lose_none() -> None:
+    data = Preferences(pairs=tuple(pair(n, key=f"key-{n % 50}") for n in range(400)), thumbs=(), notes=NOTES)
+    parts = divide(data, DataConfig(), seed=3)
+    keys = [prompts_of(part) for part in (parts.policy, parts.judge, parts.held_out)]
+    assert keys[0] | keys[1] | keys[2] == prompts_of(data)
+    assert not (keys[0] & keys[1])
+    assert not (keys[0] & keys[2])
+    assert not (keys[1] & keys[2])
+    assert [len(part) for part in keys] == [20, 20, 10]  # 20% of 50 held out, the rest in halves
