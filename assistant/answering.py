@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from assistant.engine.errors import ContextTooLong, PolicyNotLoaded, WrongPolicy
 from assistant.engine.protocol import Piece, Sampling
 from assistant.release import Release
 from storage.records import Deployment, FinishReason, Json
+
+MARKS_BYTES = 16
+"""What a chat template puts around a message, about: ChatML's five tokens at some three bytes each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,15 +76,28 @@ async def pieces_of(release: Release, deployment: Deployment, prompt: Prompt) ->
                 raise
             reloaded = True
             await release.sync()
-        except ContextTooLong:
-            shorter = drop_oldest_turn(messages)
+        except ContextTooLong as refusal:
+            shorter = drop_oldest_turns(messages, refusal)
             if not prompt.may_shorten or shorter is None:
                 raise
             messages = shorter
 
 
-def drop_oldest_turn(messages: list[Json]) -> list[Json] | None:
-    """Return `messages` without the oldest question and answer; None when only the question is left."""
+def drop_oldest_turns(messages: list[Json], refusal: ContextTooLong) -> list[Json] | None:
+    """Return `messages` without the oldest questions and answers that are too many; None when only the question is left.
+
+    As many go at once as make up the excess by their share of the bytes, so that a long dialogue takes a few
+    requests and not one for each turn; half of them where the engine does not say by how much it is too long.
+    """
     system = [message for message in messages if message["role"] == "system"]
     rest = messages[len(system) :]
-    return [*system, *rest[2:]] if len(rest) > 2 else None
+    turns = (len(rest) - 1) // 2
+    if turns == 0:
+        return None
+    drop = (turns + 1) // 2
+    if refusal.tokens and refusal.limit:
+        sizes = [len(message["content"].encode()) + MARKS_BYTES for message in messages]
+        freed = list(accumulate(sizes[len(system) :]))[1::2]  # bytes of the first 1, 2, … turns
+        excess = sum(sizes) * (refusal.tokens - refusal.limit + 1) / refusal.tokens
+        drop = min(bisect_left(freed, excess) + 1, turns)
+    return [*system, *rest[2 * drop :]]

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from assistant.answering import drop_oldest_turn
 from assistant.chat import MAX_MESSAGE_CHARS, Delta, check_messages
 from assistant.engine.errors import ContextTooLong, EngineUnavailable, StreamBroken
 from chat_fixtures import Desk, make_desk
@@ -195,13 +194,6 @@ def test_a_double_click_counts_once_and_a_second_opinion_is_refused(desk: Desk) 
 def test_messages_that_cannot_be_answered_are_named(messages: list[Any], named: str) -> None:
     with pytest.raises(InvalidField, match=named):
         check_messages(messages)
-
-
-def test_dropping_turns_keeps_the_system_prompt_and_the_question() -> None:
-    system, question = {"role": "system", "content": "s"}, {"role": "user", "content": "q"}
-    old = [{"role": "user", "content": "o"}, {"role": "assistant", "content": "a"}]
-    assert drop_oldest_turn([system, *old, question]) == [system, question]
-    assert drop_oldest_turn([system, question]) is None
 
 
 def test_who_leaves_while_the_whole_answer_is_being_recorded_does_not_lose_it(desk: Desk) -> None:

@@ -231,9 +231,13 @@ def test_an_unknown_policy_is_named(running: Running) -> None:
 
 def test_messages_that_do_not_fit_are_refused_with_the_numbers(running: Running) -> None:
     engine, loop = running
+    text = "order " * CONTEXT
     with pytest.raises(ContextTooLong) as refused:
-        loop.run(collect(engine, BASE, "order " * CONTEXT))
-    assert refused.value.limit == CONTEXT
+        loop.run(collect(engine, BASE, text))
+    prompt = make_tokenizer().apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+    )
+    assert (refused.value.tokens, refused.value.limit) == (len(prompt), CONTEXT)
     with pytest.raises(InvalidField, match="max_tokens"):
         loop.run(collect(engine, BASE, QUESTION, sampling=Sampling(max_tokens=CONTEXT + 1)))
 

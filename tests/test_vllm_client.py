@@ -104,7 +104,7 @@ MAX_TOKENS = "max_tokens=5000 cannot be greater than max_model_len=256. Please r
     [
         (problem(404, "The model `x` does not exist. Valid aliases: b."), PolicyNotLoaded, POLICY),
         (problem(400, "The model `x` does not exist."), PolicyNotLoaded, POLICY),
-        (problem(400, CONTEXT, "input_tokens"), ContextTooLong, "257.*256"),
+        (problem(400, CONTEXT, "input_tokens"), ContextTooLong, "more tokens than fit.*256"),
         (problem(400, MANY_CHARACTERS, "input_text"), ContextTooLong, "256"),
         (problem(400, MAX_TOKENS, "max_tokens"), InvalidField, "max_tokens: got 5000; use at most 256"),
         (problem(400, "temperature must be non-negative", "temperature"), InvalidField, "temperature"),
@@ -148,6 +148,45 @@ def test_every_backend_error_becomes_one_of_ours(
     server.chat("one", answer)
     with pytest.raises(expected, match=words):
         ask(engine_of(server))
+
+
+@pytest.mark.parametrize(
+    "refusal", [CONTEXT, MANY_CHARACTERS, "max_tokens must be at least 1, got 0. (parameter=max_tokens)"]
+)
+def test_a_prompt_that_does_not_fit_is_counted_to_its_end(server: Server, refusal: str) -> None:
+    """vLLM's "at least 257" is all that its tokenizer looked at."""
+    server.chat("one", problem(400, refusal))
+    server.on(
+        "one", "/tokenize", httpx.Response(200, json={"count": 5123, "max_model_len": 256, "tokens": []})
+    )
+    with pytest.raises(ContextTooLong) as refused:
+        ask(engine_of(server))
+    assert (refused.value.tokens, refused.value.limit) == (5123, 256)
+    assert json.loads(server.requests[-1].content) == {"model": POLICY, "messages": MESSAGES}
+
+
+def test_a_count_that_vllm_gives_itself_is_taken(server: Server) -> None:
+    server.chat("one", problem(400, CONTEXT.replace("at least 257", "300")))
+    with pytest.raises(ContextTooLong, match="300 tokens"):
+        ask(engine_of(server))
+    assert [request.url.path for request in server.requests] == ["/v1/chat/completions"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        httpx.ConnectError("refused"),
+        httpx.Response(500, text="<html>"),
+        httpx.Response(200, json=[]),
+        httpx.Response(200, json={"count": None, "max_model_len": 256}),
+    ],
+)
+def test_a_refusal_stands_when_nobody_counts(server: Server, answer: Any) -> None:
+    server.chat("one", problem(400, CONTEXT))
+    server.on("one", "/tokenize", answer)
+    with pytest.raises(ContextTooLong) as refused:
+        ask(engine_of(server))
+    assert (refused.value.tokens, refused.value.limit) == (None, 256)
 
 
 def test_an_error_after_the_last_piece_does_not_spoil_a_complete_answer(server: Server) -> None:

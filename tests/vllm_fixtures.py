@@ -65,6 +65,7 @@ class Server:
         for host in ("one", "two"):
             self.on(host, "/health", httpx.Response(200))
             self.on(host, "/v1/models", models(BASE))
+            self.on(host, "/tokenize", httpx.Response(404))
 
     def on(self, host: str, path: str, *answers: Any) -> None:
         self.answers[host, path] = list(answers)

@@ -22,6 +22,7 @@ from httpx_aiohttp import AiohttpTransport
 from assistant.engine import vllm_wire as wire
 from assistant.engine.errors import (
     AdapterRefused,
+    ContextTooLong,
     EngineBusy,
     EngineError,
     EngineUnavailable,
@@ -107,6 +108,8 @@ class VllmEngine:
                         begun = True
                         yield piece
                 return
+            except ContextTooLong as refusal:
+                raise await self._counted(replica, policy_id, messages, refusal) from None
             except WORTH_ANOTHER_REPLICA as error:
                 if begun:
                     raise
@@ -152,6 +155,19 @@ class VllmEngine:
                 raise self._lost(replica, error, begun=begun) from error
         finally:
             replica.in_flight -= 1
+
+    async def _counted(
+        self, replica: _Replica, policy_id: str, messages: list[Json], refusal: ContextTooLong
+    ) -> ContextTooLong:
+        """Return the refusal with the length of the prompt, which vLLM does not count to its end."""
+        if refusal.tokens is not None:
+            return refusal
+        body: Json = {"model": await self._name_on(replica, policy_id), "messages": messages}
+        try:
+            response = await self._send(replica, "POST", "/tokenize", json=body, timeout_s=HEALTH_TIMEOUT_S)
+        except KotaeError:
+            return refusal
+        return wire.counted(refusal, response.text)
 
     async def probe(self, *, policy_id: str, messages: list[Json], max_tokens: int) -> ProbeResult:
         """Return a greedy answer with its log-probs, NaN where vLLM has no number. See `Engine.probe`."""

@@ -153,6 +153,15 @@ def read_probe(answer: Json, *, model: str) -> ProbeResult:
     return ProbeResult(text=choice["message"]["content"] or "", token_ids=ids, logprobs=logprobs)
 
 
+def counted(refusal: ContextTooLong, tokenized: str) -> ContextTooLong:
+    """Return the refusal with the lengths that `/tokenize` tells, or as it was when that answered anything else."""
+    try:
+        lengths = json.loads(tokenized)
+        return ContextTooLong(int(lengths["count"]), int(lengths["max_model_len"]))
+    except (ValueError, KeyError, TypeError):
+        return refusal
+
+
 def error_of_body(text: str) -> Json:
     """Return `{"message", "code", "param"}` of an error response, whatever its body looks like."""
     try:
@@ -187,8 +196,11 @@ def translate(error: Json, *, status: int, policy_id: str, url: str) -> KotaeErr
 def _bad_request(message: str, param: str) -> KotaeError:
     limit = re.search(r"maximum context length is (\d+)", message)
     if limit is not None:
-        tokens = re.search(r"(\d+) input tokens, which", message)
+        # "at least 257 input tokens" is no count: vLLM stops at one too many
+        tokens = re.search(r"contains (\d+) input tokens", message)
         return ContextTooLong(int(tokens[1]) if tokens else None, int(limit[1]))
+    if "max_tokens must be at least 1, got 0" in message:
+        return ContextTooLong(None, None)  # a prompt that fills the context leaves no token for the answer
     most = re.search(r"max_model_len=(\d+)", message)
     if param == "max_tokens" and most is not None:
         value = re.search(r"max_tokens=(\d+)", message)
