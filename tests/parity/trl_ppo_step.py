@@ -78,15 +78,11 @@ def train(tables: dict[str, torch.Tensor], config: dict[str, Any]) -> tuple[Tabl
     return model, logged
 
 
-def trainer(
-    model: Table, reference: Table, queries: torch.Tensor, config: dict[str, Any], logged: dict[str, Any]
-) -> Any:
-    """Return what `PPOTrainer.train` reads of its `self`."""
-    control = SimpleNamespace(should_save=False)
-    count = len(queries)
+def arguments(config: dict[str, Any], *, count: int, length: int) -> Any:
+    """Return TRL's settings: one batch of `count` answers of `length` tokens, and no extras."""
     size = count // config["minibatches"]
-    args = SimpleNamespace(
-        response_length=model.logits.shape[1],
+    return SimpleNamespace(
+        response_length=length,
         temperature=config["temperature"],
         num_ppo_epochs=config["epochs"],
         num_mini_batches=config["minibatches"],
@@ -113,6 +109,14 @@ def trainer(
         vf_coef=config["value_weight"],
         num_sample_generations=0,
     )
+
+
+def trainer(
+    model: Table, reference: Table, queries: torch.Tensor, config: dict[str, Any], logged: dict[str, Any]
+) -> Any:
+    """Return what `PPOTrainer.train` reads of its `self`."""
+    control = SimpleNamespace(should_save=False)
+    count, length = model.logits.shape[:2]
     accelerator = SimpleNamespace(
         device=torch.device("cpu"),
         print=lambda *_: None,
@@ -124,7 +128,7 @@ def trainer(
     events = ("on_train_begin", "on_step_end", "on_train_end")
     callbacks = SimpleNamespace(**{event: lambda *_: control for event in events})
     return SimpleNamespace(
-        args=args,
+        args=arguments(config, count=count, length=length),
         accelerator=accelerator,
         optimizer=torch.optim.SGD(model.parameters(), lr=config["learning_rate"]),
         model=model,
