@@ -93,9 +93,11 @@ class LabelledTurns:
 
     @property
     def too_long_says(self) -> str:
+        """The reason that such labels are counted under."""
         return f"longer than {self._max_tokens} tokens (data.max_tokens, or the model's context)"
 
     def too_long(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
+        """Say whether prompt and answer together have more tokens than a run takes."""
         return len(prompt) + len(answer) > self._max_tokens
 
 
@@ -174,6 +176,7 @@ def _ended(edited: list[int], turn: Turn) -> list[int]:
 
 
 def from_ratings(labels: Sequence[Rating], turns: LabelledTurns) -> list[Thumb]:
+    """Turn thumbs into training labels; one that was taken back, or whose turn cannot be used, is none."""
     thumbs = []
     for label in labels:
         turn = turns.usable(label.turn_id)

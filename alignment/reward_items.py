@@ -38,6 +38,7 @@ class Items:
 def make_items(
     base: Base, pairs: list[Pair], thumbs: list[Thumb], config: RewardConfig, *, seed: int
 ) -> Items:
+    """Return the items on the base's device; the seed draws each member's bootstrap of prompts."""
     keys = [pair.prompt_key for pair in pairs] + [thumb.prompt_key for thumb in thumbs]
     counts = bootstrap_counts(keys, members=config.members, seed=seed)  # (I, M)
     plain = torch.tensor([p.weight for p in pairs] + [config.thumb_weight * t.weight for t in thumbs])

@@ -48,12 +48,14 @@ class AuditPage:
         self.verify.click(self.on_verify, None, self.message, show_progress="minimal")
 
     def refresh(self, subject: str, request: gr.Request) -> str:
+        """Show the newest events, or those about one subject."""
         with self.frame.told():
             self.frame.person(request)
             events = audit.events(self.store, limit=SHOWN_EVENTS, subject=subject.strip() or None)
             return events_html(self.words, self.store, events)
 
     def on_verify(self, request: gr.Request) -> str:
+        """Check the whole chain of events and say where it breaks, if it does."""
         with self.frame.told():
             self.frame.person(request)
             report = audit.verify(self.store)

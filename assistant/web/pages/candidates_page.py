@@ -106,11 +106,13 @@ class CandidatesPage:
     # -- handlers -------------------------------------------------------------------------------------
 
     def refresh(self, selected: str, request: gr.Request) -> Updates:
+        """Show the chosen candidate; at first the one that waits for a decision."""
         with self.frame.told():
             self.frame.person(request)
             return self._shown(selected or first_to_decide(self.store))
 
     def open(self, request: gr.Request, event: gr.EventData) -> Updates:
+        """Show the candidate that was clicked."""
         with self.frame.told():
             self.frame.person(request)
             return self._shown(clicked(event)["id"]) | {self.message: ""}
@@ -118,6 +120,7 @@ class CandidatesPage:
     async def on_approve(
         self, selected: str, reason: str, share_kind: str, share: float, request: gr.Request
     ) -> Updates:
+        """Approve for everybody, as a canary or as a shadow; it is loaded and probed before anything is recorded."""
         with self.frame.told():
             person = self.frame.person(request)
             self._check_reason(reason)
@@ -135,6 +138,7 @@ class CandidatesPage:
             return self._shown(selected) | {self.message: note(told, "good"), self.reason: ""}
 
     def on_reject(self, selected: str, reason: str, request: gr.Request) -> Updates:
+        """Reject for good, with a reason; the shadow is withdrawn with it."""
         with self.frame.told():
             person = self.frame.person(request)
             self._check_reason(reason)

@@ -95,6 +95,7 @@ class ChatPage:
     # -- asking ---------------------------------------------------------------------------------------
 
     def ask(self, view: View, question: str, request: gr.Request) -> Updates:
+        """Put the typed question on screen, unless an answer is still streaming; the stream follows."""
         with self.frame.told():
             person = self.frame.person(request)
             if str(request.session_hash) in self.stops:
@@ -103,12 +104,14 @@ class ChatPage:
             return self._screen(person, view) | {self.ui.question: ""}
 
     def ask_example(self, view: View, request: gr.Request, event: gr.EventData) -> Updates:
+        """Ask the example question that was clicked."""
         with self.frame.told():
             person = self.frame.person(request)
             question = example_questions(self.services, self.words.language)[int(clicked(event)["id"])]
             return self._screen(person, session.next_question(self.services, person, view, question))
 
     def ask_again(self, view: View, request: gr.Request, event: gr.EventData) -> Updates:
+        """Ask for another answer, or try again after a failure."""
         with self.frame.told():
             person, click = self.frame.person(request), clicked(event)
             if click["act"] == "retry":
@@ -116,10 +119,12 @@ class ChatPage:
             return self._screen(person, session.again(self.services, person, view, click["id"]))
 
     def edit_live(self, view: View, request: gr.Request, event: gr.EditData) -> Updates:
+        """Ask the edited question in the place of the newest."""
         with self.frame.told():
             return self._edited(request, view, view.live_turn_id, event)
 
     def edit_history(self, view: View, request: gr.Request, event: gr.EditData) -> Updates:
+        """Ask an edited earlier question; what came after it stays reachable as an alternative."""
         with self.frame.told():
             return self._edited(request, view, self._history_turn_id(view, event.index), event)
 
@@ -215,11 +220,13 @@ class ChatPage:
     # -- conversations --------------------------------------------------------------------------------
 
     def open_new(self, request: gr.Request) -> Updates:
+        """Show an empty screen; the conversation begins with its first question."""
         self._leave(request)
         with self.frame.told():
             return self._screen(self.frame.person(request), View())
 
     def open(self, query: str, request: gr.Request, event: gr.EventData) -> Updates:
+        """Show the conversation that was clicked, if it is the person's own."""
         self._leave(request)
         with self.frame.told():
             person = self.frame.person(request)
@@ -228,11 +235,13 @@ class ChatPage:
             return self._screen(person, view) | {self.ui.listing: listing}
 
     def show_older(self, view: View, request: gr.Request) -> Updates:
+        """Show some more of the earlier turns."""
         with self.frame.told():
             view = replace(view, shown_turns=view.shown_turns + SHOWN_TURNS)
             return self._screen(self.frame.person(request), view)
 
     def search(self, query: str, view: View, request: gr.Request) -> str:
+        """List the conversations that hold every word."""
         with self.frame.told():
             person = self.frame.person(request)
             return listing_of(self.services, self.words, person, view, query)
@@ -252,6 +261,7 @@ class ChatPage:
             return {self.ui.title: look.title_bar(self.words, conversation)}
 
     def keep_title(self, view: View, title: str, request: gr.Request) -> Updates:
+        """Rename the open conversation."""
         with self.frame.told():
             person = self.frame.person(request)
             conversation = self.services.chat.conversation(person, view.conversation_id or "")
@@ -260,6 +270,7 @@ class ChatPage:
             return {self.ui.listing: listing, self.ui.title: bar, self.ui.renaming: ""}
 
     def refresh_list(self, view: View, query: str, request: gr.Request) -> tuple[str, str]:
+        """Return the list and the title as they are after an answer."""
         with self.frame.told():
             person = self.frame.person(request)
             listing = listing_of(self.services, self.words, person, view, query)

@@ -98,6 +98,7 @@ class ComparePage:
             return look.waiting(self.words)
 
     def draw_question(self, request: gr.Request) -> str:
+        """Return a recent question of the chat that this person has not compared answers to."""
         with self.frame.told():
             question = drawn_question(self.store, self.frame.person(request))
             if question is None:
@@ -141,11 +142,13 @@ class ComparePage:
             return self._shown(replace(vote, comparison=comparison))
 
     def choose_strength(self, vote: Vote, event: gr.EventData) -> tuple[Vote, str]:
+        """Choose how much better the winner is, or unchoose it."""
         value = int(clicked(event)["id"])
         vote = replace(vote, strength=None if vote.strength == value else value)
         return vote, look.strengths(self.words, vote.strength)
 
     def choose_reason(self, vote: Vote, event: gr.EventData) -> tuple[Vote, str]:
+        """Add a reason for the choice, or take it back."""
         reason = clicked(event)["id"]
         others = tuple(known for known in vote.reasons if known != reason)
         vote = replace(vote, reasons=others if reason in vote.reasons else (*others, reason))

@@ -85,6 +85,7 @@ class FeedbackPanel:
         return self.shown(turn, rating)
 
     def toggle_reason(self, view: View, request: gr.Request, event: gr.EventData) -> dict[Any, Any]:
+        """Add a reason to the rating, or take it back."""
         with self.frame.told():
             person = self.frame.person(request)
             turn = own_turn(self.frame.services, person, view.judged_turn_id)
@@ -95,12 +96,14 @@ class FeedbackPanel:
             return self._keep(turn, replace(rating, reasons=chosen))
 
     def keep_comment(self, view: View, comment: str, request: gr.Request) -> dict[Any, Any]:
+        """Keep the comment with the person's rating."""
         with self.frame.told():
             person = self.frame.person(request)
             turn = own_turn(self.frame.services, person, view.judged_turn_id)
             return self._keep(turn, replace(self._rating(person, turn), comment=comment.strip()))
 
     def keep_correction(self, view: View, edited: str, request: gr.Request) -> dict[Any, Any]:
+        """Keep the edited answer and show what changed."""
         with self.frame.told():
             person = self.frame.person(request)
             turn = own_turn(self.frame.services, person, view.judged_turn_id)

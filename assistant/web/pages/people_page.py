@@ -45,10 +45,12 @@ class PeoplePage:
         self.keep.click(self.on_role, [self.selected, self.new_role], shown, **QUICK)
 
     def refresh(self, request: gr.Request) -> Updates:
+        """Show everybody."""
         with self.frame.told():
             return self._shown(self.frame.person(request))
 
     def on_add(self, name: str, role: Role, request: gr.Request) -> Updates:
+        """Invite somebody; the one-time password is shown here and nowhere else."""
         with self.frame.told():
             admin = self.frame.person(request)
             person, password = invite(self.store, name=name, role=role, actor=admin.id)
@@ -56,6 +58,7 @@ class PeoplePage:
             return self._shown(admin) | {self.message: secret, self.name: ""}
 
     def on_role(self, selected: str, role: Role, request: gr.Request) -> Updates:
+        """Give the chosen person another role."""
         with self.frame.told():
             admin = self.frame.person(request)
             person = people.set_role(self.store, selected, role=role, actor=admin.id)

@@ -71,6 +71,7 @@ class RunsPage:
     # -- handlers -------------------------------------------------------------------------------------
 
     def refresh(self, selected: str, request: gr.Request) -> Updates:
+        """Show everything, the form as the schedule has it."""
         with self.frame.told():
             self.frame.person(request)
             schedule = schedule_of(self.store)
@@ -84,17 +85,20 @@ class RunsPage:
             return self._shown(selected)
 
     def open(self, request: gr.Request, event: gr.EventData) -> Updates:
+        """Show the run that was clicked."""
         with self.frame.told():
             self.frame.person(request)
             run_id = clicked(event)["id"]
             return self._shown(run_id) | {self.selected: run_id}
 
     def on_start(self, selected: str, request: gr.Request) -> Updates:
+        """Start a run now; refused while one is under way."""
         with self.frame.told():
             self.services.launch_run("manual", self.frame.person(request))
             return self._shown(selected) | {self.message: note(self.words("runs.started"), "good")}
 
     def on_pause(self, selected: str, request: gr.Request) -> Updates:
+        """Pause the schedule, or let it go on; a run under way is not touched."""
         with self.frame.told():
             person, schedule = self.frame.person(request), schedule_of(self.store)
             changed = {**schedule, "paused": not schedule["paused"]}
@@ -102,6 +106,7 @@ class RunsPage:
             return self._shown(selected)
 
     def on_keep(self, selected: str, cron: str, labels: float | None, request: gr.Request) -> Updates:
+        """Keep when runs start: cron times, a number of new labels, or both."""
         with self.frame.told():
             person = self.frame.person(request)
             changed = {**schedule_of(self.store), **checked_schedule(cron, labels)}

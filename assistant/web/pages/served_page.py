@@ -79,11 +79,13 @@ class ServedPage:
         self.withdraw.click(self.on_withdraw, self.reason, shown, **slow)
 
     def refresh(self, request: gr.Request) -> Updates:
+        """Show what is served, how satisfied people are, and what was served before."""
         with self.frame.told():
             self.frame.person(request)
             return self._shown()
 
     async def on_promote(self, reason: str, request: gr.Request) -> Updates:
+        """Give the canary all conversations."""
         with self.frame.told():
             person, served = self.frame.person(request), release.serving(self.store)
             self._check_reason(reason)
@@ -92,6 +94,7 @@ class ServedPage:
             return self._done(self.words("served.promoted", policy=await self._synced()))
 
     async def on_rollback(self, reason: str, request: gr.Request) -> Updates:
+        """Withdraw the canary if there is one, else go back to the policy before."""
         with self.frame.told():
             person = self.frame.person(request)
             self._check_reason(reason)
@@ -99,6 +102,7 @@ class ServedPage:
             return self._done(self.words("served.rolled_back", policy=await self._synced()))
 
     async def on_withdraw(self, reason: str, request: gr.Request) -> Updates:
+        """Withdraw the shadow."""
         with self.frame.told():
             person = self.frame.person(request)
             self._check_reason(reason)

@@ -64,6 +64,7 @@ class SettingsPage:
         self.keep.click(self.on_keep, [self.prompt, self.questions, self.reasons], shown, **QUICK)
 
     def refresh(self, request: gr.Request) -> Updates:
+        """Show the settings as they are kept."""
         with self.frame.told():
             self.frame.person(request)
             return self._shown()
