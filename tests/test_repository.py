@@ -32,10 +32,10 @@ FENCES = {
 }
 
 
-def sources() -> Iterator[tuple[str, ast.Module]]:
+def sources(packages: tuple[str, ...] = PACKAGES) -> Iterator[tuple[str, ast.Module]]:
     files = [
         ROOT / "app.py",
-        *(path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))),
+        *(path for package in packages for path in sorted((ROOT / package).rglob("*.py"))),
     ]
     for path in files:
         yield path.relative_to(ROOT).as_posix(), ast.parse(path.read_text())
@@ -80,14 +80,15 @@ def test_serving_with_vllm_never_imports_torch() -> None:
 
 
 def test_files_and_functions_stay_readable() -> None:
+    ours = list(sources((*PACKAGES, "tests")))
     too_long = [
         f"{name}: {len((ROOT / name).read_text().splitlines())} lines"
-        for name, _ in sources()
+        for name, _ in ours
         if len((ROOT / name).read_text().splitlines()) > 400
     ]
     too_long += [
         f"{name}:{node.lineno} {node.name}"
-        for name, tree in sources()
+        for name, tree in ours
         for node in ast.walk(tree)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         and (node.end_lineno or 0) - node.lineno + 1 > 50
