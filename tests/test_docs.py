@@ -45,6 +45,26 @@ def test_linked_files_exist(document: str) -> None:
     assert [target for target in targets if not (path.parent / target).exists()] == []
 
 
+def test_files_that_the_documents_name_exist() -> None:
+    """A name without its folder is that of a module."""
+    packages = ("storage", "assistant", "alignment", "tests")
+    modules = {path.name for package in packages for path in (ROOT / package).rglob("*.py")}
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        named = set(re.findall(r"`(?:[\w. -]* )?([\w/-]+\.(?:py|toml|md|cjs))[ `:]", path.read_text()))
+        ours = [name for name in named if not name.startswith("vllm/")]
+        assert [name for name in ours if not (ROOT / name).exists() and name not in modules] == [], path.name
+
+
+def test_files_of_the_readme_tree_exist() -> None:
+    tree = README.partition("### The tree\n\n```\n")[2].partition("```")[0]
+    assert tree
+    folders: list[str] = []
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = [*folders[:depth], line.split()[0]]
+        assert (ROOT / Path(*folders)).exists(), line
+
+
 def test_yaml_files_and_examples_are_yaml() -> None:
     files = sorted((ROOT / "docs").rglob("*.y*ml"))
     assert len(files) >= 6
