@@ -258,6 +258,17 @@ def test_muon_makes_updates_with_equal_singular_values() -> None:
     assert 0.6 < values.min() < values.max() < 1.3  # what five quintic iterations promise
 
 
+def test_the_learning_rate_falls_to_zero_at_the_restart_and_at_the_end() -> None:
+    from alignment.starter.training import TrainingOptions, end_after, learning_rate_share
+
+    options = TrainingOptions(steps=20, restart=10)
+    shares = [learning_rate_share(step, options=options) for step in range(20)]
+    assert shares[9] == pytest.approx(0.2)
+    assert shares[10:] == pytest.approx([(20 - step) / 10 for step in range(10, 20)])
+    assert [end_after(step, options=options) for step in (9, 10)] == [10, 20]
+    assert end_after(0, options=TrainingOptions(steps=8, restart=10)) == 8
+
+
 @pytest.mark.slow
 def test_interrupted_training_resumes_exactly(corpus: Corpus, tmp_path: Path) -> None:
     import torch

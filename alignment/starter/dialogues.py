@@ -24,7 +24,7 @@ from alignment.starter.slots import Part, invented_name, order_number, product_k
 
 TURNS = (1, 2, 3, 4, 5)
 TURN_WEIGHTS = (54, 28, 10, 5, 3)  # how many questions a dialogue has
-OFF_TOPIC_SHARE = 0.14
+OFF_TOPIC_SHARE = 0.18
 UNKNOWN_PRODUCT_SHARE = 0.2  # of the products asked about
 TOPIC_SHARE = 0.2  # of an intent's questions: a topic in one of the frames off-topic subjects come in
 SYSTEM_SHARE = 0.1

@@ -51,7 +51,10 @@ class Shape:
 class TrainingOptions:
     """How the starter model is trained; values from short trials on two cores."""
 
-    steps: int = 7000
+    steps: int = 13000
+    restart: int = 7000
+    """Step at which the learning rate, having fallen to zero once, starts again (SGDR, arXiv 1608.03983): a model of 7,000
+    steps was measured, had too little of it, and went on."""
     seed: int = 1
     threads: int = 2  # worker processes, one a core
     muon_rate: float = 0.015  # Jordan et al. 2024, for matrices
@@ -59,7 +62,7 @@ class TrainingOptions:
     weight_decay: float = 0.15  # for matrices: keeps the blocks' outputs from drowning the embeddings
     adam_decay: float = 0.05
     warm_up_share: float = 0.03
-    decay_share: float = 0.5  # of the steps at the end, linear to zero
+    decay_share: float = 0.5  # of the steps until an end, linear to zero there
     dropout: float = 0.05  # after every attention and feed-forward block
     dropout_share: float = 0.85  # of the steps; the last ones learn to recite without it
     group_weight: float = 0.5  # of the loss that recognises the answer group
@@ -269,7 +272,7 @@ def losses(
     hidden = hidden_states(
         model,
         ids,
-        dropout=options.dropout if step < options.dropout_share * options.steps else 0.0,
+        dropout=options.dropout if step < options.dropout_share * end_after(step, options=options) else 0.0,
         dtype=torch.bfloat16,
         early_layer=options.group_layer,
         visible_from=batch.visible_from[mine],
@@ -289,10 +292,16 @@ def losses(
 
 
 def learning_rate_share(step: int, *, options: TrainingOptions) -> float:
-    """Part of the full learning rate at a step: linear up, flat, linear down to 0."""
-    warm_up = max(1, math.ceil(options.steps * options.warm_up_share))
-    decay = max(1, math.ceil(options.steps * options.decay_share))
-    return min(1.0, (step + 1) / warm_up, (options.steps - step) / decay)
+    """Part of the full learning rate at a step: linear up, flat, linear down to 0; after a restart no warm-up."""
+    end = end_after(step, options=options)
+    warm_up = max(1, math.ceil(end * options.warm_up_share))
+    decay = max(1, math.ceil(end * options.decay_share))
+    return min(1.0, (step + 1) / warm_up, (end - step) / decay)
+
+
+def end_after(step: int, *, options: TrainingOptions) -> int:
+    """Step at which the schedule that a step belongs to ends."""
+    return options.restart if step < options.restart < options.steps else options.steps
 
 
 def _save(trainee: Trainee, path: Path, *, tokenizer: Tokenizer) -> None:
