@@ -63,6 +63,7 @@ def align(args: argparse.Namespace) -> int:
         config = replace(config, method=args.method)
     launch.give_way()
     rank = launch.rank()
+    launch.shards_base(config.shard_base, several=rank is not None or bool(config.launcher))
     if rank:
         from alignment.together import follow
 

@@ -173,6 +173,9 @@ class AlignmentConfig:
     launcher: str = ""
     """Command that starts the run in several processes, such as `accelerate launch --multi_gpu --num_processes 2` or
     `torchrun --standalone --nproc_per_node 2`; "" for one process. It must set RANK and WORLD_SIZE."""
+    shard_base: bool = False
+    """Cut the base's layers over the processes of the launcher (FSDP2), for a model that is too large for one device: each
+    pass gathers them again. `accelerate launch --use_fsdp --fsdp_version 2` as the launcher means the same."""
     data: DataConfig = DataConfig()
     choice: ChoiceConfig = ChoiceConfig()
     reward: RewardConfig = field(default_factory=RewardConfig)

@@ -3,7 +3,7 @@
 Any launcher that sets RANK, WORLD_SIZE and MASTER_ADDR starts them (accelerate launch, torchrun, a Ray or cluster job).
 A batch is cut into micro-batches in the same way however many processes there are, every micro-batch divides by the
 whole batch's weight, and what is measured before the gradients is put together; so N processes take the steps of one.
-Every process holds the whole base. Absent: a base cut into parts (docs/alignment.md says what was tried).
+Every process holds the whole base, or a part of it (`sharding`): then `Passes` keeps them in step.
 
     KotaeError
     └── LostProcess   another process of the run has ended
@@ -14,9 +14,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,14 +24,61 @@ import torch.distributed as dist
 from alignment.progress import Interrupted, Progress, Silent
 from storage.errors import InvalidField, KotaeError
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
 Item = TypeVar("Item")
 Key = TypeVar("Key")
 WAIT = timedelta(hours=24)
 """How long a process waits for the others: process 0 evaluates and reports while they wait."""
+WORD, FORWARD, BACKWARD = range(3)
+"""What a process may come to: a word with all others, or a pass through the base."""
 
 
 class LostProcess(KotaeError):
     """Another process of the run has ended; what it printed says why."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Passes:
+    """Keeps passes through a base in parts in step: each of its blocks is gathered by all processes at once, or by none.
+
+    Each says what it comes to next. While one comes to a pass, the others gather the blocks with it and compute nothing;
+    so each makes as many passes as it has work for: micro-batches, tokens of an answer, an evaluation by process 0 alone.
+    """
+
+    words: dist.ProcessGroup | None = None
+    """As in `Crew`."""
+    blocks: Sequence[FSDPModule] = ()
+    """In the order of a forward pass; empty: every process holds the whole base."""
+    midway: bool = False
+    """In a forward pass, where nothing else may begin: an error broke it off if something does."""
+
+    def come_to(self, step: int) -> None:
+        """Wait until all have come to `step`, taking part in the passes that others make before.
+
+        Raises:
+            LostProcess: another process has ended, or a pass of this one was broken off.
+        """
+        if not self.blocks:
+            return
+        if self.midway:
+            raise LostProcess(
+                "a pass through the base was broken off, and the other processes are still in it"
+            )
+        while (first := self._first(step)) != step:
+            with _noticing_losses():
+                for block in self.blocks if first == FORWARD else reversed(self.blocks):
+                    block.unshard()
+                    block.reshard()
+        self.midway = step == FORWARD
+
+    def _first(self, step: int) -> int:
+        """Return what goes first of that which the processes have come to: backward passes, then forward ones."""
+        steps = torch.tensor(step)
+        with _noticing_losses():
+            dist.all_reduce(steps, op=dist.ReduceOp.MAX, group=self.words)
+        return int(steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +89,7 @@ class Crew:
     size: int = 1
     words: dist.ProcessGroup | None = None
     """Carries what is in the processors' memory; None: the same group that carries the gradients."""
+    passes: Passes = field(default_factory=Passes)
 
     def share(self, plans: Sequence[Item]) -> Sequence[Item]:
         """Return this process's part."""
@@ -51,6 +99,7 @@ class Crew:
         """Replace each tensor, in place, by its sum over the processes, added in the widest of their types."""
         if self.size == 1:
             return
+        self.passes.come_to(WORD)
         wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
         joined = torch.cat([tensor.detach().reshape(-1).to(wide) for tensor in tensors])
         with _noticing_losses():
@@ -79,6 +128,7 @@ class Crew:
         """Return what process 0 gave, in every process; it must be picklable and without device tensors."""
         if self.size == 1:
             return value
+        self.passes.come_to(WORD)
         box = [value]
         with _noticing_losses():
             dist.broadcast_object_list(box, src=0, group=self.words)
@@ -88,6 +138,7 @@ class Crew:
         """Return what all processes found for their shares, in every process."""
         if self.size == 1:
             return dict(found)
+        self.passes.come_to(WORD)
         boxes: list[Mapping[Key, Item]] = [{}] * self.size
         with _noticing_losses():
             dist.all_gather_object(boxes, found, group=self.words)
@@ -137,7 +188,7 @@ def join(*, cpu: bool = False) -> Crew:
         raise InvalidField("WORLD_SIZE", wanted, f"set LOCAL_RANK and MASTER_ADDR too: {size} joined")
     apart = size > 1 and state.device.type != "cpu"
     words = dist.new_group(backend="gloo", timeout=WAIT) if apart else None
-    return Crew(rank=int(state.process_index), size=size, words=words)
+    return Crew(rank=int(state.process_index), size=size, words=words, passes=Passes(words=words))
 
 
 def leave() -> None:

@@ -33,8 +33,8 @@ def explain(error: BaseException, data: Path) -> str:
     if any(_no_memory(one) for one in chain):
         return (
             f"{told}. There is too little memory: lower dpo.batch_tokens, kto.batch_tokens, reward.batch_tokens and "
-            "evaluation.batch_tokens (0 leaves them to the device) or data.max_tokens, end other programs, or serve a "
-            "smaller model."
+            "evaluation.batch_tokens (0 leaves them to the device) or data.max_tokens, end other programs, cut the "
+            "model over several devices (launcher, shard_base), or serve a smaller model."
         )
     return told
 

@@ -51,13 +51,32 @@ def rank(environment: Mapping[str, str] = os.environ) -> int | None:
     """
     if "RANK" in environment and int(environment.get("WORLD_SIZE", "1")) > 1:
         return int(environment["RANK"])
-    if MARK in environment and "RANK" not in environment:
+    if MARK in environment:
         fix = (
             "use one that sets RANK and WORLD_SIZE: torchrun --standalone --nproc_per_node 2, or with GPUs "
             "accelerate launch --multi_gpu --num_processes 2"
         )
         raise InvalidField("launcher", environment[MARK], fix)
     return None
+
+
+def shards_base(setting: bool, *, several: bool, environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether the base is cut over the processes: as the run's `shard_base` or accelerate's launcher says.
+
+    Raises:
+        InvalidField: there is one process only, or accelerate was told of the first FSDP.
+    """
+    told = environment.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    version = environment.get("FSDP_VERSION", "1")
+    if told and version != "2":
+        raise InvalidField("--fsdp_version", version, "use 2: accelerate launch --use_fsdp --fsdp_version 2")
+    if (setting or told) and not several:
+        fix = (
+            "one process has nobody to share the base with: set launcher to what starts two or more, such as "
+            "torchrun --standalone --nproc_per_node 2, or leave it false"
+        )
+        raise InvalidField("shard_base", True, fix)
+    return setting or told
 
 
 def launch(store: Store, launcher: str, command: Sequence[str]) -> Outcome:

@@ -29,6 +29,8 @@ CPU_SLACK = 1.8
 """Resident memory over tensors with glibc's allocator: 563 over 318 MiB in one measurement (docs/gpu.md)."""
 GPU_SLACK = 1.1
 """For blocks that fit no request; not measured."""
+GATHERED_LAYERS = 3
+"""Of a base in parts, whole at a time: the one in use, what it was received in and what the next one is received in."""
 
 
 NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
@@ -95,11 +97,13 @@ class Estimate:
     logits: int
     kv_cache: int
     """Of sampling, which is not at the same time as the backward pass."""
+    gathered: int
+    """Layers that are whole for a moment, of a base in parts."""
 
     @property
     def total(self) -> int:
         """Return the peak."""
-        fixed = self.weights + self.adapters + self.optimiser + self.logits
+        fixed = self.weights + self.adapters + self.optimiser + self.logits + self.gathered
         return fixed + max(self.activations, self.kv_cache)
 
 
@@ -110,11 +114,16 @@ def lora_parameters(shape: Shape, rank: int) -> int:
     return shape.layers * rank * sides
 
 
-def base_parameters(shape: Shape) -> int:
-    """Return how many numbers the frozen model has, biases and norms left out."""
+def layer_parameters(shape: Shape) -> int:
+    """Return how many numbers one layer of the frozen model has, biases and norms left out."""
     d, q, k = shape.hidden, shape.query_width, shape.key_width
-    layer = 2 * d * q + 2 * d * k + 3 * d * shape.ffn
-    return shape.layers * layer + shape.vocabulary * d * (1 if shape.tied else 2)
+    return 2 * d * q + 2 * d * k + 3 * d * shape.ffn
+
+
+def base_parameters(shape: Shape, *, parts: int = 1) -> int:
+    """Return how many numbers of the frozen model one of `parts` processes holds: the layers are cut, nothing else."""
+    around = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
+    return shape.layers * layer_parameters(shape) // parts + around
 
 
 def activation_bytes_per_token(
@@ -162,6 +171,7 @@ def estimate(
     adapters: int = 2,
     learning: int = 1,
     sample_tokens: int = 0,
+    parts: int = 1,
 ) -> Estimate:
     """Return what a training needs at its peak.
 
@@ -170,6 +180,7 @@ def estimate(
         adapters: resident at once: policy and reference; with PPO also critic and reward model.
         learning: of them, those with an optimiser: 1, with PPO 2.
         sample_tokens: prompt and answer tokens in the KV cache while sampling.
+        parts: processes over which the base is cut.
     """
     one = lora_parameters(shape, rank) * WIDE
     kept = activation_bytes_per_token(
@@ -179,12 +190,13 @@ def estimate(
         kept = packed_bytes_per_token(shape, longest=packed_row)
     temporaries = 2 * shape.ffn * width
     return Estimate(
-        weights=base_parameters(shape) * width,
+        weights=base_parameters(shape, parts=parts) * width,
         adapters=adapters * one,
         optimiser=learning * 4 * one,
         activations=batch_tokens * (kept + temporaries),
         logits=LOGITS_A_CHUNK * (WIDE + (width if width != WIDE else 0)),
         kv_cache=sample_tokens * shape.layers * 2 * shape.key_width * width,
+        gathered=GATHERED_LAYERS * layer_parameters(shape) * width if parts > 1 else 0,
     )
 
 
@@ -248,6 +260,7 @@ def fitting_tokens(
     packed: bool = False,
     learning: int = 1,
     sample_tokens: int = 0,
+    parts: int = 1,
     room: int,
     slack: float,
 ) -> tuple[int, bool]:
@@ -256,7 +269,7 @@ def fitting_tokens(
     Args:
         longest: tokens of the largest prompt with its answers, which is never split: the budget is at least that.
         packed: whether the packed pass is taken, which without checkpointing needs no mask.
-        learning, sample_tokens: as for `estimate`.
+        learning, sample_tokens, parts: as for `estimate`.
         room: bytes left once weights and adapters are there.
 
     Raises:
@@ -264,8 +277,8 @@ def fitting_tokens(
             available memory and the fix.
     """
     of = partial(estimate, shape, rank=rank, width=width)
-    cost = of(batch_tokens=0, adapters=0, learning=learning, sample_tokens=sample_tokens)
-    fixed = slack * (cost.optimiser + cost.logits)
+    cost = of(batch_tokens=0, adapters=0, learning=learning, sample_tokens=sample_tokens, parts=parts)
+    fixed = slack * (cost.optimiser + cost.logits + cost.gathered)
     _check_sampling(fixed + slack * cost.kv_cache, sample_tokens, room)
     mask_width = longest if dense_mask else 0
     for checkpointing in (False, True):
@@ -275,12 +288,13 @@ def fitting_tokens(
         fits = max(0, int((room - fixed) / a_token))
         if fits >= longest:
             return fits, checkpointing
-    raise _does_not_fit(longest, fits, needed=fixed + longest * a_token, room=room, wide=width == WIDE)
-
-
-def _does_not_fit(longest: int, fits: int, *, needed: float, room: int, wide: bool) -> DoesNotFit:
     fixes = [f"lower data.max_tokens so that none exceeds {fits} tokens"] if fits else []
-    fixes += ['set precision = "bfloat16"'] if wide else []
+    fixes += ['set precision = "bfloat16"'] if width == WIDE else []
+    fixes += ["cut the model over several devices (launcher, shard_base)"] if parts == 1 else []
+    raise _does_not_fit(longest, fixes, needed=fixed + longest * a_token, room=room)
+
+
+def _does_not_fit(longest: int, fixes: list[str], *, needed: float, room: int) -> DoesNotFit:
     return DoesNotFit(
         f"memory: training on the largest prompt with its answers ({longest} tokens), with checkpointing, needs "
         f"{needed / GIB:.2f} GiB beside the model, {room / GIB:.2f} GiB are available; "
@@ -312,6 +326,7 @@ def plan_batches(base: Base, *, longest: int, rank: int, learning: int = 1, samp
         packed=packs(base),
         learning=learning,
         sample_tokens=sample_tokens,
+        parts=base.parts,
         room=available_bytes(base.device),
         slack=CPU_SLACK if base.device.type == "cpu" else GPU_SLACK,
     )

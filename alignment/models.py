@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from alignment.distributed import ALONE, Crew
+from alignment.sharding import shard
 from alignment.training_config import LoraSpec
 from storage.errors import InvalidField
 from storage.records import Json
@@ -54,17 +56,22 @@ class Base:
     """Whether training passes keep only each layer's input and compute the rest again (`checkpointed`)."""
     most_tokens: int = 2**62
     """What of a larger budget fits into memory (`memory.plan_batches`)."""
+    parts: int = 1
+    """Processes over which the layers are cut; 1: this one holds them whole."""
 
     def budget(self, asked: int) -> int:
         """Return the token budget of a micro-batch where the configuration asks for so many, 0: by device."""
         return min(asked or self.batch_tokens, self.most_tokens)
 
 
-def load_base(path: str, *, device: str = "auto", dtype: str = "auto") -> Base:
+def load_base(path: str, *, device: str = "auto", dtype: str = "auto", shared_by: Crew = ALONE) -> Base:
     """Load a chat model folder, frozen: float32 on a CPU, bfloat16 on a GPU that has it, dropout off.
 
+    Args:
+        shared_by: the processes over which its layers are cut; all load it together.
+
     Raises:
-        InvalidField: the folder holds no chat model, or its logits are not `head(hidden states)`.
+        InvalidField: the folder holds no chat model, its logits are not `head(hidden states)`, or it cannot be cut.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -81,12 +88,16 @@ def load_base(path: str, *, device: str = "auto", dtype: str = "auto") -> Base:
         raise InvalidField("model", path, "choose a chat model: it needs a chat template and an eos token")
     model.requires_grad_(False)
     model.eval()
+    if shared_by.size > 1:
+        shard(model, place, shared_by)
     model.to(place)
     _check_head(model, path)
-    return _describe(model, tokenizer, path=path, place=place, kind=kind)
+    return _describe(model, tokenizer, path=path, place=place, kind=kind, parts=shared_by.size)
 
 
-def _describe(model: Any, tokenizer: Any, *, path: str, place: torch.device, kind: torch.dtype) -> Base:
+def _describe(
+    model: Any, tokenizer: Any, *, path: str, place: torch.device, kind: torch.dtype, parts: int
+) -> Base:
     eos_id = int(tokenizer.eos_token_id)
     generation_eos = model.generation_config.eos_token_id
     extra = generation_eos if isinstance(generation_eos, list) else [generation_eos]
@@ -103,6 +114,7 @@ def _describe(model: Any, tokenizer: Any, *, path: str, place: torch.device, kin
         path=path,
         batch_tokens=CPU_BATCH_TOKENS if place.type == "cpu" else GPU_BATCH_TOKENS,
         share_prefixes=place.type == "cpu" and set(layer_types) == {"full_attention"},
+        parts=parts,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+from alignment.distributed import ALONE, Crew
 from alignment.models import Base, LoraSpec, add_policy, load_base
 from alignment.preferences import Pair, Thumb
 from alignment.progress import Silent
@@ -12,9 +13,9 @@ from alignment.progress import Silent
 SMALL = LoraSpec(rank=4, alpha=8)
 
 
-def base_with_policy(model: Path, *, seed: int = 1, spread: float = 0.0) -> Base:
+def base_with_policy(model: Path, *, seed: int = 1, spread: float = 0.0, shared_by: Crew = ALONE) -> Base:
     """Load the model with an adapter "policy"; `spread` > 0 gives it random weights that change answers."""
-    base = load_base(str(model))
+    base = load_base(str(model), shared_by=shared_by)
     add_policy(base, SMALL, seed=seed)
     if spread:
         randomise(base, "policy", seed=seed, spread=spread)

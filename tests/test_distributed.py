@@ -1,4 +1,4 @@
-"""Several processes must take the steps of one."""
+"""Several processes must take the steps of one, each with the whole base or with a part of it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,28 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignment.distributed import Crew
+from alignment.batching import collate, make_tree
+from alignment.distributed import ALONE, WORD, Crew, LostProcess, Passes
 from alignment.dpo import train_dpo
 from alignment.kto import train_kto
-from alignment.models import Base, save_adapter
+from alignment.launch import shards_base
+from alignment.logprobs import token_logprobs
+from alignment.models import Base, active, adapter_parameters, load_adapter, load_base, save_adapter
 from alignment.policy_training import PolicyResult
 from alignment.ppo import PpoConfig, PpoResult, train_ppo
 from alignment.preferences import Preferences
+from alignment.probe_record import record_probes
 from alignment.progress import Interrupted, Silent
 from alignment.reward_model import RewardConfig, TrainedReward, train_reward_model
 from alignment.training_config import DpoConfig, KtoConfig
 from learning_fixtures import StopAfter, base_with_policy, make_pairs, make_thumbs
+from storage.errors import InvalidField
+from storage.probes import read_probes, write_probes
 
 ROOT = Path(__file__).parent.parent
 JOBS = ("dpo", "kto", "reward", "ppo")
+HOW = ("whole", "cut")
+"""How two processes hold the base."""
 WORKER = """
 import sys; sys.path[:0] = [".", "tests"]
 from pathlib import Path
@@ -36,15 +44,15 @@ from alignment.distributed import join, leave
 from test_distributed import do_jobs
 torch.set_num_threads(1)
 crew = join(cpu=True)
-do_jobs(Path(sys.argv[1]), Path(sys.argv[2]) / str(crew.rank), crew)
+do_jobs(Path(sys.argv[1]), Path(sys.argv[2]) / str(crew.rank), crew, cut=sys.argv[3] == "cut")
 leave()
 """
 
 
-def do_jobs(model: Path, out: Path, crew: Crew) -> None:
+def do_jobs(model: Path, out: Path, crew: Crew, *, cut: bool = False) -> None:
     """Train by every method, from the same start whatever came before, and write what came out."""
     for job in JOBS:
-        base = base_with_policy(model)
+        base = base_with_policy(model, shared_by=crew if cut else ALONE)
         if job == "reward":
             reward_model(base, crew).save(out / job)
             continue
@@ -53,6 +61,34 @@ def do_jobs(model: Path, out: Path, crew: Crew) -> None:
         assert done.steps == 2, (job, done)
         save_adapter(base, "policy", out / job)
         (out / job / "curves.json").write_text(json.dumps(done.metrics))
+        (out / job / "base_bytes.json").write_text(json.dumps(base_bytes(base)))
+        if crew.rank == 0:  # alone: the other process has only words to wait for
+            write_probes(out / job, record_probes(base, adapter="policy"))
+        crew.told(None)
+        if job == "dpo":
+            gradients = {on: gradients_of(base, checkpointing=on) for on in (False, True)}
+            assert all(torch.equal(gradients[True][name], slope) for name, slope in gradients[False].items())
+
+
+def base_bytes(base: Base) -> int:
+    """Return the memory of the base's weights in this process, each storage once."""
+    weights = [value for name, value in base.model.named_parameters() if "lora_" not in name]
+    own = [value.to_local() if hasattr(value, "to_local") else value for value in weights]
+    return sum({part.data_ptr(): part.untyped_storage().nbytes() for part in own}.values())
+
+
+def gradients_of(base: Base, *, checkpointing: bool) -> dict[str, torch.Tensor]:
+    """Return the policy's gradients of an answer's likelihood."""
+    base.share_prefixes, base.checkpointing = False, checkpointing
+    batch = collate([make_tree([5, 6, 7], [[8, 9]])], share=False, pad_id=base.pad_id, device=base.device)
+    parameters = adapter_parameters(base, "policy")
+    for parameter in parameters.values():
+        parameter.grad = None
+    with active(base, "policy", trainable=True):
+        token_logprobs(base, batch).sum().backward()  # type: ignore[no-untyped-call]
+    return {
+        name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None
+    }
 
 
 COMMON: dict[str, Any] = {
@@ -114,10 +150,10 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def two(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two real processes train, each writing to a folder named by its rank."""
-    out = tmp_path_factory.mktemp("two")
+@pytest.fixture(scope="module", params=HOW)
+def two(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two real processes train, each writing to a folder named by its rank; the folder is named by `HOW`."""
+    out = tmp_path_factory.mktemp("two") / request.param
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -127,7 +163,7 @@ def two(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         launched = {name: str(value) for name, value in names.items()}
         started.append(
             subprocess.Popen(
-                [sys.executable, "-c", WORKER, str(model), str(out)],
+                [sys.executable, "-c", WORKER, str(model), str(out), request.param],
                 cwd=ROOT,
                 env={**os.environ, "MASTER_ADDR": "127.0.0.1", **launched},
                 stderr=subprocess.PIPE,
@@ -168,6 +204,54 @@ def test_two_processes_measure_what_one_measures(job: str, alone: Path, two: Pat
                 assert found.pop(name) > 0
                 expected.pop(name, None)
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_each_holds_its_part_of_the_layers(model: Path, alone: Path, two: Path) -> None:
+    whole = json.loads((alone / "dpo" / "base_bytes.json").read_text())
+    base = load_base(str(model))
+    around = (
+        base.model.get_input_embeddings().weight.nbytes + base.model.model.norm.weight.nbytes
+    )  # tied to the head
+    assert whole == base_bytes(base) > 2.5 * around
+    for rank in range(2):
+        held = json.loads((two / str(rank) / "dpo" / "base_bytes.json").read_text())
+        assert held == (whole if two.name == "whole" else around + (whole - around) // 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["dpo", "ppo"])
+def test_one_process_answers_alone_while_the_other_waits(job: str, model: Path, two: Path) -> None:
+    """Process 0 samples, scores and measures by itself; a whole base with its adapter must say the same."""
+    base = load_base(str(model))
+    load_adapter(base, "policy", two / "0" / job, trainable=False)
+    expected, found = record_probes(base, adapter="policy"), read_probes(two / "0" / job)
+    assert found is not None
+    for mine, theirs in zip(found.probes, expected.probes, strict=True):
+        assert mine.token_ids == theirs.token_ids
+        # float32 at some 20 nats: 1e-6 of them, ten times
+        assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+
+
+def test_a_pass_that_broke_off_is_no_place_for_words() -> None:
+    """The others are still in it: they would wait for different things until the end of days."""
+    passes = Passes(blocks=[Any], midway=True)  # type: ignore[list-item]
+    with pytest.raises(LostProcess, match="broken off"):
+        Crew(size=2, passes=passes).told(None)
+    Passes(midway=True).come_to(WORD)
+
+
+def test_a_base_is_cut_only_over_several_processes() -> None:
+    accelerate = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    assert not shards_base(False, several=True, environment={})
+    assert shards_base(True, several=True, environment={})
+    assert shards_base(False, several=True, environment=accelerate)
+    with pytest.raises(
+        InvalidField, match=r"shard_base: got True; .* set launcher to what starts two or more"
+    ):
+        shards_base(True, several=False, environment={})
+    with pytest.raises(InvalidField, match=r"--fsdp_version: got '1'; use 2"):
+        shards_base(True, several=True, environment={**accelerate, "FSDP_VERSION": "1"})
 
 
 def test_every_micro_batch_is_somebodys() -> None:

@@ -28,6 +28,9 @@ from tiny_models import make_tiny_model
 
 ROOT = Path(__file__).parent.parent
 LAUNCHER = "torchrun --standalone --nproc_per_node 2"
+ACCELERATE = (
+    "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 --num_machines 1 --main_process_port 0"
+)
 LONG: dict[str, dict[str, Any]] = {
     "dpo": {"method": "dpo", "dpo": {**SMALL["dpo"], "epochs": 60}},
     "ppo": {
@@ -154,14 +157,17 @@ def test_interrupted_then_killed_it_goes_on_to_the_same_weights(
 # -- several processes ------------------------------------------------------------------------------------
 
 
-def test_several_processes_make_the_adapter_of_one_also_after_a_signal(filled: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", [LAUNCHER, ACCELERATE])
+def test_several_processes_make_the_adapter_of_one_also_after_a_signal(
+    filled: Path, tmp_path: Path, launcher: str
+) -> None:
     """Stopped by SIGTERM, the whole family ends; started again, it goes on and agrees with one process.
 
     The gradients are the same sums in another order. Adam divides them by their own size, so over many steps what is
     near zero moves differently; the tolerance is a hundredth of the largest weight's way.
     """
     whole = copied(filled, tmp_path / "one", **LONG["dpo"]).finish()
-    site = copied(filled, tmp_path / "two", launcher=LAUNCHER, **LONG["dpo"])
+    site = copied(filled, tmp_path / "two", launcher=launcher, **LONG["dpo"])
     child = site.start()
     site.wait_for(child, "dpo", step=2)
     family = psutil.Process(child.pid).children(recursive=True)
@@ -180,8 +186,11 @@ def test_several_processes_make_the_adapter_of_one_also_after_a_signal(filled: P
         torch.testing.assert_close(weights[name], expected, rtol=0, atol=1e-3, msg=name)
 
 
-def test_a_process_that_dies_ends_the_others_and_the_run_has_failed(filled: Path, tmp_path: Path) -> None:
-    site = copied(filled, tmp_path / "data", launcher=LAUNCHER, **LONG["dpo"])
+@pytest.mark.parametrize("shard_base", [False, True])
+def test_a_process_that_dies_ends_the_others_and_the_run_has_failed(
+    filled: Path, tmp_path: Path, shard_base: bool
+) -> None:
+    site = copied(filled, tmp_path / "data", launcher=LAUNCHER, shard_base=shard_base, **LONG["dpo"])
     child = site.start()
     run = site.wait_for(child, "dpo", step=1)
     family = psutil.Process(child.pid).children(recursive=True)
@@ -208,3 +217,5 @@ def test_a_process_knows_its_place_from_what_the_launcher_set() -> None:
     assert rank({"RANK": "1", "WORLD_SIZE": "2", MARK: "torchrun"}) == 1
     with pytest.raises(InvalidField, match="launcher: got 'accelerate launch'; use one that sets RANK"):
         rank({MARK: "accelerate launch"})
+    with pytest.raises(InvalidField, match="launcher: got 'torchrun'"):  # or it would start itself for ever
+        rank({MARK: "torchrun", "RANK": "0", "WORLD_SIZE": "1"})

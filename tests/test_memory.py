@@ -152,6 +152,14 @@ def test_the_packed_pass_needs_less_than_the_models_own_and_no_mask() -> None:
     assert packed.activations < 0.67 * own.activations
 
 
+def test_a_base_in_parts_leaves_room_and_takes_some_for_the_layers_it_gathers() -> None:
+    """A layer of TINY has 2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 16 = 576 numbers, its embedding 800."""
+    whole, part = (estimate(TINY, rank=1, width=4, batch_tokens=0, parts=parts) for parts in (1, 2))
+    assert (whole.weights, whole.gathered) == ((2 * 576 + 800) * 4, 0)
+    assert (part.weights, part.gathered) == ((576 + 800) * 4, 3 * 576 * 4)
+    assert whole.total - part.total == (576 - 3 * 576) * 4
+
+
 def test_the_packed_pass_gives_way_to_checkpointing_when_it_does_not_fit() -> None:
     shape = Shape(layers=32, hidden=64, heads=2, kv_heads=1, head_dim=32, ffn=128, vocabulary=100, tied=True)
     found = estimate(shape, rank=1, width=4, batch_tokens=500, packed_row=500)
