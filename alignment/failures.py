@@ -20,6 +20,9 @@ NO_MEMORY_SAYS = re.compile(
 )
 """torch says so in a RuntimeError, on a CPU ("DefaultCPUAllocator: can't allocate memory") and on a GPU."""
 
+LOST_SAYS = re.compile(r"(closed|reset) by peer|remote process exit", re.IGNORECASE)
+"""gloo and NCCL, where a pass gathers a base in parts: other losses are `distributed.LostProcess`."""
+
 
 def explain(error: BaseException, data: Path) -> str:
     """Return the error in words for a person: those of known errors as they are, others with their kind."""
@@ -30,6 +33,8 @@ def explain(error: BaseException, data: Path) -> str:
             f"{told}. The disk of {data} is full: free some space there and run again; nothing half written was kept, and a "
             "training goes on from its checkpoint."
         )
+    if any(LOST_SAYS.search(str(one)) for one in chain) and not isinstance(error, KotaeError):
+        return f"another process of this run has ended; what it printed says why ({told})"
     if any(_no_memory(one) for one in chain):
         return (
             f"{told}. There is too little memory: lower dpo.batch_tokens, kto.batch_tokens, reward.batch_tokens and "

@@ -1,4 +1,4 @@
-"""Print the table of docs/gpu.md: what trainings of three model shapes need by `alignment.memory`. Nothing is measured here.
+"""Print the tables of docs/gpu.md: what trainings of some model shapes need by `alignment.memory`. Nothing is measured here.
 
 Run: PYTHONPATH=. python tests/benchmarks/memory_table.py
 """
@@ -18,9 +18,13 @@ SHAPES = {
     "Qwen2.5 7B": Shape(
         layers=28, hidden=3584, heads=28, kv_heads=4, head_dim=128, ffn=18944, vocabulary=152064, tied=False
     ),
+    "Qwen2.5 32B": Shape(
+        layers=64, hidden=5120, heads=40, kv_heads=8, head_dim=128, ffn=27648, vocabulary=152064, tied=False
+    ),
 }
 """From the models' own config.json."""
 ROOMS_GIB = (12, 24, 40)
+PARTS = (1, 2, 4, 8)
 LONGEST = 4096
 """Tokens of a pair at data.max_tokens = 2048, prompt twice."""
 
@@ -46,7 +50,23 @@ def budget(shape: Shape, room_gib: int) -> str:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print both tables."""
+    trainings()
+    print()
+    parts()
+
+
+def parts() -> None:
+    """Print what one device holds of a base that is cut over several, gathered layers included."""
+    print("| shape | " + " | ".join("1 device" if n == 1 else f"{n} devices" for n in PARTS) + " |")
+    print("| --- " * (1 + len(PARTS)) + "|")
+    for name, shape in SHAPES.items():
+        found = [estimate(shape, rank=16, width=2, batch_tokens=0, parts=n) for n in PARTS]
+        print(f"| {name} | " + " | ".join(f"{(f.weights + f.gathered) / GIB:.2f} GiB" for f in found) + " |")
+
+
+def trainings() -> None:
+    """Print what trainings need, and the token budgets that cards leave."""
     rooms = " | ".join(f"{room} GiB free" for room in ROOMS_GIB)
     print(f"| shape | weights | adapters and optimiser | activations a 1,000 tokens | {rooms} |")
     print("| --- " * (4 + len(ROOMS_GIB)) + "|")
