@@ -55,7 +55,7 @@ def _announce(decoder: Any, passes: Passes) -> None:
         passes.midway = False
         states: torch.Tensor = output.last_hidden_state
         if states.requires_grad:
-            states.register_hook(lambda slope: passes.come_to(BACKWARD))
+            states.register_hook(lambda slope: passes.come_to(BACKWARD))  # type: ignore[no-untyped-call]
 
     decoder.register_forward_pre_hook(begin)
     decoder.register_forward_hook(end)
