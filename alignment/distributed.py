@@ -186,6 +186,8 @@ def join(*, cpu: bool = False) -> Crew:
     size, wanted = int(state.num_processes), os.environ.get("WORLD_SIZE", "1")
     if size != int(wanted):
         raise InvalidField("WORLD_SIZE", wanted, f"set LOCAL_RANK and MASTER_ADDR too: {size} joined")
+    # under accelerate's --use_fsdp transformers would else load zeros in all processes but one
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     apart = size > 1 and state.device.type != "cpu"
     words = dist.new_group(backend="gloo", timeout=WAIT) if apart else None
     return Crew(rank=int(state.process_index), size=size, words=words, passes=Passes(words=words))

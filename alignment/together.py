@@ -131,8 +131,6 @@ def load(place: Place, incumbent: Policy, config: AlignmentConfig) -> Base:
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // 2 // beside))
     shared_by = place.crew if shards_base(config.shard_base, several=place.crew.size > 1) else ALONE
-    # under accelerate's --use_fsdp transformers would else load zeros in all processes but one
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     base = load_base(incumbent.base_path, device=config.device, dtype=config.precision, shared_by=shared_by)
     start = Path(incumbent.adapter_path) if incumbent.adapter_path else None
     loras = {"ppo": config.ppo.lora, "kto": config.kto.lora}
