@@ -328,6 +328,13 @@ def test_too_little_memory_fails_the_run_and_says_what_to_lower(
     assert "There is too little memory: lower dpo.batch_tokens" in printed
 
 
+def test_one_process_has_nobody_to_share_the_base_with(filled: Filled, align: Any) -> None:
+    code, printed = align(shard_base=True)
+    assert code == 2
+    assert "shard_base: got True; one process has nobody to share the base with: set launcher to" in printed
+    assert runs.list_runs(filled.store) == []
+
+
 @pytest.mark.parametrize("method", ["dpo", "ppo"])
 def test_a_model_that_does_not_fit_is_refused_before_it_is_trained(
     filled: Filled, tokenizer: Any, align: Any, monkeypatch: pytest.MonkeyPatch, method: str
