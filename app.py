@@ -63,7 +63,8 @@ def align(args: argparse.Namespace) -> int:
         config = replace(config, method=args.method)
     launch.give_way()
     rank = launch.rank()
-    launch.shards_base(config.shard_base, several=rank is not None or bool(config.launcher))
+    several = rank is not None or bool(config.launcher)
+    config = replace(config, shard_base=launch.shards_base(config.shard_base, several=several))
     if rank:
         from alignment.together import follow
 

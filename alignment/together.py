@@ -21,7 +21,6 @@ from alignment.config import AlignmentConfig
 from alignment.distributed import ALONE, Crew, LostProcess, join, leave
 from alignment.dpo import train_dpo
 from alignment.kto import train_kto
-from alignment.launch import shards_base
 from alignment.memory import plan_batches
 from alignment.models import Base, adapter_parameters, add_policy, load_base
 from alignment.policy_training import PolicyResult
@@ -126,11 +125,10 @@ def load(place: Place, incumbent: Policy, config: AlignmentConfig) -> Base:
 
     Raises:
         CorruptData: the served adapter's weights are not finite.
-        InvalidField: the base is to be cut over processes, and there is one.
     """
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // 2 // beside))
-    shared_by = place.crew if shards_base(config.shard_base, several=place.crew.size > 1) else ALONE
+    shared_by = place.crew if config.shard_base else ALONE
     base = load_base(incumbent.base_path, device=config.device, dtype=config.precision, shared_by=shared_by)
     start = Path(incumbent.adapter_path) if incumbent.adapter_path else None
     loras = {"ppo": config.ppo.lora, "kto": config.kto.lora}

@@ -181,6 +181,7 @@ def test_several_processes_make_the_adapter_of_one_also_after_a_signal(
     weights = site.finish()
     assert first_step(site, "dpo/loss") > 1
     assert site.last().cost["processes"] == 2
+    assert site.last().config["shard_base"] is (launcher == ACCELERATE)
     assert weights.keys() == whole.keys()
     for name, expected in whole.items():
         torch.testing.assert_close(weights[name], expected, rtol=0, atol=1e-3, msg=name)
