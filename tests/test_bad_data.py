@@ -398,8 +398,3 @@ def test_a_full_disk_is_recognised_in_the_words_of_each_library(tmp_path: Path) 
     theirs = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert "is full: free some space" in explain(theirs, tmp_path)
     assert explain(ValueError("odd"), tmp_path) == "ValueError: odd"
-
-
-def test_a_process_that_is_gone_is_recognised_in_the_middle_of_a_pass(tmp_path: Path) -> None:
-    theirs = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
-    assert explain(theirs, tmp_path).startswith("another process of this run has ended; what it printed says")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from alignment.batching import collate, make_tree
 from alignment.distributed import ALONE, WORD, Crew, LostProcess, Passes
 from alignment.dpo import train_dpo
+from alignment.failures import explain
 from alignment.kto import train_kto
 from alignment.launch import shards_base
 from alignment.logprobs import token_logprobs
@@ -243,6 +244,11 @@ def test_a_pass_that_broke_off_is_no_place_for_words() -> None:
     with pytest.raises(LostProcess, match="broken off"):
         Crew(size=2, passes=passes).told(None)
     Passes(midway=True).come_to(WORD)
+
+
+def test_a_process_that_is_gone_is_recognised_in_the_middle_of_a_pass(tmp_path: Path) -> None:
+    theirs = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    assert explain(theirs, tmp_path).startswith("another process of this run has ended; what it printed says")
 
 
 def test_a_base_is_cut_only_over_several_processes() -> None:
