@@ -192,13 +192,18 @@ def train_policy_by(
     method: Method,
     labels: Preferences,
     prompts: list[tuple[int, ...]],
+    unseen: list[tuple[int, ...]],
     config: AlignmentConfig,
     *,
     cache: ReferenceCache | None = None,
     checkpoint: Path | None = None,
     sampler: Sampler | None = None,
 ) -> Trained:
-    """Train the adapter "policy" by the method: on pairs, on thumbs, or on its own answers to the prompts."""
+    """Train the adapter "policy" by the method: on pairs, on thumbs, or on its own answers to the prompts.
+
+    Args:
+        unseen: prompts that it does not learn from.
+    """
     base, seed, progress, crew = place.base, config.seed, place.progress, place.crew
     assert base is not None
     if method == "ppo":
@@ -210,6 +215,7 @@ def train_policy_by(
             config.ppo,
             seed=seed,
             progress=progress,
+            unseen=unseen,
             checkpoint=checkpoint,
             sampler=sampler,
             crew=crew,
@@ -221,6 +227,7 @@ def train_policy_by(
             config.kto,
             seed=seed,
             progress=progress,
+            unseen=unseen,
             cache=cache,
             checkpoint=checkpoint,
             crew=crew,
@@ -231,6 +238,7 @@ def train_policy_by(
         config.dpo,
         seed=seed,
         progress=progress,
+        unseen=unseen,
         cache=cache,
         checkpoint=checkpoint,
         crew=crew,
