@@ -270,7 +270,7 @@ def _prompts(work: Work) -> list[tuple[int, ...]]:
 def _unseen(work: Work) -> list[tuple[int, ...]]:
     """Return the prompts of the judge's part: the policy does not learn from them, and it is not evaluated on them."""
     labels = work.prepared.parts.judge
-    return list(dict.fromkeys(label.prompt_ids for label in (*labels.pairs, *labels.thumbs)))
+    return list(dict.fromkeys([p.prompt_ids for p in labels.pairs] + [t.prompt_ids for t in labels.thumbs]))
 
 
 def _checkpoint(work: Work, method: Method, scorer: TrainedReward | None) -> Path:
