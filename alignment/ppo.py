@@ -111,9 +111,6 @@ def train_ppo(
 ) -> PpoResult:
     """Train the adapter "policy" (`models.add_policy`) to be scored higher on the prompts, near the reference.
 
-    In a later round the KL controller also steers by the budget from the base, and a final policy beyond it is brought
-    back on the line to the one it began with, as far as it must (arXiv 2406.16768 goes that way to trade score for KL).
-
     It stops itself, with a reason and the last good weights, on what `ppo_watch` names. With `checkpoint`, a file, an
     interrupted run resumes to the same weights.
 
@@ -146,6 +143,10 @@ def train_ppo(
     finally:
         remove_adapter(base, CRITIC)
         remove_adapter(base, MOVING)
+    return _result(training, stopped_because)
+
+
+def _result(training: Training, stopped_because: str | None) -> PpoResult:
     state = training.state
     return PpoResult(
         metrics=state.curves,
@@ -271,7 +272,8 @@ def _is_over(training: Training, curves: Curves) -> bool:
 def _held(training: Training, curves: Curves) -> Curves:
     """Bring the final policy back if it is beyond the budget from the base; return its KL where it was measured.
 
-    In the first round the answers' own KL says whether there is anything to measure.
+    It goes back on the line to the policy it began with (arXiv 2406.16768 goes that way to trade score for KL). In the
+    first round the answers' own KL says whether there is anything to measure.
     """
     hold, budget = training.hold, training.learner.config.kl_base_budget_nats
     first = hold.began_from_base is None

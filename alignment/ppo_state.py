@@ -117,6 +117,7 @@ def start_training(
     if config.reference == "moving":
         add_moving_reference(base, rank=config.reference_rank)
     policy, value = adapter_parameters(base, "policy"), critic_parameters(base, critic)
+    measured_on = where_measured(unseen, prompts, count=config.kl_prompts)
     learner = Learner(
         base=base,
         critic=critic,
@@ -131,13 +132,7 @@ def start_training(
         scorer=scorer,
         prompts=prompts,
         sampler=sampler,
-        hold=Hold(
-            base=base,
-            budget=config,
-            own_nats=0.0,
-            prompts=where_measured(unseen, prompts, count=config.kl_prompts),
-            crew=crew,
-        ),
+        hold=Hold(base=base, budget=config, own_nats=0.0, prompts=measured_on, crew=crew),
         good=copy_weights(policy),
         state=State(beta=config.beta or starting_beta(config.kl_target_nats)),
         seed=seed,
