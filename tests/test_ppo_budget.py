@@ -17,14 +17,8 @@ from alignment.progress import Interrupted
 from alignment.training import copy_weights
 from learning_fixtures import SMALL, Recorder, StopAfter, base_with_policy, randomise
 from ppo_fixtures import CONFIG, ENDS, Taste, prompts, usual_tokens
-from tiny_models import make_tiny_model
 
 LATER = replace(CONFIG, learning_rate=2e-2, kl_target_nats=4.0, kl_base_share=1.0, kl_prompts=16)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")
