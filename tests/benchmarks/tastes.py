@@ -275,8 +275,8 @@ def to_do(wanted: Sequence[Plan], known: Sequence[dict[str, Any]], folder: Path)
     return sorted(missing)
 
 
-def main() -> None:
-    """Run what is not yet known of every chosen method, taste and round, and write the report."""
+def options_of_the_command() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--methods", default="dpo,kto,ppo")
     parser.add_argument("--tastes", default=",".join(TASTES))
@@ -297,6 +297,12 @@ def main() -> None:
         parser.error(
             "--config: give another --json too, the default one holds what the default settings give"
         )
+    return options
+
+
+def main() -> None:
+    """Run what is not yet known of every chosen method, taste and round, and write the report."""
+    options = options_of_the_command()
     torch.set_num_threads(options.threads)
     options.folder.mkdir(parents=True, exist_ok=True)
     wanted = [
