@@ -77,8 +77,8 @@ class BaseBudget:
     """Mean KL of an answer from the base model that no run may pass, whatever the number of rounds; 0 for no budget."""
     kl_base_share: float = 0.3
     """Part of what is left of that budget that one run may spend, after the first run: of 2 nats, 1 of them spent, the next
-    runs get 0.3, 0.21, ... Right answers are lost with it, 5 to 6 points a nat under one taste (docs/learning.md): 0.3
-    is for 2 points at most."""
+    runs get 0.3, 0.21, ... Right answers are lost with it, 5 to 6 points a nat under one taste: 0.3 is for 2 points
+    at most. 0.5 lets later runs learn more (docs/learning.md)."""
     kl_prompts: int = 48
     """Prompts answered for one measurement."""
 
