@@ -217,21 +217,10 @@ LIMITS: dict[str, tuple[float, float]] = {
     "gate.length_ratio_max": (1, 1000),
     "reward.members": (1, 64),
     "reward.adapters": (1, 16),
-    "reward.learning_rate": (1e-8, 1),
     "reward.head_learning_rate": (1e-8, 1),
-    "dpo.beta": (1e-4, 100),
     "dpo.flip_rate": (0, 0.45),
-    "dpo.learning_rate": (1e-8, 1),
-    "dpo.displacement_window": (1, 1000),
-    "dpo.displacement_raises": (0, 100),
-    "dpo.checkpoint_every": (1, 1_000_000),
-    "kto.beta": (1e-4, 100),
-    "kto.learning_rate": (1e-8, 1),
     "kto.batch_thumbs": (2, 100_000),
     "kto.min_class_thumbs": (1, 1_000_000),
-    "kto.displacement_window": (1, 1000),
-    "kto.displacement_raises": (0, 100),
-    "kto.checkpoint_every": (1, 1_000_000),
     **PPO_LIMITS,
 }
 """(least, most) of a number, by key."""
@@ -239,12 +228,19 @@ SHARED_LIMITS: dict[str, tuple[float, float]] = {
     "rank": (1, 512),
     "alpha": (1, 4096),
     "epochs": (1, 1000),
+    "beta": (1e-4, 100),
+    "learning_rate": (1e-8, 1),
     "batch_pairs": (1, 100_000),
     "batch_tokens": (0, 100_000_000),
     "gradient_clip": (1e-6, 1e6),
     "kl_every": (1, 1_000_000),
+    "kl_prompts": (1, 100_000),
+    "kl_base_share": (0.01, 1),
+    "displacement_window": (1, 1000),
+    "displacement_raises": (0, 100),
+    "checkpoint_every": (1, 1_000_000),
 }
-"""The same for fields that several tables have."""
+"""The same for fields that several tables have, where a table has no limits of its own."""
 SHARE = (0.0, 1.0)
 NOT_NEGATIVE = (0.0, 1e9)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from alignment.training_config import DpoConfig, KtoConfig
+from alignment.training_config import FixedAnswersConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +18,7 @@ class Change:
     """Of pairs that fell by more than the floor."""
 
 
-def displacement(window: Sequence[Change], config: DpoConfig | KtoConfig) -> str | None:
+def displacement(window: Sequence[Change], config: FixedAnswersConfig) -> str | None:
     """Return why the latest steps count as displacement, None when they do not or are too few to tell."""
     recent = window[-config.displacement_window :]
     if len(recent) < config.displacement_window:
@@ -32,6 +32,6 @@ def displacement(window: Sequence[Change], config: DpoConfig | KtoConfig) -> str
     return None
 
 
-def raised_nll_weight(nll_weight: float, config: DpoConfig | KtoConfig) -> float:
+def raised_nll_weight(nll_weight: float, config: FixedAnswersConfig) -> float:
     """Return the NLL weight to go on with: the configured first one, then twice the last."""
     return max(config.displacement_nll_weight, 2 * nll_weight)

@@ -15,6 +15,7 @@ from alignment.batching import Tree, collate, make_tree, micro_batches
 from alignment.displacement import Change
 from alignment.distributed import ALONE, Crew
 from alignment.dpo_losses import pair_losses
+from alignment.kl_budget import where_measured
 from alignment.logprobs import completion_sums, shares, token_logprobs
 from alignment.models import Base, active, has_adapter
 from alignment.policy_training import Method, PolicyResult, train_policy
@@ -49,6 +50,7 @@ def train_dpo(
     *,
     seed: int,
     progress: Progress,
+    unseen: Sequence[Sequence[int]] = (),
     cache: ReferenceCache | None = None,
     checkpoint: Path | None = None,
     crew: Crew = ALONE,
@@ -58,6 +60,9 @@ def train_dpo(
     It stops itself, with a reason, on numbers that are not finite and on displacement that a raised NLL
     term does not cure. With `checkpoint`, a file, an interrupted run resumes to the same weights.
 
+    Args:
+        unseen: prompts that the policy does not learn from: its KL is measured there.
+
     Raises:
         InvalidField: no pairs, no adapter "policy", or a setting out of range.
         Interrupted: `progress` asked to stop; the checkpoint is written.
@@ -66,15 +71,16 @@ def train_dpo(
     pairs = [pair for pair in pairs if not pair.tie]
     _check(base, pairs, config)
     data = _prepare(base, pairs, config, cache=cache, progress=progress, crew=crew)
+    kl_prompts = where_measured(unseen, [pair.prompt_ids for pair in pairs], count=config.kl_prompts)
     method = Method(
         name="dpo",
         gradients=lambda numbers, nll_weight: _gradients(
             base, data, numbers, config, nll_weight=nll_weight, crew=crew
         ),
         batches=epoch_batches(len(pairs), size=config.batch_pairs, epochs=config.epochs, seed=seed),
-        kl_prompts=list(dict.fromkeys(tuple(pair.prompt_ids) for pair in pairs))[: config.kl_prompts],
+        kl_prompts=kl_prompts,
         accuracy_says="of pairs ranked as people did",
-        fingerprint=sha256_of([asdict(config), seed, [asdict(pair) for pair in pairs]]),
+        fingerprint=sha256_of([asdict(config), seed, [asdict(pair) for pair in pairs], kl_prompts]),
     )
     return train_policy(base, method, config, progress=progress, checkpoint=checkpoint, crew=crew)
 

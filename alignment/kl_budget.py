@@ -1,8 +1,6 @@
-"""How far the policy has moved from its reference and from the base, measured while it trains, on answers it gives itself.
+"""How far the policy has moved from its reference and from the base, measured on answers it gives itself.
 
-A training that ends when a budget is spent holds the policy equally near to its origin whatever the number of labels: a
-count of steps does not (the same recipe moved a small snapshot by 0.05 nats an answer and a large one by 2.3). The
-reference is where one run begins, the base where the first of all runs began: a budget from the base holds in rounds too.
+The reference is where one run begins, the base where the first of all runs began. `kl_hold` holds a training to limits.
 """
 
 from __future__ import annotations
@@ -49,6 +47,18 @@ class Limits:
         """Return whether it was the limit from the base that sent a policy back: it was passed, and stayed the nearer."""
         own = back.from_reference / self.from_reference if self.from_reference > 0 else 0.0
         return beyond.from_base > self.from_base > 0 and back.from_base / self.from_base > own
+
+
+def where_measured(
+    unseen: Sequence[Sequence[int]], own: Sequence[Sequence[int]], *, count: int
+) -> list[tuple[int, ...]]:
+    """Return the prompts to measure on, each once: spread over those that the policy does not learn from, then its own.
+
+    On prompts that a policy learns from it moves otherwise than on those that it will meet.
+    """
+    others = list(dict.fromkeys(map(tuple, unseen)))
+    apart = max(1, len(others) // count)
+    return list(dict.fromkeys([*others[::apart], *map(tuple, own)]))[:count]
 
 
 def kl_per_response(base: Base, prompts: Sequence[Sequence[int]], *, seed: int, crew: Crew = ALONE) -> Kl:
@@ -98,34 +108,3 @@ def _divergences_at(base: Base, states: Sequence[torch.Tensor]) -> torch.Tensor:
         for number, other in enumerate(theirs):
             totals[number] += float((ours.exp() * (ours - other)).sum(dtype=torch.float64))
     return totals
-
-
-def told_of_base(*, budget: float, began: float, passed: bool, moved: bool, setting: str) -> str:
-    """Return, for people, what the budget from the base did to a training; "" where it did not matter.
-
-    Args:
-        budget: nats an answer.
-        began: how far from the base the policy was that the training began with, in nats an answer.
-        passed: whether the training ended because it went too far from the base.
-        moved: whether the policy is another than it began with.
-        setting: the budget's name.
-    """
-    allowed = f"{budget:.3g} ({setting})"
-    if passed and not moved:
-        return (
-            "No candidate was made, and the served policy stays: what these labels ask for leads farther away from the "
-            f"base model than training may go. The served policy's answers are {began:.3g} nats from the base's, and "
-            f"training may take them to {allowed}. If its answers are good, raise that setting; if they have become "
-            "worse, roll back to an earlier policy. Labels that ask for something else can still be learnt."
-        )
-    if began > budget > 0:
-        return (
-            f"The served policy's answers are already {began:.3g} nats from the base model's, and training may take them "
-            f"to {allowed}: the candidate was allowed to change, but not to move farther away."
-        )
-    if passed:
-        return (
-            "Training ended early: the candidate's answers are as far from the base model's as all runs together may "
-            f"take them, in nats {allowed}."
-        )
-    return ""

@@ -25,6 +25,7 @@ import torch
 from alignment.batching import Batch, collate, group_by_prompt, make_tree, micro_batches
 from alignment.displacement import Change
 from alignment.distributed import ALONE, Crew
+from alignment.kl_budget import where_measured
 from alignment.kto_losses import balanced_weights, reference_point, thumb_losses
 from alignment.labels import Thumb
 from alignment.logprobs import Row, completion_logprobs, completion_sums, shares, token_logprobs
@@ -65,6 +66,7 @@ def train_kto(
     *,
     seed: int,
     progress: Progress,
+    unseen: Sequence[Sequence[int]] = (),
     cache: ReferenceCache | None = None,
     checkpoint: Path | None = None,
     crew: Crew = ALONE,
@@ -74,6 +76,9 @@ def train_kto(
     The order of thumbs inside an optimiser batch decides which answer follows which prompt in z0, and nothing else.
     It stops itself, with a reason, on numbers that are not finite and on displacement of the liked answers that a
     raised NLL term does not cure. With `checkpoint`, a file, an interrupted run resumes to the same weights.
+
+    Args:
+        unseen: prompts that the policy does not learn from: its KL is measured there.
 
     Raises:
         InvalidField: too few thumbs of a class, one that cannot be used, no adapter "policy", or a setting out
@@ -86,15 +91,16 @@ def train_kto(
     ups = [thumb.up for thumb in thumbs]
     batches = thumb_batches(ups, size=config.batch_thumbs, epochs=config.epochs, seed=seed)
     data = _prepare(base, thumbs, batches, config, cache=cache, progress=progress, crew=crew)
+    kl_prompts = where_measured(unseen, [thumb.prompt_ids for thumb in thumbs], count=config.kl_prompts)
     method = Method(
         name="kto",
         gradients=lambda numbers, nll_weight: _gradients(
             base, data, numbers, config, nll_weight=nll_weight, crew=crew
         ),
         batches=batches,
-        kl_prompts=list(dict.fromkeys(tuple(thumb.prompt_ids) for thumb in thumbs))[: config.kl_prompts],
+        kl_prompts=kl_prompts,
         accuracy_says="of answers on their thumb's side",
-        fingerprint=sha256_of(["kto", asdict(config), seed, [asdict(thumb) for thumb in thumbs]]),
+        fingerprint=sha256_of(["kto", asdict(config), seed, [asdict(thumb) for thumb in thumbs], kl_prompts]),
     )
     return train_policy(base, method, config, progress=progress, checkpoint=checkpoint, crew=crew)
 

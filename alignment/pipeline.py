@@ -192,9 +192,8 @@ def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, mete
     work = replace(work, config=_adapted(work.config, choice, statistics))
     trained = stages.update_policy(work, choice.method, scorer)
     check_stop(work.progress)
-    held = stages.held(trained)
-    if stages.no_candidate(trained):
-        return Outcome(status="refused", message=held, run_id=work.run.id)
+    if trained.held and not trained.moved:
+        return Outcome(status="refused", message=trained.held, run_id=work.run.id)
     # 7. the evidence
     evidence = stages.evaluate_candidate(work, judging)
     check_stop(work.progress)
@@ -217,7 +216,7 @@ def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, mete
     stages.publish(work, candidate, evidence, verdict)
     work.progress.step(1)
     outcome = _judged(work.run, candidate, verdict)
-    return replace(outcome, message=f"{outcome.message} {held}".strip())
+    return replace(outcome, message=f"{outcome.message} {trained.held}".strip())
 
 
 def _judged(run: Run, candidate: Policy, verdict: Verdict) -> Outcome:

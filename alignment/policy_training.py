@@ -15,8 +15,8 @@ import torch
 
 from alignment.displacement import Change, displacement, raised_nll_weight
 from alignment.distributed import Crew
-from alignment.kl_budget import Kl, Limits, kl_per_response, told_of_base
-from alignment.models import Base, adapter_parameters, has_adapter
+from alignment.kl_hold import Hold
+from alignment.models import Base
 from alignment.progress import Interrupted, Progress
 from alignment.training import (
     Weights,
@@ -30,11 +30,8 @@ from alignment.training import (
     set_rate,
     write_checkpoint,
 )
-from alignment.training_config import DpoConfig, KtoConfig
+from alignment.training_config import FixedAnswersConfig
 
-HALVINGS = 4
-"""How often the way back from over a KL budget is halved: to a sixteenth of the last steps."""
-PolicyConfig = DpoConfig | KtoConfig
 Gradients = Callable[[Sequence[int], float], tuple[dict[str, float], Change | None]]
 """Adds the gradients of a batch's loss, given its items and the weight of the NLL term; returns the step's curves and
 how the answers that people preferred have moved (None: the batch has none)."""
@@ -78,8 +75,6 @@ class _State:
     """Everything besides weights and optimiser that a resumed run must know."""
 
     nll_weight: float
-    began_from_base: float | None = None
-    """KL from the base of the policy it began with, in nats; None: not measured, for it is the base or has no limit."""
     step: int = 0
     raises: int = 0
     window: list[Change] = field(default_factory=list)
@@ -92,32 +87,26 @@ class _State:
 class _Training:
     """One training under way."""
 
+    hold: Hold
     parameters: dict[str, torch.nn.Parameter]
     optimiser: torch.optim.Optimizer
     good: Weights
     """The last weights that were neither displaced nor broken."""
-    within: Weights
-    """The last weights whose KL was measured within the budgets."""
     state: _State
     checkpoint: Path | None
     fingerprint: str
-    held_by_base: bool = False
-    """Whether it ended at the limit from the base."""
 
 
 def train_policy(
     base: Base,
     method: Method,
-    config: PolicyConfig,
+    config: FixedAnswersConfig,
     *,
     progress: Progress,
     checkpoint: Path | None,
     crew: Crew,
 ) -> PolicyResult:
     """Train the adapter "policy" to the end of the batches or of a KL budget.
-
-    A policy that begins beyond the budget from the base may change but not move farther away: labels that lead back, or
-    elsewhere, are still learnt.
 
     It stops itself, with a reason, on numbers that are not finite and on displacement that a raised NLL
     term does not cure. With `checkpoint`, a file, an interrupted run resumes to the same weights.
@@ -126,51 +115,37 @@ def train_policy(
         Interrupted: `progress` asked to stop; the checkpoint is written.
         CorruptData: the checkpoint belongs to another run.
     """
-    began = copy_weights(adapter_parameters(base, "policy"))
     training = _start(base, method, config, checkpoint=checkpoint, crew=crew)
     progress.stage(method.name, len(method.batches))
-    stopped_because = _train(base, method, config, training, progress, crew)
+    stopped_because = _train(method, config, training, progress, crew)
     if stopped_because is None and not all_finite(training.parameters):
         stopped_because = "a weight of the adapter is not finite"
     if stopped_because is not None:
         restore_weights(training.parameters, training.good)
-    return _result(method, config, training, began, stopped_because)
-
-
-def _result(
-    method: Method, config: PolicyConfig, training: _Training, began: Weights, stopped_because: str | None
-) -> PolicyResult:
-    """Tell how it ended, given the weights it began with."""
-    state = training.state
-    moved = any(not torch.equal(weight, began[name]) for name, weight in training.parameters.items())
-    held = told_of_base(
-        budget=config.kl_base_budget_nats,
-        began=state.began_from_base or 0.0,
-        passed=training.held_by_base,
-        moved=moved,
-        setting=f"{method.name}.kl_base_budget_nats",
-    )
     return PolicyResult(
-        metrics=_means(state.curves),
-        steps=state.step,
+        metrics=_means(training.state.curves),
+        steps=training.state.step,
         stopped_because=stopped_because,
-        moved=moved,
-        held=held,
+        moved=training.hold.moved(),
+        held=training.hold.told(method.name),
     )
 
 
 def _start(
-    base: Base, method: Method, config: PolicyConfig, *, checkpoint: Path | None, crew: Crew
+    base: Base, method: Method, config: FixedAnswersConfig, *, checkpoint: Path | None, crew: Crew
 ) -> _Training:
     """Set up the optimiser, and go on from the checkpoint if there is one."""
-    parameters = adapter_parameters(base, "policy")
+    hold = Hold(
+        base=base, budget=config, own_nats=config.kl_budget_nats, prompts=method.kl_prompts, crew=crew
+    )
+    parameters = hold.parameters
     training = _Training(
+        hold=hold,
         parameters=parameters,
         optimiser=adamw(
             [(list(parameters.values()), config.learning_rate)], weight_decay=config.weight_decay
         ),
         good=copy_weights(parameters),
-        within=copy_weights(parameters),
         state=_State(nll_weight=config.nll_weight),
         checkpoint=checkpoint,
         fingerprint=method.fingerprint,
@@ -179,14 +154,12 @@ def _start(
     if saved is not None:
         restore_weights(parameters, saved["weights"])
         training.optimiser.load_state_dict(saved["optimiser"])
-        training.good, training.within = (
-            {name: weight.to(base.device) for name, weight in saved[kept].items()}
-            for kept in ("good", "within")
-        )
+        training.good = {name: weight.to(base.device) for name, weight in saved["good"].items()}
+        hold.restore(saved["hold"])
         window = [Change(**change) for change in saved["state"].pop("window")]
         training.state = _State(**saved["state"], window=window)
-    elif config.kl_base_budget_nats > 0 and has_adapter(base, "reference"):
-        training.state.began_from_base = _kl(base, method, training.state, crew).from_base
+    else:
+        hold.begin()
     return training
 
 
@@ -196,7 +169,7 @@ def _save(training: _Training) -> None:
             "fingerprint": training.fingerprint,
             "weights": copy_weights(training.parameters),
             "good": training.good,
-            "within": training.within,
+            "hold": training.hold.saved(),
             "optimiser": training.optimiser.state_dict(),
             "state": asdict(training.state),
         }
@@ -204,9 +177,8 @@ def _save(training: _Training) -> None:
 
 
 def _train(
-    base: Base,
     method: Method,
-    config: PolicyConfig,
+    config: FixedAnswersConfig,
     training: _Training,
     progress: Progress,
     crew: Crew,
@@ -237,8 +209,8 @@ def _train(
         state.curves = [*state.curves, curves][-config.displacement_window :]
         # 4. has it gone as far as it may?
         over = False
-        if _limits(config, state) and state.step % config.kl_every == 0:
-            kl, over = _held(base, method, config, training, crew)
+        if training.hold.limits() and state.step % config.kl_every == 0:
+            kl, over = training.hold.hold(state.step)
             curves[f"{name}/kl_per_response_nats"] = kl.from_reference
             curves[f"{name}/kl_from_base_nats"] = kl.from_base
         progress.step(state.step, f"{curves[f'{name}/accuracy']:.0%} {method.accuracy_says}", **curves)
@@ -247,65 +219,8 @@ def _train(
     return None
 
 
-def _limits(config: PolicyConfig, state: _State) -> Limits:
-    """Return how far the policy may go; one that began beyond the budget from the base, no farther than there."""
-    from_base = config.kl_base_budget_nats
-    if state.began_from_base is not None:
-        from_base = max(from_base, state.began_from_base)
-    return Limits(from_reference=config.kl_budget_nats, from_base=from_base)
-
-
-def _kl(base: Base, method: Method, state: _State, crew: Crew) -> Kl:
-    """Return the KL of an answer.
-
-    Where it is compared with that of the beginning, all measurements draw as the first did: what differs is the policy.
-    """
-    seed = state.step if state.began_from_base is None else 0
-    with torch.no_grad():
-        return kl_per_response(base, method.kl_prompts, seed=seed, crew=crew)
-
-
-def _held(
-    base: Base, method: Method, config: PolicyConfig, training: _Training, crew: Crew
-) -> tuple[Kl, bool]:
-    """Bring the policy back if it is beyond a limit; return its KL and whether it was."""
-    state = training.state
-    limits, kl = _limits(config, state), _kl(base, method, state, crew)
-    if not limits.passed_by(kl):
-        training.within = copy_weights(training.parameters)
-        return kl, False
-    back = _step_back(base, method, limits, training, crew)
-    training.held_by_base = limits.held_by_base(kl, back)
-    return back, True
-
-
-def _step_back(base: Base, method: Method, limits: Limits, training: _Training, crew: Crew) -> Kl:
-    """Go back from weights beyond a limit towards the last ones within both; return the KL there.
-
-    In the steep part of a training two steps can more than double the KL, so the end is looked for on the line between
-    both by halving: as far as it may, and no farther.
-    """
-    there, within, found, share = copy_weights(training.parameters), 0.0, None, 1.0
-    beyond = True
-    for halving in range(1, HALVINGS + 1):
-        share += (-1 if beyond else 1) * 0.5**halving
-        _put_between(training, there, share)
-        kl = _kl(base, method, training.state, crew)
-        beyond = limits.passed_by(kl)
-        if not beyond:
-            within, found = share, kl
-    _put_between(training, there, within)
-    return found or _kl(base, method, training.state, crew)
-
-
-def _put_between(training: _Training, there: Weights, share: float) -> None:
-    """Set the weights to the last ones within the budgets plus `share` of the way from them."""
-    between = {name: torch.lerp(training.within[name], weight, share) for name, weight in there.items()}
-    restore_weights(training.parameters, between)
-
-
 def _watch(
-    curves: dict[str, float], change: Change | None, training: _Training, config: PolicyConfig
+    curves: dict[str, float], change: Change | None, training: _Training, config: FixedAnswersConfig
 ) -> str | None:
     """Keep good weights; raise the NLL term on displacement; return why training must stop."""
     broken = [name for name, value in curves.items() if not math.isfinite(value)]

@@ -12,6 +12,7 @@ Names of the curves:
 | `objective/kl_per_response_nats` | k1: sum of log pi - log ref over an answer; penalty and controller look at it |
 | `objective/kl_k3_nats` | k3 of the same, which single tokens far below the reference can blow up |
 | `objective/kl_from_start_nats` | k3 to the policy the training began with; cap and budget look at it |
+| `objective/kl_from_base_nats` | k1 to the base model, in later rounds with a budget from it; else to the start |
 | `objective/entropy_nats_per_token` | mean -log pi of the sampled tokens |
 | `objective/importance_weight` | mean truncated weight; 1 with answers of this process |
 | `policy/loss`, `policy/clip_fraction`, `policy/approx_kl`, `policy/ratio` | means over tokens and minibatches |
@@ -20,6 +21,7 @@ Names of the curves:
 | `policy/gradient_norm`, `value/gradient_norm` | of the last minibatch, before clipping |
 | `value/loss`, `value/clip_fraction`, `value/explained_variance` | of the critic |
 | `ppo/beta`, `ppo/learning_rate`, `ppo/score_std`, `ppo/reference_error` | the controller, the schedule, the units |
+| `ppo/kl_per_response_nats`, `ppo/kl_from_base_nats` | of the final policy, measured and held as DPO's and KTO's are |
 | `response/length`, `response/eos_rate` | tokens of an answer; share that ended by itself |
 """
 
@@ -81,13 +83,17 @@ class PpoResult:
     """How the training ended. The adapter "policy" holds the last good weights in any case."""
 
     metrics: dict[str, float]
-    """The latest of each curve; those of answers are the final policy's, unless it was stopped."""
+    """The latest of each curve; those of answers are the final policy's, unless it was stopped or brought back."""
     steps: int
     """Batches of answers learnt from."""
     stopped_because: str | None
     """None when it ran to its end or spent its KL budget."""
     samples: tuple[Sample, ...]
     """Of the first and of the last batch of answers."""
+    moved: bool
+    """Whether the policy is another than it began with."""
+    held: str
+    """For people: what the KL budget from the base did to the training; "" where it did not matter."""
 
 
 def train_ppo(
@@ -98,6 +104,7 @@ def train_ppo(
     *,
     seed: int,
     progress: Progress,
+    unseen: Sequence[Sequence[int]] = (),
     checkpoint: Path | None = None,
     sampler: Sampler | None = None,
     crew: Crew = ALONE,
@@ -110,6 +117,7 @@ def train_ppo(
     Args:
         prompts: token ids of prompts, as served.
         scorer: a reward model on the same base.
+        unseen: prompts that the policy does not learn from: the final KL is measured there.
         sampler: answers prompts elsewhere (`rollout_server`); None: in this process.
         crew: the processes that train together; checkpoint and sampler belong to process 0.
 
@@ -121,18 +129,32 @@ def train_ppo(
     _check(base, prompts, scorer, config)
     try:
         training = start_training(
-            base, prompts, scorer, config, seed=seed, checkpoint=checkpoint, sampler=sampler, crew=crew
+            base,
+            prompts,
+            scorer,
+            config,
+            seed=seed,
+            unseen=unseen,
+            checkpoint=checkpoint,
+            sampler=sampler,
+            crew=crew,
         )
         stopped_because = _trained(training, progress)
     finally:
         remove_adapter(base, CRITIC)
         remove_adapter(base, MOVING)
+    return _result(training, stopped_because)
+
+
+def _result(training: Training, stopped_because: str | None) -> PpoResult:
     state = training.state
     return PpoResult(
         metrics=state.curves,
         steps=state.step,
         stopped_because=stopped_because,
         samples=(*state.first_samples, *state.last_samples),
+        moved=training.hold.moved(),
+        held=training.hold.told("ppo"),
     )
 
 
@@ -181,6 +203,7 @@ def _train(training: Training, progress: Progress) -> str | None:
         curves = objective(answers, references, scores)
         reason = _judged(training, answers, references, scores, curves)
         if reason is not None or _is_over(training, curves):
+            curves |= {} if reason else _held(training, curves)
             state.curves |= curves
             progress.step(config.steps + 1, _told(curves), **curves)
             return reason
@@ -246,6 +269,20 @@ def _is_over(training: Training, curves: Curves) -> bool:
     return spent or state.step == config.steps
 
 
+def _held(training: Training, curves: Curves) -> Curves:
+    """Bring the final policy back if it is beyond the budget from the base; return its KL where it was measured.
+
+    It goes back on the line to the policy it began with (arXiv 2406.16768 goes that way to trade score for KL). In the
+    first round the answers' own KL says whether there is anything to measure.
+    """
+    hold, budget = training.hold, training.learner.config.kl_base_budget_nats
+    first = hold.began_from_base is None
+    if budget == 0 or (first and curves["objective/kl_from_start_nats"] <= budget):
+        return {}
+    kl, _ = hold.hold(training.state.step)
+    return {"ppo/kl_per_response_nats": kl.from_reference, "ppo/kl_from_base_nats": kl.from_base}
+
+
 def _learn(training: Training, experience: Experience) -> tuple[Curves, str | None]:
     """Take the optimiser steps of this batch at this step's learning rate."""
     learner, step = training.learner, training.state.step
@@ -266,7 +303,7 @@ def _next_beta(training: Training, answers: Answers, curves: Curves) -> float:
     config, state = training.learner.config, training.state
     state.kl, ahead = kl_ahead(
         state.kl,
-        curves["objective/kl_per_response_nats"],
+        _steered_by(training, curves),
         smoothing=config.kl_smoothing,
         lookahead_steps=config.kl_lookahead_steps,
     )
@@ -278,6 +315,16 @@ def _next_beta(training: Training, answers: Answers, curves: Curves) -> float:
         horizon=config.kl_horizon_answers,
         error_clip=config.kl_error_clip,
     )
+
+
+def _steered_by(training: Training, curves: Curves) -> float:
+    """Return the KL that the controller looks at: in a later round the distance from the base counts like that from the
+    reference, its limit like the target."""
+    kl, hold = curves["objective/kl_per_response_nats"], training.hold
+    if hold.began_from_base is None:
+        return kl
+    share = curves["objective/kl_from_base_nats"] / hold.limits().from_base
+    return max(kl, share * training.learner.config.kl_target_nats)
 
 
 def _move_reference(training: Training) -> Curves:

@@ -28,14 +28,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from alignment.training_config import LoraSpec
+from alignment.training_config import BaseBudget, LoraSpec
 
 EnsembleRule = Literal["mean_std", "mean_variance", "min"]
 ReferenceKind = Literal["fixed", "moving"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PpoConfig:
+class PpoConfig(BaseBudget):
     """How the policy is trained on its own answers.
 
     Defaults without a source are first settings for the starter model, not yet measured on it.
@@ -154,7 +154,6 @@ PPO_LIMITS: dict[str, tuple[float, float]] = {
     "ppo.max_new_tokens": (1, 100_000),
     "ppo.temperature": (0.01, 10),
     "ppo.minibatches": (1, 1000),
-    "ppo.learning_rate": (1e-8, 1),
     "ppo.critic_learning_rate": (1e-8, 1),
     "ppo.adam_epsilon": (1e-12, 1e-2),
     "ppo.clip_range": (1e-3, 1),
@@ -179,7 +178,6 @@ PPO_LIMITS: dict[str, tuple[float, float]] = {
     "ppo.length_ratio_max": (1, 1000),
     "ppo.epoch_kl_cap_nats_per_token": (1e-5, 1e3),
     "ppo.sample_batch_tokens": (64, 100_000_000),
-    "ppo.checkpoint_every": (1, 1_000_000),
     "ppo.shown_samples": (0, 1000),
 }
 """(least, most) of a number, by key."""

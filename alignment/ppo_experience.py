@@ -42,6 +42,8 @@ class References:
     """Under the reference of the KL penalty."""
     start: torch.Tensor
     """Under what the training began with: the same, unless the reference moves."""
+    base: torch.Tensor
+    """Under the base model: the same, where the training began with it or has no budget from it."""
 
 
 def rollouts(training: Training, prompts: Sequence[Sequence[int]], progress: Progress) -> Answers:
@@ -64,10 +66,10 @@ def rollouts(training: Training, prompts: Sequence[Sequence[int]], progress: Pro
 
 
 def reference_logprobs(training: Training, answers: Answers, progress: Progress) -> References:
-    """Score the answers under the references: one pass, two when the penalty's reference moves."""
+    """Score the answers under the references: one pass, one more for each that is another policy."""
     base, config = training.learner.base, training.learner.config
 
-    def scored(adapter: str) -> torch.Tensor:
+    def scored(adapter: str | None) -> torch.Tensor:
         numbers_of = logprobs_of(base, temperature=config.temperature)
         return of_each_token(
             base,
@@ -80,7 +82,11 @@ def reference_logprobs(training: Training, answers: Answers, progress: Progress)
         )
 
     start = scored("reference")
-    return References(scored(MOVING) if has_adapter(base, MOVING) else start, start)
+    return References(
+        penalty=scored(MOVING) if has_adapter(base, MOVING) else start,
+        start=start,
+        base=scored(None) if training.hold.began_from_base is not None else start,
+    )
 
 
 def ensemble_score(training: Training, answers: Answers, progress: Progress) -> torch.Tensor:
@@ -101,6 +107,7 @@ def objective(answers: Answers, references: References, scores: torch.Tensor) ->
         "objective/kl_per_response_nats": kl_k1(old, references.penalty)[mask].sum() / count,
         "objective/kl_k3_nats": kl_k3(old, references.penalty)[mask].sum() / count,
         "objective/kl_from_start_nats": kl_k3(old, references.start)[mask].sum() / count,
+        "objective/kl_from_base_nats": kl_k1(old, references.base)[mask].sum() / count,
         "objective/entropy_nats_per_token": -old[mask].sum() / tokens,
         "objective/importance_weight": answers.weights.sum() / tokens,
         "response/length": tokens / count,

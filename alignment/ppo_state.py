@@ -14,6 +14,8 @@ import torch
 from alignment.critic import CRITIC, add_critic, critic_parameters
 from alignment.distributed import ALONE, Crew
 from alignment.ema import MOVING, add_moving_reference
+from alignment.kl_budget import where_measured
+from alignment.kl_hold import Hold
 from alignment.models import Base, adapter_parameters, remove_adapter
 from alignment.ppo_config import PpoConfig
 from alignment.ppo_losses import Moments, starting_beta
@@ -70,6 +72,7 @@ class Training:
     scorer: TrainedReward
     prompts: Sequence[Sequence[int]]
     sampler: Sampler | None
+    hold: Hold
     good: Weights
     """The last weights of the policy whose answers were fine."""
     state: State
@@ -79,11 +82,17 @@ class Training:
 
 
 def ppo_fingerprint(
-    prompts: Sequence[Sequence[int]], scorer: TrainedReward, config: PpoConfig, *, seed: int
+    prompts: Sequence[Sequence[int]],
+    scorer: TrainedReward,
+    config: PpoConfig,
+    *,
+    seed: int,
+    unseen: Sequence[Sequence[int]] = (),
 ) -> str:
     """Name everything a checkpoint depends on besides base and starting adapter."""
     heads: list[object] = scorer.heads.double().cpu().tolist()
-    return sha256_of([asdict(config), seed, [list(prompt) for prompt in prompts], heads])
+    asked = [[list(prompt) for prompt in some] for some in (prompts, unseen)]
+    return sha256_of([asdict(config), seed, asked, heads])
 
 
 def start_training(
@@ -93,6 +102,7 @@ def start_training(
     config: PpoConfig,
     *,
     seed: int,
+    unseen: Sequence[Sequence[int]] = (),
     checkpoint: Path | None,
     sampler: Sampler | None,
     crew: Crew = ALONE,
@@ -107,6 +117,7 @@ def start_training(
     if config.reference == "moving":
         add_moving_reference(base, rank=config.reference_rank)
     policy, value = adapter_parameters(base, "policy"), critic_parameters(base, critic)
+    measured_on = where_measured(unseen, prompts, count=config.kl_prompts)
     learner = Learner(
         base=base,
         critic=critic,
@@ -121,13 +132,15 @@ def start_training(
         scorer=scorer,
         prompts=prompts,
         sampler=sampler,
+        hold=Hold(base=base, budget=config, own_nats=0.0, prompts=measured_on, crew=crew),
         good=copy_weights(policy),
         state=State(beta=config.beta or starting_beta(config.kl_target_nats)),
         seed=seed,
         checkpoint=checkpoint,
-        fingerprint=ppo_fingerprint(prompts, scorer, config, seed=seed),
+        fingerprint=ppo_fingerprint(prompts, scorer, config, seed=seed, unseen=unseen),
     )
-    _resume(training)
+    if not _resume(training):
+        training.hold.begin()
     return training
 
 
@@ -158,23 +171,26 @@ def save(training: Training) -> None:
             "fingerprint": training.fingerprint,
             "weights": copy_weights(all_weights(training)),
             "good": training.good,
+            "hold": training.hold.saved(),
             "optimiser": training.learner.optimiser.state_dict(),
             "state": asdict(training.state),
         }
         write_checkpoint(training.checkpoint, content)
 
 
-def _resume(training: Training) -> None:
+def _resume(training: Training) -> bool:
+    """Go on from the checkpoint; return whether there was one."""
     file = training.checkpoint
     saved = training.learner.crew.told(
         read_checkpoint(file, fingerprint=training.fingerprint) if file else None
     )
     if saved is None:
-        return
+        return False
     device, state = training.learner.base.device, saved["state"]
     restore_weights(all_weights(training), saved["weights"])
     training.learner.optimiser.load_state_dict(saved["optimiser"])
     training.good = {name: weight.to(device) for name, weight in saved["good"].items()}
+    training.hold.restore(saved["hold"])
     training.state = State(
         beta=state["beta"],
         kl=state["kl"],
@@ -185,3 +201,4 @@ def _resume(training: Training) -> None:
         first_samples=[Sample(**sample) for sample in state["first_samples"]],
         last_samples=[Sample(**sample) for sample in state["last_samples"]],
     )
+    return True

@@ -42,6 +42,7 @@ PLOTS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
             "kto/kl_per_response_nats",
             "kto/kl_from_base_nats",
             "objective/kl_per_response_nats",
+            "objective/kl_from_base_nats",
         ),
     ),
 }

@@ -14,7 +14,6 @@ from alignment.fixed_questions import FixedQuestions
 from alignment.gate import Verdict
 from alignment.golden import golden_file, load_golden
 from alignment.models import Base, answer_ids, save_adapter
-from alignment.policy_training import PolicyResult
 from alignment.ppo import ppo_fingerprint
 from alignment.preferences import Preferences, load_preferences
 from alignment.probe_record import record_probes
@@ -226,16 +225,6 @@ def update_policy(work: Work, method: Method, scorer: TrainedReward | None) -> T
     return result
 
 
-def held(trained: Trained) -> str:
-    """Return, for people, what the KL budget from the base did to the training; "" for nothing. PPO has none."""
-    return trained.held if isinstance(trained, PolicyResult) else ""
-
-
-def no_candidate(trained: Trained) -> bool:
-    """Return whether that budget left the served policy as it is."""
-    return isinstance(trained, PolicyResult) and bool(trained.held) and not trained.moved
-
-
 def _trained(work: Work, method: Method, checkpoint: Path) -> Trained:
     incumbent = work.prepared.incumbent
     identity = reference_identity(
@@ -252,6 +241,7 @@ def _trained(work: Work, method: Method, checkpoint: Path) -> Trained:
             method,
             labels,
             prompts,
+            _unseen(work),
             work.config,
             cache=cache,
             checkpoint=checkpoint,
@@ -277,6 +267,12 @@ def _prompts(work: Work) -> list[tuple[int, ...]]:
     return [prompt for prompt in found if len(prompt) <= room]
 
 
+def _unseen(work: Work) -> list[tuple[int, ...]]:
+    """Return the prompts of the judge's part: the policy does not learn from them, and it is not evaluated on them."""
+    labels = work.prepared.parts.judge
+    return list(dict.fromkeys([p.prompt_ids for p in labels.pairs] + [t.prompt_ids for t in labels.thumbs]))
+
+
 def _checkpoint(work: Work, method: Method, scorer: TrainedReward | None) -> Path:
     """Return the checkpoint's file, named by everything the training depends on; drop forgotten ones."""
     folder = work.store.data / "cache" / "checkpoints"
@@ -292,7 +288,7 @@ def _checkpoint(work: Work, method: Method, scorer: TrainedReward | None) -> Pat
         training = [asdict(config.kto), config.seed, [asdict(thumb) for thumb in labels.thumbs]]
     else:
         training = [asdict(config.dpo), config.seed, [asdict(pair) for pair in labels.pairs]]
-    identity = [incumbent.base_sha256, incumbent.adapter_sha256, method, training]
+    identity = [incumbent.base_sha256, incumbent.adapter_sha256, method, training, _unseen(work)]
     return folder / f"{sha256_of(identity)[:32]}.pt"
 
 
@@ -385,7 +381,7 @@ def write_report(
         statistics=statistics,
         choice=choice,
         training={"steps": trained.steps, **trained.metrics},
-        held=held(trained),
+        held=trained.held,
         verdict=verdict,
         samples=evidence.samples,
         details=evidence.details,

@@ -193,46 +193,30 @@ def train_policy_by(
     method: Method,
     labels: Preferences,
     prompts: list[tuple[int, ...]],
+    unseen: list[tuple[int, ...]],
     config: AlignmentConfig,
     *,
     cache: ReferenceCache | None = None,
     checkpoint: Path | None = None,
     sampler: Sampler | None = None,
 ) -> Trained:
-    """Train the adapter "policy" by the method: on pairs, on thumbs, or on its own answers to the prompts."""
-    base, seed, progress, crew = place.base, config.seed, place.progress, place.crew
+    """Train the adapter "policy" by the method: on pairs, on thumbs, or on its own answers to the prompts.
+
+    Args:
+        unseen: prompts that it does not learn from.
+    """
+    base = place.base
     assert base is not None
+    options: dict[str, Any] = {
+        "seed": config.seed,
+        "progress": place.progress,
+        "unseen": unseen,
+        "checkpoint": checkpoint,
+        "crew": place.crew,
+    }
     if method == "ppo":
         assert place.scorer is not None
-        return train_ppo(
-            base,
-            prompts,
-            place.scorer,
-            config.ppo,
-            seed=seed,
-            progress=progress,
-            checkpoint=checkpoint,
-            sampler=sampler,
-            crew=crew,
-        )
+        return train_ppo(base, prompts, place.scorer, config.ppo, sampler=sampler, **options)
     if method == "kto":
-        return train_kto(
-            base,
-            labels.thumbs,
-            config.kto,
-            seed=seed,
-            progress=progress,
-            cache=cache,
-            checkpoint=checkpoint,
-            crew=crew,
-        )
-    return train_dpo(
-        base,
-        labels.pairs,
-        config.dpo,
-        seed=seed,
-        progress=progress,
-        cache=cache,
-        checkpoint=checkpoint,
-        crew=crew,
-    )
+        return train_kto(base, labels.thumbs, config.kto, cache=cache, **options)
+    return train_dpo(base, labels.pairs, config.dpo, cache=cache, **options)

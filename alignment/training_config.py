@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 DpoLoss = Literal["dpo", "cdpo", "robust", "ipo"]
+KtoLoss = Literal["kto", "apo_zero_unpaired"]
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -69,112 +70,48 @@ class RewardConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DpoConfig:
-    """How the policy is trained on pairs. Defaults without a source were measured on the starter model."""
+class BaseBudget:
+    """How far all runs together may take a policy from the base model. DPO, KTO and PPO hold the same budget."""
+
+    kl_base_budget_nats: float = 2.0
+    """Mean KL of an answer from the base model that no run may pass, whatever the number of rounds; 0 for no budget."""
+    kl_base_share: float = 0.3
+    """Part of what is left of that budget that one run may spend, after the first run: of 2 nats, 1 of them spent, the next
+    runs get 0.3, 0.21, ... Right answers are lost with it, 5 to 6 points a nat under one taste: 0.3 is for 2 points
+    at most. 0.5 lets later runs learn more (docs/learning.md)."""
+    kl_prompts: int = 48
+    """Prompts answered for one measurement."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FixedAnswersConfig(BaseBudget):
+    """What DPO and KTO, which learn from given answers, have in common. "Preferred" answers are the chosen ones of pairs
+    and those with a thumb up. Defaults without a source were measured on the starter model."""
 
     lora: LoraSpec = LoraSpec()
-    loss: DpoLoss = "dpo"
-    """dpo (arXiv 2305.18290 eq. 7), cdpo (its section on noisy labels, Mitchell 2023), robust (arXiv
-    2403.00409), ipo (arXiv 2310.12036, length-normalised)."""
     beta: float = 0.1
-    """Per nat (arXiv 2305.18290)."""
-    flip_rate: float = 0.0
-    """Assumed share of wrong labels, used by cdpo and robust; at most 0.45."""
+    """Per nat (arXiv 2305.18290; arXiv 2402.01306, section 4.1)."""
     learning_rate: float = 5e-4
     """About 10x the rate of full fine-tuning. 1e-3 spends the KL budget in steps too large to stop at it."""
     epochs: int = 8
     """At most: a KL budget ends a training sooner (arXiv 2406.02900: direct methods degrade with long training)."""
-    batch_pairs: int = 16
-    """Pairs an optimiser step."""
     kl_budget_nats: float = 1.0
     """Mean KL of an answer from the reference at which training ends; 0 for no budget. The best of three answers,
     0.43 nats away, wins 77 to 86% under made-up tastes: more cannot be learnt at 0.4 (docs/learning.md)."""
-    kl_base_budget_nats: float = 2.0
-    """Mean KL of an answer from the base model at which training ends, whatever the number of rounds; 0 for no budget.
-    sqrt(KL) behaves like a distance (arXiv 2204.05862, section 4.3): rounds of 1 nat at right angles add to 2, so that
-    something else can be learnt in full, and two the same way to 4. Measured under one taste only (docs/learning.md)."""
     kl_every: int = 2
-    """Optimiser steps between two measurements of it."""
-    kl_prompts: int = 48
-    """Prompts answered for one measurement."""
+    """Optimiser steps between two measurements of the KL."""
     warmup_share: float = 0.1
     """Part of the steps with a rising rate; cosine to zero after it."""
     weight_decay: float = 0.0
     gradient_clip: float = 1.0
     """Global norm (arXiv 2305.18290 uses 10 with RMSprop; 1.0 is the usual one with AdamW)."""
-    margin_weight: float = 0.5
-    """Factor of a comparison's strength margin inside the sigmoid (ODPO, arXiv 2402.10571)."""
-    length_weight: float = 0.0
-    """alpha of alpha * (|y_w| - |y_l|) subtracted inside the sigmoid, per token (arXiv 2403.19159)."""
     nll_weight: float = 1.0
-    """Weight of -log pi(chosen) / |y| (arXiv 2404.19733: 1); the displacement watch may raise it. Without it the starter
-    gave a right answer 13 points less often at temperature 0.7, with it 5 (made-up taste "hurried")."""
-    correction_dpop_weight: float = 5.0
-    """lambda of the DPOP penalty, on corrections only (arXiv 2402.13228): plain DPO lowers both of two
-    answers that differ little."""
+    """Weight of -log pi(preferred) / |y| (arXiv 2404.19733: 1); the displacement watch may raise it. Without it the starter
+    gave a right answer 13 points less often at temperature 0.7, with it 5 (DPO, made-up taste "hurried")."""
     displacement_cap_nats_per_token: float = 0.1
-    """Mean fall of log pi(chosen) a token that counts as displacement (arXiv 2410.08847)."""
+    """Mean fall of log pi(preferred) a token that counts as displacement (arXiv 2410.08847)."""
     displacement_share_cap: float = 0.6
-    """Share of pairs whose log pi(chosen) falls that counts as displacement (arXiv 2410.08847)."""
-    falling_floor_nats_per_token: float = 0.01
-    """A smaller fall of one pair is noise and does not count into the share."""
-    displacement_window: int = 4
-    """Optimiser steps over which both are averaged."""
-    displacement_nll_weight: float = 0.5
-    """What the watch raises `nll_weight` to at first; it doubles it after that."""
-    displacement_raises: int = 3
-    """How often it may raise before it stops the run."""
-    batch_tokens: int = 0
-    """Token budget of a micro-batch, 0: by device. Changes speed and memory, never the result."""
-    checkpoint_every: int = 5
-    """Optimiser steps between checkpoints."""
-
-
-KtoLoss = Literal["kto", "apo_zero_unpaired"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KtoConfig:
-    """How the policy is trained on single thumbs. Defaults that name no source are `DpoConfig`'s."""
-
-    lora: LoraSpec = LoraSpec()
-    loss: KtoLoss = "kto"
-    """kto (arXiv 2402.01306 eq. 7) or apo_zero_unpaired (arXiv 2408.06266 eq. 7, unpaired as in TRL): the same with
-    z0 = 0, which saves the mismatched rows."""
-    beta: float = 0.1
-    """Per nat (arXiv 2402.01306, section 4.1)."""
-    desirable_weight: float = 0.0
-    """lambda_D, the factor on thumbs up. 0: automatic, so that lambda_D n_D / (lambda_U n_U), with n the thumbs' weights
-    together, is kept in [1, 4/3] (arXiv 2402.01306 eq. 8) by raising the class that has too little."""
-    undesirable_weight: float = 0.0
-    """lambda_U, the factor on thumbs down. 0: automatic. Two given weights are used as they are."""
-    min_class_thumbs: int = 20
-    """Thumbs of each class below which nothing is trained: automatic weights would make a few people's labels as loud
-    as everybody's. A floor only: the choice of a method asks for 10% of 1,000."""
-    learning_rate: float = 5e-4
-    epochs: int = 8
-    """At most: a KL budget ends a training sooner."""
-    batch_thumbs: int = 16
-    """Thumbs an optimiser step, at least 2: z0 needs answers to other prompts (arXiv 2402.01306 uses 32)."""
-    kl_budget_nats: float = 1.0
-    """Mean KL of an answer from the reference at which training ends; 0 for no budget."""
-    kl_base_budget_nats: float = 2.0
-    """Mean KL of an answer from the base model at which training ends, whatever the number of rounds; 0 for no budget."""
-    kl_every: int = 2
-    """Optimiser steps between two measurements of it."""
-    kl_prompts: int = 48
-    """Prompts answered for one measurement."""
-    warmup_share: float = 0.1
-    """Part of the steps with a rising rate; cosine to zero after it."""
-    weight_decay: float = 0.0
-    gradient_clip: float = 1.0
-    """Global norm."""
-    nll_weight: float = 1.0
-    """Weight of -log pi(answer) / |y| of thumbs up (arXiv 2404.19733: 1); the displacement watch may raise it."""
-    displacement_cap_nats_per_token: float = 0.1
-    """Mean fall of log pi(answer) a token of thumbs up that counts as displacement (arXiv 2410.08847)."""
-    displacement_share_cap: float = 0.6
-    """Share of thumbs up whose log pi(answer) falls that counts as displacement (arXiv 2410.08847)."""
+    """Share of preferred answers whose log pi falls that counts as displacement (arXiv 2410.08847)."""
     falling_floor_nats_per_token: float = 0.01
     """A smaller fall of one answer is noise and does not count into the share."""
     displacement_window: int = 4
@@ -187,3 +124,42 @@ class KtoConfig:
     """Token budget of a micro-batch, 0: by device. Changes speed and memory, never the result."""
     checkpoint_every: int = 5
     """Optimiser steps between checkpoints."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DpoConfig(FixedAnswersConfig):
+    """How the policy is trained on pairs."""
+
+    loss: DpoLoss = "dpo"
+    """dpo (arXiv 2305.18290 eq. 7), cdpo (its section on noisy labels, Mitchell 2023), robust (arXiv
+    2403.00409), ipo (arXiv 2310.12036, length-normalised)."""
+    flip_rate: float = 0.0
+    """Assumed share of wrong labels, used by cdpo and robust; at most 0.45."""
+    batch_pairs: int = 16
+    """Pairs an optimiser step."""
+    margin_weight: float = 0.5
+    """Factor of a comparison's strength margin inside the sigmoid (ODPO, arXiv 2402.10571)."""
+    length_weight: float = 0.0
+    """alpha of alpha * (|y_w| - |y_l|) subtracted inside the sigmoid, per token (arXiv 2403.19159)."""
+    correction_dpop_weight: float = 5.0
+    """lambda of the DPOP penalty, on corrections only (arXiv 2402.13228): plain DPO lowers both of two
+    answers that differ little."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KtoConfig(FixedAnswersConfig):
+    """How the policy is trained on single thumbs."""
+
+    loss: KtoLoss = "kto"
+    """kto (arXiv 2402.01306 eq. 7) or apo_zero_unpaired (arXiv 2408.06266 eq. 7, unpaired as in TRL): the same with
+    z0 = 0, which saves the mismatched rows."""
+    desirable_weight: float = 0.0
+    """lambda_D, the factor on thumbs up. 0: automatic, so that lambda_D n_D / (lambda_U n_U), with n the thumbs' weights
+    together, is kept in [1, 4/3] (arXiv 2402.01306 eq. 8) by raising the class that has too little."""
+    undesirable_weight: float = 0.0
+    """lambda_U, the factor on thumbs down. 0: automatic. Two given weights are used as they are."""
+    min_class_thumbs: int = 20
+    """Thumbs of each class below which nothing is trained: automatic weights would make a few people's labels as loud
+    as everybody's. A floor only: the choice of a method asks for 10% of 1,000."""
+    batch_thumbs: int = 16
+    """Thumbs an optimiser step, at least 2: z0 needs answers to other prompts (arXiv 2402.01306 uses 32)."""

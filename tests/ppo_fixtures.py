@@ -29,6 +29,7 @@ CONFIG = PpoConfig(
     learning_rate=5e-3,
     critic_learning_rate=5e-3,
     epoch_kl_cap_nats_per_token=1.0,
+    kl_base_budget_nats=0.0,
     entropy_share_min=0.0,
     length_ratio_min=0.0,
     length_ratio_max=100.0,

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from alignment import kl_hold
 from alignment.dpo import DpoConfig, train_dpo
-from alignment.kl_budget import LONGEST_ANSWER_TOKENS, Kl, Limits, kl_per_response
+from alignment.kl_budget import LONGEST_ANSWER_TOKENS, Kl, Limits, kl_per_response, where_measured
 from alignment.kto import KtoConfig, train_kto
 from alignment.labels import Thumb
 from alignment.models import Base, LoraSpec, active, adapter_parameters, add_policy, load_base, save_adapter
@@ -30,6 +31,7 @@ COMMON: dict[str, Any] = {
     "epochs": 8,
     "kl_budget_nats": 0.0,
     "kl_base_budget_nats": 0.0,
+    "kl_base_share": 1.0,
     "nll_weight": 0.0,
 }
 DPO = DpoConfig(batch_pairs=8, **COMMON)
@@ -190,11 +192,38 @@ def test_a_later_round_ends_at_the_budget_from_the_base_before_its_own(
     assert far[-1] > 0.6  # farther than it began, 0.5
     assert 0 < own[-1] < 0.5
     assert result.moved
-    assert "as far from the base model's as all runs together" in result.held
+    assert "as far from the base model's as this run may take them, 1 nats" in result.held
     assert f"1 ({method}.kl_base_budget_nats)" in result.held
     result, curves = trained(later_round(model, served), method, labels(back=False), kl_budget_nats=100.0)
     assert curve(curves, f"{method}/kl_from_base_nats")[-1] > 1.5
     assert result.held == ""
+
+
+def test_a_later_round_spends_its_share_of_what_is_left_of_the_budget(model: Path, served: Path) -> None:
+    budgets = {"kl_budget_nats": 100.0, "kl_base_budget_nats": 1.0, "kl_base_share": 0.4}
+    base = later_round(model, served)
+    prompts = where_measured((), [pair.prompt_ids for pair in labels(back=False)], count=8)
+    began = kl_per_response(base, prompts, seed=0).from_base
+    assert 0.3 < began < 0.7
+    result, curves = trained(base, "dpo", labels(back=False), **budgets)
+    limit = began + 0.4 * (1 - began)
+    assert began < curve(curves, "dpo/kl_from_base_nats")[-1] <= limit
+    assert f"may take them, {limit:.3g} nats" in result.held
+
+
+def test_the_kl_is_measured_on_prompts_that_the_policy_does_not_learn_from(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, unseen = ([pair.prompt_ids for pair in make_pairs(16, seed=seed)] for seed in (0, 9))
+    assert where_measured(unseen[:4], own, count=6) == [*unseen[:4], *own[:2]]
+    assert where_measured(unseen, own, count=5) == unseen[:15:3]  # spread over all of them
+    asked = []
+    monkeypatch.setattr(
+        kl_hold, "kl_per_response", lambda base, prompts, **_: asked.append(prompts) or Kl(0, 0)
+    )
+    trained(base_with_policy(model), "dpo", labels(back=False), unseen=unseen, kl_budget_nats=1.0)
+    assert asked[0] == where_measured(unseen, own, count=8)
+    assert not set(asked[0]) & set(own)
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])

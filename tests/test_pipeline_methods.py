@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from alignment import policy_training
+from alignment import kl_hold
 from alignment.config import AlignmentConfig, config_of
 from alignment.kl_budget import Kl
 from alignment.outcome import recorded_outcome
@@ -71,7 +71,8 @@ def test_ppo_optimises_a_reward_model_that_is_not_the_judge(filled: Filled, toke
     add_comparisons(filled, tokenizer, LABELS)
     outcome = align(filled.store, config(method="ppo"))
     assert outcome.status == "passed", outcome.message
-    assert {"objective/score", "ppo/beta", "value/loss"} <= curves(filled.store, outcome)
+    named = {"objective/score", "ppo/beta", "value/loss", "objective/kl_from_base_nats"}
+    assert named <= curves(filled.store, outcome)
     assert (
         "ppo, beta automatic at first" in (run_folder(filled.store, outcome.run_id) / "report.md").read_text()
     )
@@ -121,7 +122,7 @@ def test_a_run_that_begins_beyond_the_budget_from_the_base_says_so_and_may_end_w
     # 3 nats from the base at the beginning, and at every measurement after it as far or farther
     distances = iter([3.0, 3.0, 3.0, *range(3, 100)])
     monkeypatch.setattr(
-        policy_training,
+        kl_hold,
         "kl_per_response",
         lambda *_, **__: Kl(from_reference=0.1, from_base=float(next(distances))),
     )

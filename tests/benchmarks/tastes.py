@@ -1,11 +1,13 @@
 """What each method makes of tastes that nobody told it: wins on fresh questions, facts kept, KL, round after round.
 
-Usage: python tests/benchmarks/tastes.py [--methods dpo,kto,ppo] [--tastes orderly,kind] [--rounds 5] [--fresh 400]
+Usage: python tests/benchmarks/tastes.py [--methods dpo,kto,ppo] [--tastes orderly,kind] [--rounds 5] [--fresh 300]
+           [--config FILE --json FILE]
 
 The starter model answers in process; a made-up taste compares or rates the answers as staff would; one training follows
 with the product's default settings; wins are counted by the taste itself, which no learning code can see. Every finished
-cell is kept in `tests/benchmarks/tastes.json` and not done again, so it may be interrupted; at the end the table in
-`docs/learning.md` and its picture are written anew (`tastes_report.py`).
+cell is kept in `tests/benchmarks/tastes.json` and not done again, so it may be interrupted; at the end the tables in
+`docs/learning.md` and their picture are written anew (`tastes_report.py`). A later round starts from the adapter of the
+one before, which is kept in `--folder`: where it is missing, the rounds before are trained again.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import torch
 from made_up_tastes import TASTES, Taste
 from tastes_report import write_report
 
-from alignment.config import AlignmentConfig
+from alignment.config import AlignmentConfig, load_config
 from alignment.dpo import train_dpo
 from alignment.intervals import wilson
 from alignment.kl_budget import kl_per_response
@@ -45,6 +47,9 @@ from storage.digests import base_digest
 
 ROOT = Path(__file__).parents[2]
 STARTER = ROOT / "alignment" / "starter" / "checkpoint"
+CELLS = ROOT / "tests/benchmarks/tastes.json"
+Plan = tuple[int, str, str]
+"""Round from 0, taste, method."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,25 +160,30 @@ class Curve(Silent):
 
     def __init__(self) -> None:
         self.kl_nats: list[float] = []
+        self.base_kl_nats: list[float] = []
 
     def step(self, done: int, message: str = "", **metrics: float) -> None:
-        self.kl_nats += [
-            round(value, 3) for name, value in metrics.items() if name.endswith("kl_per_response_nats")
-        ]
+        for ending, kept in (
+            ("kl_per_response_nats", self.kl_nats),
+            ("kl_from_base_nats", self.base_kl_nats),
+        ):
+            kept += [round(value, 3) for name, value in metrics.items() if name.endswith(ending)]
 
 
 def trained(base: Base, setting: Setting, pairs: list[Pair], round_number: int, curve: Curve) -> Any:
-    """Train the adapter "policy" by the method, with its defaults."""
+    """Train the adapter "policy" by the method; its KL is measured on questions that it does not learn from, as in a run."""
     config, seed = setting.config, setting.seed + round_number
+    unseen = asked(base, questions(config.dpo.kl_prompts, seed=seed + 500))
     if setting.method == "dpo":
-        return train_dpo(base, pairs, config.dpo, seed=seed, progress=curve)
+        return train_dpo(base, pairs, config.dpo, seed=seed, progress=curve, unseen=unseen)
     if setting.method == "kto":
-        return train_kto(base, thumbs_of(base, pairs, setting.taste), config.kto, seed=seed, progress=curve)
+        thumbs = thumbs_of(base, pairs, setting.taste)
+        return train_kto(base, thumbs, config.kto, seed=seed, progress=curve, unseen=unseen)
     cut = len(pairs) * 4 // 5
     known, kept = (Preferences(pairs=tuple(part), thumbs=()) for part in (pairs[:cut], pairs[cut:]))
     scorer = train_reward_model(base, known, kept, config.reward, seed=seed, progress=Silent())
     prompts = [pair.prompt_ids for pair in pairs]
-    return train_ppo(base, prompts, scorer, config.ppo, seed=seed, progress=curve)
+    return train_ppo(base, prompts, scorer, config.ppo, seed=seed, progress=curve, unseen=unseen)
 
 
 def judged(base: Base, setting: Setting, round_number: int) -> dict[str, Any]:
@@ -222,13 +232,13 @@ def right(intents: Sequence[str | None], found: Sequence[Question]) -> float:
 def cell(setting: Setting, round_number: int, folder: Path) -> dict[str, Any]:
     """Train one round from the policy of the round before, keep its adapter and judge it."""
     base = load_base(str(STARTER), device="cpu")
-    before = folder / f"{setting.name}-{setting.method}-{round_number - 1}" if round_number else None
+    before = adapter(folder, (round_number - 1, setting.name, setting.method)) if round_number else None
     add_policy(base, setting.config.dpo.lora, seed=setting.seed, start_from=before)
     pairs = pairs_of(base, setting, round_number)
     began, curve = time.process_time(), Curve()
     outcome = trained(base, setting, pairs, round_number, curve)
     spent = time.process_time() - began
-    save_adapter(base, "policy", folder / f"{setting.name}-{setting.method}-{round_number}")
+    save_adapter(base, "policy", adapter(folder, (round_number, setting.name, setting.method)))
     return {
         "method": setting.method,
         "taste": setting.name,
@@ -241,12 +251,32 @@ def cell(setting: Setting, round_number: int, folder: Path) -> dict[str, Any]:
         "stopped_because": outcome.stopped_because,
         "training_cpu_s": round(spent, 1),
         "training_kl_nats": curve.kl_nats,
+        "training_base_kl_nats": curve.base_kl_nats,
+        "held": outcome.held,
         **judged(base, setting, round_number),
     }
 
 
-def main() -> None:
-    """Run what is not yet known of every chosen method, taste and round, and write the report."""
+def adapter(folder: Path, plan: Plan) -> Path:
+    """Return where a round's adapter is kept."""
+    number, name, method = plan
+    return folder / f"{name}-{method}-{number}"
+
+
+def to_do(wanted: Sequence[Plan], known: Sequence[dict[str, Any]], folder: Path) -> list[Plan]:
+    """Return what is not known yet, and the rounds before it whose adapters are missing."""
+    done = {(one["round"], one["taste"], one["method"]) for one in known}
+    missing = {plan for plan in wanted if plan not in done}
+    for number, name, method in sorted(missing, reverse=True):
+        before = (number - 1, name, method)
+        while before[0] >= 0 and not adapter(folder, before).exists():
+            missing.add(before)
+            before = (before[0] - 1, name, method)
+    return sorted(missing)
+
+
+def options_of_the_command() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--methods", default="dpo,kto,ppo")
     parser.add_argument("--tastes", default=",".join(TASTES))
@@ -258,8 +288,21 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=ROOT / "data/tastes", help="adapters and first answers"
     )
-    parser.add_argument("--json", type=Path, default=ROOT / "tests/benchmarks/tastes.json")
+    parser.add_argument("--json", type=Path, default=CELLS)
+    parser.add_argument(
+        "--config", type=Path, help="settings other than the defaults; give another --json too"
+    )
     options = parser.parse_args()
+    if options.config is not None and options.json == CELLS:
+        parser.error(
+            "--config: give another --json too, the default one holds what the default settings give"
+        )
+    return options
+
+
+def main() -> None:
+    """Run what is not yet known of every chosen method, taste and round, and write the report."""
+    options = options_of_the_command()
     torch.set_num_threads(options.threads)
     options.folder.mkdir(parents=True, exist_ok=True)
     wanted = [
@@ -268,25 +311,32 @@ def main() -> None:
         for name in options.tastes.split(",")
         for method in options.methods.split(",")
     ]
-    for number, name, method in wanted:
-        cells = json.loads(options.json.read_text()) if options.json.exists() else []
-        if any((one["round"], one["taste"], one["method"]) == (number, name, method) for one in cells):
-            continue
+    for number, name, method in to_do(wanted, found_in(options.json), options.folder):
         setting = Setting(
             method=method,
             name=name,
             labels=options.labels,
             fresh=options.fresh,
             seed=options.seed,
-            config=AlignmentConfig(),
+            config=load_config(options.config),
             folder=options.folder,
         )
         found = cell(setting, number, options.folder)
-        print({name: value for name, value in found.items() if name != "training_kl_nats"}, flush=True)
+        print({key: value for key, value in found.items() if not key.startswith("training_")}, flush=True)
         # read again: another process may have finished a cell meanwhile
-        cells = json.loads(options.json.read_text()) if options.json.exists() else []
-        options.json.write_text(json.dumps([*cells, found], indent=1) + "\n")
-    write_report(options.json)
+        others = [
+            one
+            for one in found_in(options.json)
+            if (one["round"], one["taste"], one["method"]) != (number, name, method)
+        ]
+        options.json.write_text(json.dumps([*others, found], indent=1) + "\n")
+    if options.config is None:
+        write_report(options.json)
+
+
+def found_in(file: Path) -> list[dict[str, Any]]:
+    """Return the finished cells."""
+    return list(json.loads(file.read_text())) if file.exists() else []
 
 
 if __name__ == "__main__":

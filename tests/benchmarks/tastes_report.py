@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,10 @@ ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs/learning.md"
 PICTURE = ROOT / "docs/pictures/learning.png"
 BEGIN, END = "<!-- written by tests/benchmarks/tastes.py -->", "<!-- end -->"
+LATER_BEGIN, LATER_END = (
+    "<!-- later rounds, written by tests/benchmarks/tastes.py -->",
+    "<!-- end of rounds -->",
+)
 PANELS = (
     ("wins", "wins against the round before"),
     ("kl_per_response_nats", "KL from the round before, nats an answer"),
@@ -31,26 +36,53 @@ COLUMNS = (
     "hand-overs",
     "CPU s",
 )
+LATER_COLUMNS = (
+    "taste",
+    "method",
+    "round",
+    "wins against the round before",
+    "right, as served",
+    "right, greedy",
+    "KL from the round before",
+    "KL from the base",
+    "the same while training",
+    "steps",
+)
 Cell = dict[str, Any]
 
 
-def table(cells: list[Cell]) -> str:
-    """Return a row for every cell, in Markdown."""
+def table(cells: list[Cell], columns: Sequence[str], ending: Callable[[Cell], str]) -> str:
+    """Return a row for every cell, in Markdown; `ending` gives what follows the columns that all tables have."""
     rows = [
-        f"| {' | '.join(COLUMNS)} |",
-        f"| {' | '.join(['---'] * len(COLUMNS))} |",
+        f"| {' | '.join(columns)} |",
+        f"| {' | '.join(['---'] * len(columns))} |",
     ]
     for one in sorted(cells, key=lambda cell: (cell["taste"], cell["method"], cell["round"])):
+        wins = f"{one['wins']:.1%} ({one['wins_low']:.1%} to {one['wins_high']:.1%}, n={one['decided']})"
         rows.append(
-            f"| {one['taste']} | {one['method'].upper()} | {one['round'] + 1} | {one['wins']:.1%} "
-            f"({one['wins_low']:.1%} to {one['wins_high']:.1%}, n={one['decided']}) | "
+            f"| {one['taste']} | {one['method'].upper()} | {one['round'] + 1} | "
+            f"{wins if one['decided'] else 'none decided'} | "
             f"{one['right_intent_sampled_before']:.1%} → {one['right_intent_sampled_after']:.1%} | "
             f"{one['right_intent_before']:.1%} → {one['right_intent_after']:.1%} | "
-            f"{one['kl_per_response_nats']:.2f} | {one['answer_tokens']:.0f} | "
-            f"{one['entropy_nats_per_token']:.2f} | {one['hand_over_rate']:.1%} | {one['training_cpu_s']:.0f} |"
-            + (f" stopped: {one['stopped_because']} |" if one["stopped_because"] else "")
+            f"{ending(one)} |" + (f" stopped: {one['stopped_because']} |" if one["stopped_because"] else "")
         )
     return "\n".join(rows)
+
+
+def of_a_first_round(one: Cell) -> str:
+    """Return the further columns of the table of first rounds."""
+    return (
+        f"{one['kl_per_response_nats']:.2f} | {one['answer_tokens']:.0f} | "
+        f"{one['entropy_nats_per_token']:.2f} | {one['hand_over_rate']:.1%} | {one['training_cpu_s']:.0f}"
+    )
+
+
+def of_a_later_round(one: Cell) -> str:
+    """Return the further columns of the table of later rounds."""
+    return (
+        f"{one['kl_per_response_nats']:.2f} | {one['kl_from_base_nats']:.2f} | "
+        f"{one['training_base_kl_nats'][-1]:.2f} | {one['steps']}"
+    )
 
 
 def picture(cells: list[Cell], path: Path) -> None:
@@ -78,9 +110,16 @@ def picture(cells: list[Cell], path: Path) -> None:
 
 
 def write_report(found: Path, *, document: Path = DOCUMENT, drawn: Path = PICTURE) -> None:
-    """Put the table between its marks in the document and draw the picture."""
+    """Put the tables between their marks in the document and draw the picture."""
     cells: list[Cell] = json.loads(found.read_text())
-    before, _, rest = document.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    document.write_text(f"{before}{BEGIN}\n{table(cells)}\n{END}{after}")
+    first, later = ([one for one in cells if (one["round"] > 0) == is_later] for is_later in (False, True))
+    text = put(document.read_text(), BEGIN, END, table(first, COLUMNS, of_a_first_round))
+    text = put(text, LATER_BEGIN, LATER_END, table(later, LATER_COLUMNS, of_a_later_round))
+    document.write_text(text)
     picture(cells, drawn)
+
+
+def put(text: str, begin: str, end: str, between: str) -> str:
+    """Return the text with something else between two marks."""
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{between}\n{end}{rest.partition(end)[2]}"

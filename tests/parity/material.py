@@ -173,6 +173,7 @@ def make_ppo_job(prompts: list[dict[str, Any]], *, model: Path, adapter: Path, *
         "beta": 0.05,
         "gae_lambda": 0.95,
         "kl_cap_nats": 1e4,
+        "kl_base_budget_nats": 0.0,
         "epoch_kl_cap_nats_per_token": 1e3,
         "entropy_share_min": 0.0,
         "length_ratio_min": 0.0,
