@@ -53,8 +53,8 @@ class TrainingOptions:
 
     steps: int = 13000
     restart: int = 7000
-    """Step at which the learning rate, having fallen to zero once, starts again (SGDR, arXiv 1608.03983): a model of 7,000
-    steps was measured, had too little of it, and went on."""
+    """Step at which the learning rate, having fallen to zero once, starts again (as in arXiv 1608.03983). 7,000 steps were
+    too few for the corpus: 93% of the forms that they had seen, 84% of the others."""
     seed: int = 1
     threads: int = 2  # worker processes, one a core
     muon_rate: float = 0.015  # Jordan et al. 2024, for matrices
