@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,8 +195,10 @@ def test_a_second_run_is_refused_while_one_is_alive(filled: Filled) -> None:
 def test_a_stage_that_throws_fails_the_run_with_the_reason(
     filled: Filled, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    for name in ("train_judge", "update_policy", "write_report"):
+    for name in ("train_judge", "write_report"):
         monkeypatch.setattr(stages, name, lambda *args, **rest: None)
+    trained = SimpleNamespace(held="", moved=True)
+    monkeypatch.setattr(stages, "update_policy", lambda *args: trained)
     monkeypatch.setattr(stages, "evaluate_candidate", lambda *args: Evidence())
     monkeypatch.setattr(stages, "name_candidate", lambda *args: filled.base)
     monkeypatch.setattr(stages, "publish", lambda *args: pytest.fail("went on"))
