@@ -261,12 +261,33 @@ def test_muon_makes_updates_with_equal_singular_values() -> None:
 def test_the_learning_rate_falls_to_zero_at_the_restart_and_at_the_end() -> None:
     from alignment.starter.training import TrainingOptions, end_after, learning_rate_share
 
-    options = TrainingOptions(steps=20, restart=10)
+    options = TrainingOptions(steps=20, restarts=(10,))
     shares = [learning_rate_share(step, options=options) for step in range(20)]
     assert shares[9] == pytest.approx(0.2)
     assert shares[10:] == pytest.approx([(20 - step) / 10 for step in range(10, 20)])
     assert [end_after(step, options=options) for step in (9, 10)] == [10, 20]
-    assert end_after(0, options=TrainingOptions(steps=8, restart=10)) == 8
+    thrice = TrainingOptions(steps=30, restarts=(10, 20, 30))
+    assert [end_after(step, options=thrice) for step in (0, 10, 19, 20, 29)] == [10, 20, 20, 30, 30]
+    assert end_after(0, options=TrainingOptions(steps=8, restarts=(10,))) == 8
+
+
+def test_batches_made_ahead_are_those_made_when_asked_for(corpus: Corpus, tokenizer: Any) -> None:
+    import torch
+
+    from alignment.starter.ahead import ChunkMaker, made_ahead
+    from alignment.starter.examples import ExampleOptions
+
+    options = ExampleOptions(chunk_dialogues=20, batch_tokens=1024)
+    make = ChunkMaker(corpus=corpus, options=options, seed=1, tokenizer=tokenizer.to_str())
+    there, ahead = made_ahead(make, first=3, workers=0), made_ahead(make, first=3, workers=1)
+    for _ in range(2):
+        (number, ours), (other_number, others) = next(there), next(ahead)
+        assert number == other_number
+        assert len(ours) == len(others)
+        for one, other in zip(ours, others, strict=True):
+            assert torch.equal(one.ids, other.ids)
+            assert torch.equal(one.weights, other.weights)
+    ahead.close()
 
 
 @pytest.mark.slow

@@ -42,6 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     for command in (train, measure):
         command.add_argument("--seed", type=int, default=1, help="of everything random (1)")
         command.add_argument("--threads", type=int, default=2, help="processor threads (2)")
+        command.add_argument(
+            "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto: a GPU if there)"
+        )
     return parser
 
 
@@ -51,10 +54,18 @@ def _train(options: argparse.Namespace) -> None:
     from alignment.starter.corpus import load_corpus
     from alignment.starter.training import TrainingOptions, train
 
-    chosen = TrainingOptions(seed=options.seed, threads=options.threads)
+    chosen = TrainingOptions(seed=options.seed, threads=options.threads, device=_device(options.device))
     if options.steps is not None:
         chosen = replace(chosen, steps=options.steps)
     print(train(load_corpus(), options=chosen, out=options.out, resume=options.resume))
+
+
+def _device(asked: str) -> str:
+    import torch
+
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: cuda was asked for and torch finds no GPU; use --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
 def _measure(options: argparse.Namespace) -> None:
@@ -64,8 +75,9 @@ def _measure(options: argparse.Namespace) -> None:
     from alignment.starter.vllm_check import compare_with_vllm
 
     corpus, first = load_corpus(), load_corpus(grown=False)
+    device = _device(options.device)
     card, errors = measure(
-        options.folder, corpus=corpus, first=first, seed=options.seed, threads=options.threads
+        options.folder, corpus=corpus, first=first, seed=options.seed, threads=options.threads, device=device
     )
     if options.vllm:
         card["vllm"] = compare_with_vllm(

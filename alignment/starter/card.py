@@ -36,8 +36,8 @@ Below its target: {missed}.
 
 ## Made and measured by
 ```
-python -m alignment.starter train --seed {seed} --steps {steps} --out data/starter
-python -m alignment.starter measure data/starter/model --seed {seed}
+python -m alignment.starter train --seed {seed} --steps {steps} --device {trained_on} --out data/starter
+python -m alignment.starter measure data/starter/model --seed {seed} --device {measured_on}
 python -m alignment.starter export data/starter/model
 ```
 The checkpoint folder holds {checkpoint_bytes:,} bytes.
@@ -67,6 +67,8 @@ def card_text(card: Mapping[str, Any]) -> str:
         sharpness=sharpness,
         warmth=1 / sharpness,
         steps=card.get("training", {}).get("steps", "N"),
+        trained_on=card.get("training", {}).get("device", "cpu"),
+        measured_on=card.get("device", "cpu"),
         checkpoint_bytes=card["checkpoint_bytes"],
     )
 

@@ -128,31 +128,28 @@ def batches(
     group_numbers: Mapping[str, int],
     options: ExampleOptions,
     seed: int,
-    first_chunk: int = 0,
-) -> Iterator[tuple[int, list[Batch]]]:
-    """Endless (chunk number, its batches in training order); equal arguments give equal batches."""
+    chunk: int,
+) -> list[Batch]:
+    """The batches of one chunk of dialogues, in training order; equal arguments give equal batches."""
     copying = frozenset(key for key, group in found.corpus.groups.items() if group.has_slot())
-    chunk = first_chunk
-    while True:
-        rng = random.Random(f"{seed}:chunk:{chunk}")
-        numbers = range(chunk * options.chunk_dialogues, (chunk + 1) * options.chunk_dialogues)
-        stage = options.early if chunk < options.early_chunks else options.later
-        examples = [
-            example(
-                dialogue(found, seed=seed, number=number),
-                encoder=encoder,
-                group_numbers=group_numbers,
-                options=options,
-                stage=stage,
-                copying=copying,
-                rng=rng,
-            )
-            for number in numbers
-        ]
-        found_batches = [_padded(rows) for rows in _by_length(examples, limit=options.batch_tokens)]
-        rng.shuffle(found_batches)
-        yield chunk, found_batches
-        chunk += 1
+    rng = random.Random(f"{seed}:chunk:{chunk}")
+    numbers = range(chunk * options.chunk_dialogues, (chunk + 1) * options.chunk_dialogues)
+    stage = options.early if chunk < options.early_chunks else options.later
+    examples = [
+        example(
+            dialogue(found, seed=seed, number=number),
+            encoder=encoder,
+            group_numbers=group_numbers,
+            options=options,
+            stage=stage,
+            copying=copying,
+            rng=rng,
+        )
+        for number in numbers
+    ]
+    made = [_padded(rows) for rows in _by_length(examples, limit=options.batch_tokens)]
+    rng.shuffle(made)
+    return made
 
 
 def _by_length(examples: Sequence[Example], *, limit: int) -> Iterator[list[Example]]:

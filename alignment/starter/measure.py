@@ -21,7 +21,7 @@ from alignment.starter.corpus import MANNERS, Corpus
 from alignment.starter.tokenizer import load_tokenizer
 from alignment.starter.trials import Messages, Trial, trials
 
-BATCH = 128
+BATCH = {"cpu": 128, "cuda": 1024}
 MAX_NEW_TOKENS = 96
 TARGETS = {  # kind -> (greedy, temperature 1); None where a figure is only reported
     "unseen forms": (0.88, 0.78),
@@ -46,7 +46,7 @@ class Outcome:
 
 
 def measure(
-    folder: Path, *, corpus: Corpus, first: Corpus, seed: int, threads: int
+    folder: Path, *, corpus: Corpus, first: Corpus, seed: int, threads: int, device: str = "cpu"
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """All figures of a checkpoint with 95% Wilson intervals, and the wrong answers (never the free ones').
 
@@ -57,7 +57,7 @@ def measure(
     torch.set_num_threads(threads)
     started = time.monotonic()
     asked = trials(corpus, first=first, seed=seed)
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    model, tokenizer = load_model(folder).to(device), load_tokenizer(folder)
     figures: dict[str, Any] = {}
     errors: list[dict[str, str]] = []
     for name, temperature in (("greedy", 0.0), ("temperature 1", 1.0)):
@@ -67,7 +67,12 @@ def measure(
         figures[name] = shares(outcomes)
         figures[f"manners, {name}"] = manner_shares(outcomes)
         errors += [_error_line(outcome, name) for outcome in outcomes if not outcome.right]
-    card = {"figures": figures, "seed": seed, "trials": dict(Counter(trial.kind for trial in asked))}
+    card = {
+        "figures": figures,
+        "seed": seed,
+        "device": device,
+        "trials": dict(Counter(trial.kind for trial in asked)),
+    }
     card |= {"parameters": model.num_parameters(), "checkpoint_bytes": checkpoint_bytes(folder)}
     if (folder / TRAINING_FILE).exists():
         card["training"] = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
@@ -100,6 +105,7 @@ def generate(
 ) -> list[str]:
     """Answers in the order of the conversations; temperature 0 is greedy."""
     import torch
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     torch.manual_seed(seed)
     texts = [
@@ -108,11 +114,13 @@ def generate(
     ]
     order = sorted(range(len(texts)), key=lambda at: len(texts[at]))
     answers = [""] * len(texts)
-    for start in range(0, len(order), BATCH):
-        places = order[start : start + BATCH]
+    said = f"answering at temperature {temperature:g}"
+    size = BATCH[model.device.type]
+    for start in tqdm(range(0, len(order), size), desc=said, disable=len(order) <= size):
+        places = order[start : start + size]
         rows = tokenizer(
             [texts[at] for at in places], return_tensors="pt", padding=True, add_special_tokens=False
-        )
+        ).to(model.device)
         with torch.inference_mode():
             output = model.generate(
                 input_ids=rows["input_ids"],

@@ -2,7 +2,8 @@
 
 The loop is a pure function of corpus, options and seed: batches, dropout and schedule follow the step, never
 the clock. A second head learns which answer group a question asks for; it helps the shared layers and is left
-out of the exported model. Deliberately absent: torch.compile (did not pay on two cores), several devices.
+out of the exported model. It runs on processor cores or on one GPU. Deliberately absent: torch.compile (did not pay on
+two cores), several GPUs.
 """
 
 from __future__ import annotations
@@ -14,20 +15,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignment.starter.ahead import ChunkMaker, made_ahead
 from alignment.starter.checkpoint import export
 from alignment.starter.corpus import Corpus
-from alignment.starter.dialogues import sources
-from alignment.starter.examples import IGNORED, Batch, ExampleOptions, batches
+from alignment.starter.examples import IGNORED, Batch, ExampleOptions
 from alignment.starter.forward import hidden_states
 from alignment.starter.muon import Muon
-from alignment.starter.noise import NoiseRates
 from alignment.starter.parallel import Crew, together
 from alignment.starter.tokenizer import (
     CONTEXT_TOKENS,
     END,
     PAD,
     START,
-    DialogueEncoder,
     train_tokenizer,
 )
 
@@ -51,12 +50,15 @@ class Shape:
 class TrainingOptions:
     """How the starter model is trained; values from short trials on two cores."""
 
-    steps: int = 13000
-    restart: int = 7000
-    """Step at which the learning rate, having fallen to zero once, starts again (as in arXiv 1608.03983). 7,000 steps were
+    steps: int = 16000
+    restarts: tuple[int, ...] = (7000, 13000)
+    """Steps at which the learning rate, having fallen to zero, starts again (as in arXiv 1608.03983). 7,000 steps were
     too few for the corpus: 93% of the forms that they had seen, 84% of the others."""
     seed: int = 1
-    threads: int = 2  # worker processes, one a core
+    device: str = "cpu"  # or "cuda"
+    threads: int = (
+        2  # of a processor: worker processes, one a core; beside a GPU: processes that make batches ahead
+    )
     muon_rate: float = 0.015  # Jordan et al. 2024, for matrices
     adam_rate: float = 3e-3  # for embeddings, norms and the group head
     weight_decay: float = 0.15  # for matrices: keeps the blocks' outputs from drowning the embeddings
@@ -109,7 +111,8 @@ def train(
     """
     out.mkdir(parents=True, exist_ok=True)
     last = options.steps if stop_after is None else stop_after
-    together(_work, size=options.threads, arguments=(corpus, options, out, resume, last))
+    workers = options.threads if options.device == "cpu" else 1
+    together(_work, size=workers, arguments=(corpus, options, out, resume, last))
     return out / "model"
 
 
@@ -126,7 +129,7 @@ def _work(crew: Crew, corpus: Corpus, options: TrainingOptions, out: Path, resum
     _loop(trainee, crew=crew, corpus=corpus, options=options, tokenizer=tokenizer, out=out, last=last)
     if crew.rank == 0:
         export(
-            trainee.model,
+            trainee.model.cpu(),
             tokenizer=tokenizer,
             folder=out / "model",
             sharpness=options.sharpness,
@@ -161,8 +164,8 @@ def new_model(shape: Shape, *, tokenizer: Tokenizer) -> Any:
 def _new_trainee(corpus: Corpus, *, options: TrainingOptions, tokenizer: Tokenizer) -> Trainee:
     import torch
 
-    model = new_model(options.shape, tokenizer=tokenizer)
-    head = torch.nn.Linear(options.shape.hidden, len(corpus.groups))
+    model = new_model(options.shape, tokenizer=tokenizer).to(options.device)
+    head = torch.nn.Linear(options.shape.hidden, len(corpus.groups)).to(options.device)
     matrices = [value for name, value in model.named_parameters() if value.ndim == 2 and "embed" not in name]
     chosen = {id(value) for value in matrices}
     others = [value for value in model.parameters() if id(value) not in chosen] + list(head.parameters())
@@ -208,16 +211,11 @@ def _stream(
     trainee: Trainee, *, corpus: Corpus, options: TrainingOptions, tokenizer: Tokenizer
 ) -> Iterator[Batch]:
     """Batches from where the trainee stands, moving its place forward."""
-    found = sources(corpus, part="training", rates=NoiseRates())
-    chunks = batches(
-        found,
-        encoder=DialogueEncoder(tokenizer),
-        group_numbers={key: number for number, key in enumerate(corpus.groups)},
-        options=options.examples,
-        seed=options.seed,
-        first_chunk=trainee.chunk,
+    make = ChunkMaker(
+        corpus=corpus, options=options.examples, seed=options.seed, tokenizer=tokenizer.to_str()
     )
-    for chunk, ready in chunks:
+    ahead = 0 if options.device == "cpu" else options.threads
+    for chunk, ready in made_ahead(make, first=trainee.chunk, workers=ahead):
         start = trainee.used if chunk == trainee.chunk else 0
         trainee.chunk = chunk
         for at in range(start, len(ready)):
@@ -268,27 +266,35 @@ def losses(
     import torch.nn.functional as functional
 
     mine = slice(crew.rank, None, crew.size)  # rows
-    ids, weights, groups = batch.ids[mine], batch.weights[mine, 1:], batch.groups[mine]
+    place = group_head.weight.device
+    learned = _flat(batch.weights[mine, 1:] > 0, width=batch.ids.shape[1]).to(place)
+    asked = _flat(batch.groups[mine] != IGNORED, width=batch.ids.shape[1]).to(place)
+    ids, weights, groups = (each[mine].to(place) for each in (batch.ids, batch.weights, batch.groups))
     hidden = hidden_states(
         model,
         ids,
         dropout=options.dropout if step < options.dropout_share * end_after(step, options=options) else 0.0,
         dtype=torch.bfloat16,
         early_layer=options.group_layer,
-        visible_from=batch.visible_from[mine],
+        visible_from=batch.visible_from[mine].to(place),
     )
-    learned = weights > 0
+    final, early = (states.flatten(0, 1) for states in (hidden.final, hidden.early))
     embedding = model.model.embed_tokens.weight.to(torch.bfloat16)  # tied
-    logits = functional.linear(hidden.final[:, :-1][learned], embedding).float()  # (N, V)
-    nats = functional.cross_entropy(logits, ids[:, 1:][learned], reduction="none")
-    asked = groups != IGNORED
+    logits = functional.linear(final.index_select(0, learned), embedding).float()  # (N, V)
+    nats = functional.cross_entropy(logits, ids.flatten()[learned + 1], reduction="none")
     group_nats = functional.cross_entropy(
-        group_head(functional.rms_norm(hidden.early[asked], hidden.early.shape[2:])),
-        groups[asked],
+        group_head(functional.rms_norm(early.index_select(0, asked), early.shape[1:])),
+        groups.flatten()[asked],
         reduction="sum",
     )
-    answer_loss = (nats * weights[learned]).sum() / batch.weights[:, 1:].sum()
+    answer_loss = (nats * weights.flatten()[learned + 1]).sum() / batch.weights[:, 1:].sum()
     return answer_loss, group_nats / (batch.groups != IGNORED).sum()
+
+
+def _flat(chosen: torch.Tensor, *, width: int) -> torch.Tensor:
+    """Positions (N,) in rows of `width` laid end to end, of what is chosen among the first columns of (B, T)."""
+    rows, columns = chosen.nonzero(as_tuple=True)
+    return rows * width + columns
 
 
 def learning_rate_share(step: int, *, options: TrainingOptions) -> float:
@@ -301,7 +307,8 @@ def learning_rate_share(step: int, *, options: TrainingOptions) -> float:
 
 def end_after(step: int, *, options: TrainingOptions) -> int:
     """Step at which the schedule that a step belongs to ends."""
-    return options.restart if step < options.restart < options.steps else options.steps
+    later = [restart for restart in options.restarts if step < restart < options.steps]
+    return min(later, default=options.steps)
 
 
 def _save(trainee: Trainee, path: Path, *, tokenizer: Tokenizer) -> None:
@@ -323,11 +330,12 @@ def _save(trainee: Trainee, path: Path, *, tokenizer: Tokenizer) -> None:
 def _load(trainee: Trainee, path: Path, *, tokenizer: Tokenizer) -> None:
     import torch
 
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, weights_only=True, map_location="cpu")
     if state["tokenizer"] != tokenizer.to_str():
         raise ValueError(f"resume: {path} was made from another corpus or seed; train into another folder")
     trainee.model.load_state_dict(state["model"])
     trainee.group_head.load_state_dict(state["group_head"])
-    trainee.muon.momenta = state["muon"]
+    for mine, kept in zip(trainee.muon.momenta, state["muon"], strict=True):
+        mine.copy_(kept)
     trainee.adam.load_state_dict(state["adam"])
     trainee.step, trainee.chunk, trainee.used = state["place"]
