@@ -338,12 +338,12 @@ def test_shipped_checkpoint_is_a_plain_folder_within_the_size_limit() -> None:
 
 @shipped
 def test_shipped_checkpoint_answers_a_question_and_copies_the_order_number() -> None:
-    from alignment.starter.measure import generate, load_model
-    from alignment.starter.tokenizer import load_tokenizer
+    from alignment.models import load_base
+    from alignment.starter.measure import answers_of
+    from alignment.starter.vllm_check import generated
 
     messages = [{"role": "user", "content": "Please cancel my order KT-48213."}]
-    answer = generate(
-        load_model(CHECKPOINT), load_tokenizer(CHECKPOINT), [messages], temperature=0.0, seed=1
-    )[0]
+    (answer,) = answers_of(load_base(str(CHECKPOINT)), [messages], temperature=0.0, seed=1)
+    assert generated(CHECKPOINT, [messages]) == [answer]
     assert classify_answer(answer)[0] == "cancel_order"
     assert "KT-48213" in answer

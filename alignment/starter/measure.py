@@ -12,16 +12,19 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alignment.intervals import wilson
 from alignment.starter.answers import Recognised, recognise, templates_of
 from alignment.starter.checkpoint import TRAINING_FILE
 from alignment.starter.corpus import MANNERS, Corpus
-from alignment.starter.tokenizer import load_tokenizer
 from alignment.starter.trials import Messages, Trial, trials
 
-BATCH = {"cpu": 128, "cuda": 1024}
+if TYPE_CHECKING:
+    from alignment.models import Base
+
+AT_A_TIME = 500  # conversations between two signs of progress
+BATCH_TOKENS = 32_768
 MAX_NEW_TOKENS = 96
 TARGETS = {  # kind -> (greedy, temperature 1); None where a figure is only reported
     "unseen forms": (0.88, 0.78),
@@ -54,15 +57,17 @@ def measure(
     """
     import torch
 
+    from alignment.models import load_base
+
     torch.set_num_threads(threads)
     started = time.monotonic()
     asked = trials(corpus, first=first, seed=seed)
-    model, tokenizer = load_model(folder).to(device), load_tokenizer(folder)
+    base = load_base(str(folder), device=device, dtype="float32")
     figures: dict[str, Any] = {}
     errors: list[dict[str, str]] = []
     for name, temperature in (("greedy", 0.0), ("temperature 1", 1.0)):
         messages = [trial.messages for trial in asked]
-        answers = generate(model, tokenizer, messages, temperature=temperature, seed=seed)
+        answers = answers_of(base, messages, temperature=temperature, seed=seed)
         outcomes = judge(asked, answers, corpus=corpus)
         figures[name] = shares(outcomes)
         figures[f"manners, {name}"] = manner_shares(outcomes)
@@ -73,7 +78,7 @@ def measure(
         "device": device,
         "trials": dict(Counter(trial.kind for trial in asked)),
     }
-    card |= {"parameters": model.num_parameters(), "checkpoint_bytes": checkpoint_bytes(folder)}
+    card |= {"parameters": base.model.num_parameters(), "checkpoint_bytes": checkpoint_bytes(folder)}
     if (folder / TRAINING_FILE).exists():
         card["training"] = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
     card["measured_in_s"] = round(time.monotonic() - started, 1)
@@ -91,49 +96,28 @@ def _error_line(outcome: Outcome, sampling: str) -> dict[str, str]:
     }
 
 
-def load_model(folder: Path) -> Any:
-    """The checkpoint in float32, in evaluation mode."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.eval()
-
-
-def generate(
-    model: Any, tokenizer: Any, conversations: Sequence[Messages], *, temperature: float, seed: int
-) -> list[str]:
-    """Answers in the order of the conversations; temperature 0 is greedy."""
-    import torch
+def answers_of(base: Base, conversations: Sequence[Messages], *, temperature: float, seed: int) -> list[str]:
+    """Answers in the order of the conversations; temperature 0 is greedy. Shows progress on a terminal."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    torch.manual_seed(seed)
-    texts = [
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        for messages in conversations
-    ]
-    order = sorted(range(len(texts)), key=lambda at: len(texts[at]))
-    answers = [""] * len(texts)
-    said = f"answering at temperature {temperature:g}"
-    size = BATCH[model.device.type]
-    for start in tqdm(range(0, len(order), size), desc=said, disable=len(order) <= size):
-        places = order[start : start + size]
-        rows = tokenizer(
-            [texts[at] for at in places], return_tensors="pt", padding=True, add_special_tokens=False
-        ).to(model.device)
-        with torch.inference_mode():
-            output = model.generate(
-                input_ids=rows["input_ids"],
-                attention_mask=rows["attention_mask"],
-                max_new_tokens=MAX_NEW_TOKENS,
-                do_sample=temperature > 0,
-                temperature=temperature or None,
-                top_k=0 if temperature else None,
-                top_p=1.0 if temperature else None,
-            )
-        new = output[:, rows["input_ids"].shape[1] :]
-        for at, answer in zip(places, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-            answers[at] = answer
+    from alignment.models import prompt_ids
+    from alignment.rollouts import sample
+
+    prompts = [prompt_ids(base, messages) for messages in conversations]
+    answers: list[str] = []
+    for start in tqdm(range(0, len(prompts), AT_A_TIME), desc=f"answers at temperature {temperature:g}"):
+        drawn = sample(
+            base,
+            prompts[start : start + AT_A_TIME],
+            adapter=None,
+            temperature=temperature,
+            max_new_tokens=MAX_NEW_TOKENS,
+            seed=seed,
+            batch_tokens=BATCH_TOKENS,
+            numbers=range(start, start + AT_A_TIME),
+        )
+        texts = [base.tokenizer.decode(each.token_ids, skip_special_tokens=True) for each in drawn]
+        answers += texts
     return answers
 
 
