@@ -220,10 +220,13 @@ class Release:
     ) -> Deployment:
         """As `approve`, after the policy has been loaded and probed: a bad one never gets a row."""
         policy = self.store.get(Policy, policy_id)
-        check_files(self.store, policy)
+        await asyncio.to_thread(
+            check_files, self.store, policy
+        )  # it reads the whole adapter: answers stream on
         async with self._lock:
             await self._prepare(policy)
-        deployment = approve(
+        deployment = await asyncio.to_thread(
+            approve,
             self.store,
             policy_id=policy_id,
             person=person,

@@ -6,6 +6,7 @@ another base under it, another adapter of the same name.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,11 +49,14 @@ class BehaviourGate:
         """
         record = read_record(adapter)
         asks = [(probe.ask, len(probe.token_ids)) for probe in record.probes] if record else DEFAULT_ASKS
-        answers = [await self._ask(policy_id, ask, tokens) for ask, tokens in asks]
+        missing = [(ask, tokens) for ask, tokens in asks if ask not in self._base_logprobs]
+        answers = await self._ask_all(policy_id, asks)
+        for (ask, _), answer in zip(
+            missing, await self._ask_all(self.engine.base_name, missing), strict=True
+        ):
+            self._base_logprobs[ask] = answer.logprobs
         differs = False
-        for (ask, tokens), answer in zip(asks, answers, strict=True):
-            if ask not in self._base_logprobs:
-                self._base_logprobs[ask] = (await self._ask(self.engine.base_name, ask, tokens)).logprobs
+        for (ask, _), answer in zip(asks, answers, strict=True):
             pairs = zip(answer.logprobs, self._base_logprobs[ask], strict=False)
             differs |= any(abs(mine - its) > SMALLEST_EFFECT_NATS for mine, its in pairs)
         if not differs:
@@ -61,6 +65,16 @@ class BehaviourGate:
             )
         if record is not None:
             check_recorded(policy_id, record, answers, tolerance_nats=self.tolerance_nats)
+
+    async def _ask_all(self, policy_id: str, asks: Sequence[tuple[str, int]]) -> list[ProbeResult]:
+        """Ask all at once: the engine answers them in one batch, in the time of one. The first error is raised."""
+        found = await asyncio.gather(*(self._ask(policy_id, *ask) for ask in asks), return_exceptions=True)
+        answers = []
+        for answer in found:
+            if isinstance(answer, BaseException):
+                raise answer
+            answers.append(answer)
+        return answers
 
     async def _ask(self, policy_id: str, ask: str, tokens: int) -> ProbeResult:
         messages = [{"role": "user", "content": ask}]
