@@ -45,6 +45,7 @@ def serve(args: argparse.Namespace) -> int:
             everybody=args.max_answers, one_person=args.max_answers_each, shadow_below=args.shadow_below
         ),
         probe_tolerance_nats=args.probe_tolerance,
+        gpu_memory_share=args.gpu_memory_share,
         align_command=(sys.executable, str(Path(__file__).resolve()), "align", "--data", str(args.data)),
     )
     from alignment.schedule import Scheduler
@@ -326,6 +327,13 @@ def _add_serve(one: argparse.ArgumentParser) -> None:
         metavar="NATS",
         help="most that the engine's log-probs of a new policy's probes may differ from the trainer's "
         "(default: 0.001 where both are known to compute in float32, else 0.25)",
+    )
+    one.add_argument(
+        "--gpu-memory-share",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="of a GPU's memory, for vLLM (default: %(default)s; a run on the same card takes 0.45)",
     )
     one.add_argument(
         "--shadow-below",

@@ -167,6 +167,9 @@ class AlignmentConfig:
     precision: Precision = "auto"
     """Of the frozen base. auto: bfloat16 on a GPU that has it, else float32. Adapters, optimiser, log-probs and losses
     are float32 in any case."""
+    gpu_memory_share: float = 0.45
+    """Of a GPU's memory, at most taken by a process of the run. `serve` takes 0.5 (`--gpu-memory-share`); the rest is for
+    what neither counts, such as both CUDA contexts. Without a server on the same card, 0.95."""
     threads: int = 0
     """CPU threads of a process; 0 takes half of the cores. Serving shares the machine, and threads that wait for a busy
     core spin: with two cores and a busy server one thread was four times as fast as two (measured on the starter)."""
@@ -188,6 +191,7 @@ class AlignmentConfig:
 
 LIMITS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31 - 1),
+    "gpu_memory_share": (0.01, 1),
     "threads": (0, 1024),
     "data.held_out_share": (0.05, 0.5),
     "data.judge_share": (0.1, 0.9),

@@ -201,10 +201,12 @@ def estimate(
 
 
 def available_bytes(device: torch.device) -> int:
-    """Return what this process may still take: of the GPU, or of RAM and the control group's limit."""
+    """Return what this process may still take: of its share of the GPU, or of RAM and the control group's limit."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+        free, total = torch.cuda.mem_get_info(device)
+        share = torch.cuda.get_per_process_memory_fraction(device)  # `gpu_memory_share` of the run
+        room = min(free + torch.cuda.memory_reserved(device), share * total)
+        return max(0, int(room - torch.cuda.memory_allocated(device)))
     return min(int(psutil.virtual_memory().available), _group_room())
 
 

@@ -64,10 +64,18 @@ class Base:
         return min(asked or self.batch_tokens, self.most_tokens)
 
 
-def load_base(path: str, *, device: str = "auto", dtype: str = "auto", shared_by: Crew = ALONE) -> Base:
+def load_base(
+    path: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    shared_by: Crew = ALONE,
+    gpu_memory_share: float = 1.0,
+) -> Base:
     """Load a chat model folder, frozen: float32 on a CPU, bfloat16 on a GPU that has it, dropout off.
 
     Args:
+        gpu_memory_share: of a GPU's memory, what this process may take in all; torch refuses what goes beyond.
         shared_by: the processes over which its layers are cut; all load it together.
 
     Raises:
@@ -79,6 +87,8 @@ def load_base(path: str, *, device: str = "auto", dtype: str = "auto", shared_by
     disable_progress_bar()  # type: ignore[no-untyped-call]
     place = torch.device(_device_name(device))
     kind = _dtype(dtype, place)
+    if place.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(gpu_memory_share, place)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=kind, attn_implementation="sdpa")

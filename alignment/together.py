@@ -129,7 +129,13 @@ def load(place: Place, incumbent: Policy, config: AlignmentConfig) -> Base:
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // 2 // beside))
     shared_by = place.crew if config.shard_base else ALONE
-    base = load_base(incumbent.base_path, device=config.device, dtype=config.precision, shared_by=shared_by)
+    base = load_base(
+        incumbent.base_path,
+        device=config.device,
+        dtype=config.precision,
+        shared_by=shared_by,
+        gpu_memory_share=config.gpu_memory_share,
+    )
     start = Path(incumbent.adapter_path) if incumbent.adapter_path else None
     loras = {"ppo": config.ppo.lora, "kto": config.kto.lora}
     add_policy(base, loras.get(config.method, config.dpo.lora), seed=config.seed, start_from=start)

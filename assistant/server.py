@@ -65,6 +65,8 @@ class ServeOptions:
     """Answers under way at once; beyond them requests are told to come back."""
     probe_tolerance_nats: float | None = None
     """Most that a log-prob of the probes may differ from the trainer's; None: by the arithmetic of both."""
+    gpu_memory_share: float = 0.5
+    """Of a GPU's memory, for the managed vLLM; a run on the same card takes `gpu_memory_share` of its configuration."""
     align_command: tuple[str, ...]
     """Starts one alignment run in a process of its own; the trigger is appended."""
 
@@ -72,6 +74,8 @@ class ServeOptions:
         tolerance = self.probe_tolerance_nats
         if tolerance is not None and not tolerance > 0:
             raise InvalidField("--probe-tolerance", tolerance, "use a number of nats above 0")
+        if not 0 < self.gpu_memory_share <= 1:
+            raise InvalidField("--gpu-memory-share", self.gpu_memory_share, "use a number above 0, at most 1")
 
 
 class Scheduler(Protocol):
@@ -235,7 +239,12 @@ async def running_engine(
         await asyncio.to_thread(on_death)
 
     vllm = VllmProcess(
-        VllmOptions(model=base.base_path, base_name=base.id, data=options.data),
+        VllmOptions(
+            model=base.base_path,
+            base_name=base.id,
+            data=options.data,
+            gpu_memory_fraction=options.gpu_memory_share,
+        ),
         on_progress=boot.tell,
         on_restart=back_again,
     )

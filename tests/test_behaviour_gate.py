@@ -213,11 +213,12 @@ def test_the_tolerance_is_that_of_the_coarser_side(world: TinyWorld) -> None:
 
 
 @pytest.mark.parametrize("nats", ["0", "-1", "nan"])
-def test_a_tolerance_that_nothing_meets_is_named(
-    nats: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("option", ["--probe-tolerance", "--gpu-memory-share"])
+def test_a_tolerance_or_share_that_nothing_meets_is_named(
+    option: str, nats: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert app.main(["serve", "--data", str(tmp_path / "data"), f"--probe-tolerance={nats}"]) == 2
-    assert "--probe-tolerance: got" in capsys.readouterr().err
+    assert app.main(["serve", "--data", str(tmp_path / "data"), f"{option}={nats}"]) == 2
+    assert f"{option}: got" in capsys.readouterr().err
     assert not (tmp_path / "data").exists()
 
 

@@ -19,6 +19,7 @@ from alignment.memory import (
     DoesNotFit,
     Shape,
     _group_room,
+    available_bytes,
     estimate,
     fitting_tokens,
     lora_parameters,
@@ -203,6 +204,22 @@ def test_a_run_takes_smaller_batches_or_is_refused_by_the_memory_there_is(
         plan_batches(base, longest=200, rank=4, learning=2, sample_tokens=10**6)
     with pytest.raises(DoesNotFit, match=r"\(4000 tokens\)"):
         plan_batches(base, longest=4000, rank=4)
+
+
+def test_a_run_plans_with_its_share_of_a_gpu_and_with_what_is_free_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = {"free": 50 * GIB, "share": 0.45, "reserved": 10 * GIB, "allocated": 6 * GIB}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gpu["free"], 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: gpu["share"])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: gpu["reserved"])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: gpu["allocated"])
+    card = torch.device("cuda")
+    assert available_bytes(card) == 30 * GIB  # 0.45 of 80, less what it holds
+    gpu["free"] = 4 * GIB  # a server has taken more than was agreed
+    assert available_bytes(card) == 8 * GIB
+    gpu["share"] = 0.05
+    assert available_bytes(card) == 0
 
 
 @pytest.mark.parametrize("share", [True, False])
