@@ -45,13 +45,13 @@ class Batch:
     bounds: tuple[tuple[int, ...], ...]
     """Of each row: where its prompt ends and where each completion ends."""
     predictors: torch.Tensor
-    """(N,) int64 into B*T: the position whose hidden state predicts the target."""
+    """(N,) int64 into B*T: the position whose hidden state predicts the target. On the CPU, which plans with it."""
     targets: torch.Tensor
     """(N,) int64 token ids."""
     owners: torch.Tensor
     """(N,) int64 in 0..C-1."""
     lasts: torch.Tensor
-    """(C,) int64 into B*T: each completion's last token."""
+    """(C,) int64 into B*T: each completion's last token. On the CPU, as above."""
     lengths: torch.Tensor
     """(C,) int64: tokens of each completion."""
 
@@ -141,17 +141,31 @@ def collate(trees: Sequence[Tree], *, share: bool, pad_id: int, device: torch.de
             lasts.append(offset + end - 1)
     completions = [completion for tree in trees for completion in tree.completions]
     lengths = torch.tensor([len(completion) for completion in completions])
-    return Batch(
-        input_ids=ids.to(device),
-        positions=positions.to(device) if share else None,
-        segments=segments.to(device),
-        bounds=tuple(tuple(_bounds(row)) for row in rows),
-        predictors=torch.tensor(predictors, device=device),
-        targets=torch.tensor([token for completion in completions for token in completion], device=device),
-        owners=torch.repeat_interleave(torch.arange(len(completions)), lengths).to(device),
-        lasts=torch.tensor(lasts, device=device),
-        lengths=lengths.to(device),
+    targets = torch.tensor([token for completion in completions for token in completion])
+    owners = torch.repeat_interleave(torch.arange(len(completions)), lengths)
+    ids, positions, segments, targets, owners, lengths = sent(
+        [ids, positions, segments, targets, owners, lengths], device
     )
+    return Batch(
+        input_ids=ids,
+        positions=positions if share else None,
+        segments=segments,
+        bounds=tuple(tuple(_bounds(row)) for row in rows),
+        predictors=torch.tensor(predictors),
+        targets=targets,
+        owners=owners,
+        lasts=torch.tensor(lasts),
+        lengths=lengths,
+    )
+
+
+def sent(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Return tensors of the CPU, all int64, on the device: in one transfer for which the CPU does not wait."""
+    if device.type == "cpu":
+        return list(tensors)
+    together = torch.cat([tensor.flatten() for tensor in tensors]).pin_memory()
+    parts = together.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _bounds(row: Tree) -> list[int]:

@@ -12,7 +12,7 @@ import torch
 
 from alignment.batching import collate, group_by_prompt, micro_batches
 from alignment.distributed import ALONE, Crew
-from alignment.logprobs import LOGITS_A_CHUNK, Row, shares, states_at
+from alignment.logprobs import Row, rows_a_chunk, shares, states_at
 from alignment.models import Base, active, has_adapter, head
 from alignment.rollouts import sample
 
@@ -102,7 +102,7 @@ def _divergences_at(base: Base, states: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return (O,): the sums of the divergences of the next token after hidden states (N, D), the policy's first and then
     each other's, a chunk at a time."""
     layer, totals = head(base), torch.zeros(len(states) - 1, dtype=torch.float64)
-    size = max(1, LOGITS_A_CHUNK // layer.weight.shape[0])
+    size = rows_a_chunk(layer.weight)
     for start in range(0, states[0].shape[0], size):
         ours, *theirs = (layer(part[start : start + size]).float().log_softmax(dim=-1) for part in states)
         for number, other in enumerate(theirs):

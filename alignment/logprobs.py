@@ -16,8 +16,10 @@ from alignment.models import Base, active, backbone, checkpointed, head
 from alignment.packed import packed_states, packs
 from alignment.progress import Progress, stop_if_asked
 
-LOGITS_A_CHUNK = 4 * 2**20
+CPU_LOGITS_A_CHUNK = 4 * 2**20
 """Logits in memory at once (16 MiB in float32): small beside the weights, large enough for full speed."""
+GPU_LOGITS_A_CHUNK = 64 * 2**20
+"""Some hundred rows of a vocabulary of 150,000: with fewer, reading the head takes longer than the product."""
 Row = tuple[Sequence[int], Sequence[int]]
 """(prompt ids, answer ids)"""
 
@@ -42,7 +44,7 @@ class _HeadLogprobs(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         result = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
         slope = torch.empty_like(hidden) if hidden.requires_grad else None
-        size = max(1, LOGITS_A_CHUNK // weight.shape[0])
+        size = rows_a_chunk(weight)
         for start in range(0, hidden.shape[0], size):
             part = slice(start, start + size)
             logits = torch.nn.functional.linear(hidden[part], weight, bias).to(wide).div_(temperature)
@@ -91,12 +93,26 @@ def states_at(base: Base, batch: Batch, places: torch.Tensor) -> torch.Tensor:
     """Return (len(places), D) last hidden states at `places`, int64 into B*T, under the adapter that is active."""
     if packs(base):
         return packed_states(base, batch, places)
-    return hidden_states(base, batch)[places]
+    return hidden_states(base, batch)[places.to(base.device)]
 
 
 def shares(base: Base, trees: Sequence[Tree]) -> bool:
-    """Return whether the trees are laid out a row a tree: where no mask is needed, it never costs anything."""
-    return packs(base) or (base.share_prefixes and pays_to_share(trees))
+    """Return whether the trees are laid out a row a tree: where no mask is needed, it never costs anything.
+
+    Under a mask, no GPU kernel is quick.
+    """
+    return packs(base) or (masks(base) and pays_to_share(trees))
+
+
+def masks(base: Base) -> bool:
+    """Return whether the model's own pass may see tree rows, under a mask."""
+    return base.share_prefixes and base.device.type == "cpu"
+
+
+def rows_a_chunk(weight: torch.Tensor) -> int:
+    """Return for how many rows the logits of the head `weight` (V, D) are in memory at once."""
+    most = GPU_LOGITS_A_CHUNK if weight.is_cuda else CPU_LOGITS_A_CHUNK
+    return max(1, most // weight.shape[0])
 
 
 def token_logprobs(base: Base, batch: Batch, *, temperature: float = 1.0) -> torch.Tensor:
@@ -134,16 +150,17 @@ def completion_logprobs(
     trees, numbers = group_by_prompt(rows)
     share = shares(base, trees)
     plans = micro_batches(trees, budget_tokens=base.budget(batch_tokens), share=share)
-    scored: dict[int, list[float]] = {}
+    passes: list[tuple[list[int], torch.Tensor]] = []
     watch = crew.begin(progress, "scoring answers")
     with active(base, adapter), torch.no_grad():
         for plan in crew.share(plans):
             stop_if_asked(watch, "scoring answers")
             batch = collate([trees[i] for i in plan], share=share, pad_id=base.pad_id, device=base.device)
             values = token_logprobs(base, batch, temperature=temperature)
-            parts = torch.split(values, batch.lengths.tolist())
-            owners = [number for i in plan for number in numbers[i]]
-            for number, part in zip(owners, parts, strict=True):
-                scored[number] = part.tolist()
+            passes.append(([number for i in plan for number in numbers[i]], values))
+    scored: dict[int, list[float]] = {}
+    for owners, values in passes:  # only now: to read a number, the CPU waits for the GPU
+        parts = values.cpu().split([len(rows[number][1]) for number in owners])
+        scored.update({number: part.tolist() for number, part in zip(owners, parts, strict=True)})
     scored = crew.united(scored)
     return [scored[number] for number in range(len(rows))]

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-from alignment.logprobs import LOGITS_A_CHUNK
+from alignment.logprobs import CPU_LOGITS_A_CHUNK, GPU_LOGITS_A_CHUNK, masks
 from alignment.models import Base
 from alignment.packed import BLOCK_TOKENS, packs
 from alignment.packed_attention import KEPT_KEYS
@@ -145,18 +145,23 @@ def activation_bytes_per_token(
     return shape.layers * d * width + layer if checkpointing else shape.layers * layer
 
 
-def packed_bytes_per_token(shape: Shape, *, longest: int) -> int:
+def packed_bytes_per_token(shape: Shape, *, width: int, longest: int, checkpointing: bool = False) -> int:
     """Return what the packed pass keeps of one token for the backward pass, at most for rows of one or two answers.
 
     Of the last layer, which is computed only where it is read, it counts everything.
 
     Args:
-        longest: tokens of the longest row; what a token's softmax takes grows with it, up to `KEPT_KEYS`.
+        width, checkpointing: as for `activation_bytes_per_token`; with 2, the attention is the GPU's.
+        longest: tokens of the longest row; what a token's softmax takes on a CPU grows with it, up to `KEPT_KEYS`.
     """
     d, q, k, f = shape.hidden, shape.query_width, shape.key_width, shape.ffn
-    seen = (min(longest, KEPT_KEYS) + BLOCK_TOKENS) // 2  # on average, with the squares at the ends of blocks
-    residuals_and_norms = 4 * d + 2
-    return shape.layers * (residuals_and_norms + 2 * q + 2 * k + 2 * f + shape.heads * seen) * WIDE
+    softmax = (
+        min(longest, KEPT_KEYS) + BLOCK_TOKENS
+    ) // 2  # on average, with the squares at the ends of blocks
+    seen = softmax if width == WIDE else 1  # the GPU's attention keeps the logarithm of the sum
+    layer = (4 * d + 2 * q + 2 * k + 2 * f) * width + (2 + shape.heads * seen) * WIDE
+    # In the backward pass two more numbers as wide as the feed-forward part, for which a last layer makes room elsewhere.
+    return shape.layers * d * width + layer + 2 * f * width if checkpointing else shape.layers * layer
 
 
 def estimate(
@@ -168,6 +173,7 @@ def estimate(
     mask_width: int = 0,
     checkpointing: bool = False,
     packed_row: int = 0,
+    logits_a_chunk: int = CPU_LOGITS_A_CHUNK,
     adapters: int = 2,
     learning: int = 1,
     sample_tokens: int = 0,
@@ -177,6 +183,7 @@ def estimate(
 
     Args:
         packed_row: tokens of the longest row in the packed pass; 0: transformers' own pass.
+        logits_a_chunk: in memory at once.
         adapters: resident at once: policy and reference; with PPO also critic and reward model.
         learning: of them, those with an optimiser: 1, with PPO 2.
         sample_tokens: prompt and answer tokens in the KV cache while sampling.
@@ -187,14 +194,14 @@ def estimate(
         shape, rank=rank, width=width, mask_width=mask_width, checkpointing=checkpointing
     )
     if packed_row:
-        kept = packed_bytes_per_token(shape, longest=packed_row)
+        kept = packed_bytes_per_token(shape, width=width, longest=packed_row, checkpointing=checkpointing)
     temporaries = 2 * shape.ffn * width
     return Estimate(
         weights=base_parameters(shape, parts=parts) * width,
         adapters=adapters * one,
         optimiser=learning * 4 * one,
         activations=batch_tokens * (kept + temporaries),
-        logits=LOGITS_A_CHUNK * (WIDE + (width if width != WIDE else 0)),
+        logits=logits_a_chunk * (WIDE + (WIDE if width != WIDE else 0)),
         kv_cache=sample_tokens * shape.layers * 2 * shape.key_width * width,
         gathered=GATHERED_LAYERS * layer_parameters(shape) * width if parts > 1 else 0,
     )
@@ -260,6 +267,7 @@ def fitting_tokens(
     longest: int,
     dense_mask: bool,
     packed: bool = False,
+    logits_a_chunk: int = CPU_LOGITS_A_CHUNK,
     learning: int = 1,
     sample_tokens: int = 0,
     parts: int = 1,
@@ -270,22 +278,21 @@ def fitting_tokens(
 
     Args:
         longest: tokens of the largest prompt with its answers, which is never split: the budget is at least that.
-        packed: whether the packed pass is taken, which without checkpointing needs no mask.
-        learning, sample_tokens, parts: as for `estimate`.
+        packed: whether the packed pass is taken, which needs no mask.
+        logits_a_chunk, learning, sample_tokens, parts: as for `estimate`.
         room: bytes left once weights and adapters are there.
 
     Raises:
         DoesNotFit: the largest prompt alone, or the cache of sampling, is too large; names the needed and the
             available memory and the fix.
     """
-    of = partial(estimate, shape, rank=rank, width=width)
+    of = partial(estimate, shape, rank=rank, width=width, logits_a_chunk=logits_a_chunk)
     cost = of(batch_tokens=0, adapters=0, learning=learning, sample_tokens=sample_tokens, parts=parts)
     fixed = slack * (cost.optimiser + cost.logits + cost.gathered)
     _check_sampling(fixed + slack * cost.kv_cache, sample_tokens, room)
-    mask_width = longest if dense_mask else 0
+    rows = {"packed_row": longest if packed else 0, "mask_width": longest if dense_mask else 0}
     for checkpointing in (False, True):
-        packed_row = longest if packed and not checkpointing else 0
-        cost = of(batch_tokens=1, mask_width=mask_width, checkpointing=checkpointing, packed_row=packed_row)
+        cost = of(batch_tokens=1, checkpointing=checkpointing, **rows)
         a_token = slack * cost.activations
         fits = max(0, int((room - fixed) / a_token))
         if fits >= longest:
@@ -316,7 +323,7 @@ def plan_batches(base: Base, *, longest: int, rank: int, learning: int = 1, samp
         DoesNotFit: the largest prompt with its answers (`longest` tokens) is too large for this device.
     """
     config = base.model.config
-    base.checkpointing = False  # an earlier plan's: without it, the packed pass may be taken
+    base.checkpointing = False  # an earlier plan's
     if not all(hasattr(config, name) for name in NEEDED):
         return
     base.most_tokens, base.checkpointing = fitting_tokens(
@@ -324,8 +331,9 @@ def plan_batches(base: Base, *, longest: int, rank: int, learning: int = 1, samp
         rank=rank,
         width=base.dtype.itemsize,
         longest=longest,
-        dense_mask=base.share_prefixes,
+        dense_mask=masks(base),
         packed=packs(base),
+        logits_a_chunk=CPU_LOGITS_A_CHUNK if base.device.type == "cpu" else GPU_LOGITS_A_CHUNK,
         learning=learning,
         sample_tokens=sample_tokens,
         parts=base.parts,

@@ -51,7 +51,7 @@ class Base:
     batch_tokens: int
     """Token budget of a micro-batch where the configuration leaves it open."""
     share_prefixes: bool
-    """Whether tree masks are right for this architecture (no sliding windows) and quick on this device."""
+    """Whether rows that share a prompt are right for this architecture: no sliding windows."""
     checkpointing: bool = False
     """Whether training passes keep only each layer's input and compute the rest again (`checkpointed`)."""
     most_tokens: int = 2**62
@@ -123,7 +123,7 @@ def _describe(
         max_positions=int(model.config.max_position_embeddings),
         path=path,
         batch_tokens=CPU_BATCH_TOKENS if place.type == "cpu" else GPU_BATCH_TOKENS,
-        share_prefixes=place.type == "cpu" and set(layer_types) == {"full_attention"},
+        share_prefixes=set(layer_types) == {"full_attention"},
         parts=parts,
     )
 

@@ -1,4 +1,6 @@
-"""The forward pass of Llama and Qwen2 models on a CPU over packed prefix trees: no padding, no mask, no row for nothing.
+"""The forward pass of Llama and Qwen2 models over packed prefix trees: no padding, no mask, no row for nothing.
+
+On a CPU in float32, on a GPU in bfloat16 with float32 adapters; only the attention differs.
 
 It reads the weights of the transformers model and of the adapter that is on, and equals that model's own forward pass to
 rounding (tested). The last layer computes queries and the feed-forward part only where a hidden state is read.
@@ -8,20 +10,23 @@ Letters: B rows, T tokens a row, N tokens in all, M tokens read, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
-from alignment.batching import Batch
+from alignment.batching import Batch, sent
 from alignment.models import Base, backbone
-from alignment.packed_attention import Heads, Rotation, tree_attention
+from alignment.packed_attention import Heads, tree_attention
+from alignment.packed_flash import flash_attention, has_flash, sequences_of
 from alignment.packed_layers import Block, Factors, Linear, adapted, gated_down, normed
 
 MODELS = (llama.LlamaModel, qwen2.Qwen2Model)
@@ -39,22 +44,26 @@ Span = tuple[int, int]
 
 
 def packs(base: Base) -> bool:
-    """Return whether `packed_states` computes what the model computes, and as it is to be computed.
+    """Return whether `packed_states` computes what the model computes: in float32 on a CPU, in bfloat16 on a GPU.
 
-    Sliding windows are ruled out by `base.share_prefixes`. With checkpointing the layers must forget what they
-    computed, which is transformers' work.
+    Sliding windows are ruled out by `base.share_prefixes`.
     """
     model = backbone(base)
     return bool(
-        base.device.type == "cpu"
-        and base.dtype in (torch.float32, torch.float64)
-        and base.share_prefixes
-        and not base.checkpointing
+        base.share_prefixes
         and type(model) in MODELS
+        and _computes(base, model.layers[0].self_attn.head_dim)
         and type(model.embed_tokens) is nn.Embedding
         and model.rotary_emb.rope_type in ROPE_TYPES
         and all(_known(layer, base.dtype) for layer in model.layers)
     )
+
+
+def _computes(base: Base, head_size: int) -> bool:
+    """Return whether there is an attention for this device and precision."""
+    if base.device.type == "cpu":
+        return base.dtype in (torch.float32, torch.float64)
+    return base.dtype == torch.bfloat16 and has_flash(base.device, head_size)
 
 
 def _known(layer: Any, dtype: torch.dtype) -> bool:
@@ -74,36 +83,69 @@ def _read_whole(part: Any, dtype: torch.dtype) -> bool:
         return False
     name = names[0]
     return name not in part.lora_A or (
-        part.lora_A[name].weight.dtype == dtype
+        part.lora_A[name].weight.dtype == torch.promote_types(dtype, torch.float32)
         and name not in part.lora_variant
         and not part.lora_bias.get(name)
     )
 
 
 def packed_states(base: Base, batch: Batch, places: torch.Tensor) -> torch.Tensor:
-    """Return (len(places), D) last hidden states at `places`, int64 into B*T, under the adapter that is on."""
+    """Return (len(places), D) last hidden states at `places`, int64 into B*T, under the adapter that is on.
+
+    Everything is planned on the CPU, from the batch's bounds and `places`, and sent before the first layer.
+    """
     model, config = backbone(base), base.model.config
-    kept = (batch.segments.flatten() >= 0).nonzero().squeeze(1)  # (N,) into B*T
+    segments = _segments(batch.bounds)
+    kept, positions = _kept(batch)
     number = torch.zeros(batch.segments.numel(), dtype=torch.int64).index_copy_(
         0, kept, torch.arange(len(kept))
     )
-    ids = batch.input_ids.flatten()[kept]
-    width = batch.input_ids.shape[1]
-    positions = (kept % width) if batch.positions is None else batch.positions.flatten()[kept]
-    segments = _segments(batch.bounds)
     spans = _read_spans(segments, number[places].tolist())
     read = torch.cat([torch.arange(*span) for span in spans if span[0] < span[1]])  # (M,) into N
-    x = nn.functional.embedding(ids, model.embed_tokens.weight)  # (N, D)
+    among = torch.zeros(len(kept), dtype=torch.int64).index_copy_(0, read, torch.arange(len(read)))
+    kept, positions, read, asked = sent([kept, positions, read, among[number[places]]], base.device)
+    x = nn.functional.embedding(batch.input_ids.flatten()[kept], model.embed_tokens.weight)  # (N, D)
     cosine, sine = (part[0].chunk(2, dim=-1)[0] for part in model.rotary_emb(x, positions.unsqueeze(0)))
     keys = (cosine.contiguous(), sine.contiguous())
-    everything = _blocks(segments, [own for _, own in segments])
+    mix = _attention(segments, [own for _, own in segments], base.device)
+    run = partial(checkpoint, _layer, use_reentrant=False, preserve_rng_state=False)
+    layer_of = run if base.checkpointing and torch.is_grad_enabled() else _layer
     for layer in model.layers[:-1]:
-        x = _layer(layer, x, None, everything, (keys, keys), config)
-    turns = ((keys[0][read], keys[1][read]), keys)
-    x = _layer(model.layers[-1], x, read, _blocks(segments, spans), turns, config)
-    x = _norm(model.norm, x)
-    among = torch.zeros(len(kept), dtype=torch.int64).index_copy_(0, read, torch.arange(len(read)))
-    return x[among[number[places]]]
+        x = layer_of(layer, x, None, partial(mix, turns=(keys, keys)), config)
+    mix = partial(_attention(segments, spans, base.device), turns=((keys[0][read], keys[1][read]), keys))
+    x = layer_of(model.layers[-1], x, read, mix, config)
+    return _norm(model.norm, x)[asked]
+
+
+def _kept(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (N,) which of B*T are tokens, and their positions: those of an answer go on after its prompt."""
+    width = batch.input_ids.shape[1]
+    kept = [torch.arange(row * width, row * width + ends[-1]) for row, ends in enumerate(batch.bounds)]
+    positions = [
+        part
+        for ends in batch.bounds
+        for part in (
+            torch.arange(ends[0]),
+            *(torch.arange(ends[0], ends[0] + stop - start) for start, stop in pairwise(ends)),
+        )
+    ]
+    return torch.cat(kept), torch.cat(positions)
+
+
+def _attention(
+    segments: Sequence[tuple[Span, Span]], spans: Sequence[Span], device: torch.device
+) -> Callable[..., torch.Tensor]:
+    """Return the attention of the queries `spans` of the segments."""
+    if device.type != "cpu":
+        return _flash(segments, spans, device)
+    return partial(tree_attention, blocks=_blocks(segments, spans, BLOCK_TOKENS))
+
+
+def _flash(
+    segments: Sequence[tuple[Span, Span]], spans: Sequence[Span], device: torch.device
+) -> Callable[..., torch.Tensor]:
+    whole = max(end for _, (_, end) in segments)
+    return partial(flash_attention, sequences=sequences_of(_blocks(segments, spans, whole), device))
 
 
 def _segments(bounds: Sequence[Sequence[int]]) -> list[tuple[Span, Span]]:
@@ -130,13 +172,13 @@ def _read_spans(segments: Sequence[tuple[Span, Span]], places: Sequence[int]) ->
     return spans
 
 
-def _blocks(segments: Sequence[tuple[Span, Span]], spans: Sequence[Span]) -> list[Block]:
-    """Cut the queries `spans` of the segments into blocks; queries are numbered in their order."""
+def _blocks(segments: Sequence[tuple[Span, Span]], spans: Sequence[Span], size: int) -> list[Block]:
+    """Cut the queries `spans` of the segments into blocks of at most `size`; queries are numbered in their order."""
     blocks: list[Block] = []
     done = 0
     for (prompt, (start, _)), (first, end) in zip(segments, spans, strict=True):
-        for at in range(first, end, BLOCK_TOKENS):
-            stop = min(at + BLOCK_TOKENS, end)
+        for at in range(first, end, size):
+            stop = min(at + size, end)
             queries = slice(done, done + stop - at)
             done = queries.stop
             blocks.append(Block(queries=queries, prompt=slice(*prompt), own=slice(start, stop)))
@@ -147,8 +189,7 @@ def _layer(
     layer: Any,
     x: torch.Tensor,  # (N, D)
     read: torch.Tensor | None,  # (M,) into N; None: every token
-    blocks: Sequence[Block],
-    turns: tuple[Rotation, Rotation],
+    mix: Callable[..., torch.Tensor],
     config: Any,
 ) -> torch.Tensor:
     """Return (M, D) what the layer makes of the tokens `read`."""
@@ -159,8 +200,7 @@ def _layer(
     if read is not None:
         x, calm = x[read], calm[read]
     q = adapted(calm, [_linear(own.q_proj)])
-    mixed = tree_attention(q, kv, turns=turns, blocks=blocks, heads=heads)
-    x = adapted(mixed, [_linear(own.o_proj)], residual=x)
+    x = adapted(mix(q, kv, heads=heads), [_linear(own.o_proj)], residual=x)
     calm = _norm(layer.post_attention_layernorm, x)
     both = adapted(calm, [_linear(mlp.gate_proj), _linear(mlp.up_proj)])
     return gated_down(both, _linear(mlp.down_proj), residual=x)
@@ -178,5 +218,6 @@ def _linear(part: Any) -> Linear:
     name = part.active_adapters[0]
     if part.disable_adapters or name not in part.lora_A:
         return Linear(plain.weight, plain.bias, None)
-    factors = Factors(part.lora_A[name].weight, part.lora_B[name].weight, part.scaling[name])
-    return Linear(plain.weight, plain.bias, factors)
+    down, up = part.lora_A[name].weight, part.lora_B[name].weight
+    narrow = (down.detach().to(plain.weight.dtype), up.detach().to(plain.weight.dtype))
+    return Linear(plain.weight, plain.bias, Factors(down, up, part.scaling[name], narrow))

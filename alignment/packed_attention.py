@@ -35,10 +35,10 @@ def _rotated(x: torch.Tensor, rotation: Rotation, heads: int) -> torch.Tensor:
     """Return (heads, N, E) x (N, heads * E) rotated by its positions (arXiv 2104.09864)."""
     split = x.view(len(x), heads, -1).transpose(0, 1)
     result = torch.empty(split.shape, dtype=x.dtype, device=x.device)
-    return _turn(split, result, *rotation)
+    return turn(split, result, *rotation)
 
 
-def _turn(x: torch.Tensor, result: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+def turn(x: torch.Tensor, result: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     """Write x (heads, N, E) rotated into `result`."""
     (first, second), (one, other) = x.chunk(2, dim=-1), result.chunk(2, dim=-1)
     torch.mul(first, cosine, out=one).addcmul_(second, sine, value=-1)
@@ -125,8 +125,8 @@ def _unrotated(
     groups, count = keys.shape[:2]
     q = keys.new_empty(many, queries.shape[0] * queries.shape[1], size)
     kv = keys.new_empty(count, 2 * groups, size)
-    _turn(queries.flatten(0, 1), q.transpose(0, 1), turns[0][0], -turns[0][1])
-    _turn(keys, kv[:, :groups].transpose(0, 1), turns[1][0], -turns[1][1])
+    turn(queries.flatten(0, 1), q.transpose(0, 1), turns[0][0], -turns[0][1])
+    turn(keys, kv[:, :groups].transpose(0, 1), turns[1][0], -turns[1][1])
     kv[:, groups:] = values.transpose(0, 1)
     return q.flatten(1), kv.flatten(1)
 

@@ -18,10 +18,12 @@ class Factors(NamedTuple):
     """A LoRA adapter of one linear layer: its output is that of W + scale * B A."""
 
     down: torch.Tensor
-    """A (R, I)."""
+    """A (R, I), that of the optimiser."""
     up: torch.Tensor
-    """B (O, R)."""
+    """B (O, R), that of the optimiser."""
     scale: float
+    narrow: tuple[torch.Tensor, torch.Tensor]
+    """A and B in the precision that is computed in: the same tensors, or copies for one pass."""
 
 
 class Linear(NamedTuple):
@@ -48,9 +50,10 @@ class Block(NamedTuple):
 class _Adapted(torch.autograd.Function):
     """Several linear layers of one input side by side, each with its adapter, plus a residual.
 
-    W + scale * B A is formed for the call, in full precision: for N tokens that costs R / N of the product, where
-    the usual x A^T B^T costs R (I + O) / (I O) of it. Only x is kept for the backward pass, which forms it again:
-    kept by all layers it would be a second copy of the model.
+    In float32, W + scale * B A is formed for the call: for N tokens that costs R / N of the product, where the usual
+    x A^T B^T costs R (I + O) / (I O) of it. Only x is kept for the backward pass, which forms it again: kept by all
+    layers it would be a second copy of the model. In bfloat16 the sum would round most of an adapter away, so there it
+    is x A^T B^T.
     """
 
     @staticmethod
@@ -62,7 +65,7 @@ class _Adapted(torch.autograd.Function):
         *factors: torch.Tensor,
     ) -> torch.Tensor:
         """Return (N, O), O over all layers."""
-        result = _with_biases(torch.mm(x, _effective(layers).T), layers)
+        result = _with_biases(_product(x, layers), layers)
         if residual is not None:
             result += residual
         ctx.save_for_backward(x)
@@ -73,31 +76,78 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         """Return the gradients of x, the residual and each A and B that is trained."""
         (grad,), (x,) = grads, ctx.saved_tensors
-        slope = torch.mm(grad, _effective(ctx.layers)) if ctx.needs_input_grad[0] else None
+        outer = _outer(ctx.layers, grad)
+        slope = _input_slope(ctx.layers, grad, outer) if ctx.needs_input_grad[0] else None
         trained = ctx.needs_input_grad[3:]
-        found = _factor_slopes(ctx.layers, x, grad) if any(trained) else [None] * len(trained)
+        found = _factor_slopes(ctx.layers, x, grad, outer) if any(trained) else [None] * len(trained)
         return (slope, grad if ctx.needs_input_grad[1] else None, None, *found)
 
 
-def _factor_slopes(layers: Sequence[Linear], x: torch.Tensor, grad: torch.Tensor) -> list[Slot]:
-    """Return the gradients of each A and B in turn, of the inputs x (N, I) and the outputs' gradient (N, O)."""
-    factors = [layer.factors for layer in layers if layer.factors]
-    inner = torch.mm(x, torch.cat([each.down for each in factors]).T)  # (N, R of all)
-    outer = torch.empty_like(inner)
+def _product(x: torch.Tensor, layers: Sequence[Linear]) -> torch.Tensor:
+    """Return (N, O) the products of x (N, I) with all layers and their adapters, side by side."""
+    if _merges(x):
+        return torch.mm(x, _effective(layers).T)
+    result = x.new_empty(len(x), sum(len(layer.weight) for layer in layers))
+    parts = result.split([len(layer.weight) for layer in layers], dim=1)
+    downs = [layer.factors.narrow[0] for layer in layers if layer.factors]
+    inner = iter(torch.mm(x, torch.cat(downs).T).split([len(down) for down in downs], dim=1) if downs else ())
+    for part, layer in zip(parts, layers, strict=True):
+        torch.mm(x, layer.weight.T, out=part)
+        if layer.factors:
+            part.addmm_(next(inner), layer.factors.narrow[1].T, alpha=layer.factors.scale)
+    return result
+
+
+def _merges(x: torch.Tensor) -> bool:
+    """Return whether W + scale * B A can be formed in this precision."""
+    return x.dtype.itemsize >= torch.float32.itemsize
+
+
+def _outer(layers: Sequence[Linear], grad: torch.Tensor) -> Slot:
+    """Return (N, R of all) scale * g B of the outputs' gradient g (N, O), None where no layer has an adapter."""
+    found = [
+        torch.mm(part, layer.factors.narrow[1] * layer.factors.scale)
+        for part, layer in zip(grad.split([len(each.weight) for each in layers], dim=1), layers, strict=True)
+        if layer.factors
+    ]
+    return torch.cat(found, dim=1) if found else None
+
+
+def _input_slope(layers: Sequence[Linear], grad: torch.Tensor, outer: Slot) -> torch.Tensor:
+    """Return (N, I) the gradient of the inputs, of that of the outputs (N, O) and `_outer`."""
+    if _merges(grad):
+        return torch.mm(grad, _effective(layers))
+    first, *others = grad.split([len(layer.weight) for layer in layers], dim=1)
+    slope = torch.mm(first, layers[0].weight)
+    for part, layer in zip(others, layers[1:], strict=True):
+        slope.addmm_(part, layer.weight)
+    if outer is not None:
+        slope.addmm_(outer, torch.cat([layer.factors.narrow[0] for layer in layers if layer.factors]))
+    return slope
+
+
+def _factor_slopes(layers: Sequence[Linear], x: torch.Tensor, grad: torch.Tensor, outer: Slot) -> list[Slot]:
+    """Return the gradients of each A and B in turn, of the inputs x (N, I), the outputs' gradient (N, O) and `_outer`."""
+    if outer is None:
+        return []
+    downs = [layer.factors.narrow[0] for layer in layers if layer.factors]
+    ranks = [len(down) for down in downs]
+    inner = iter(torch.mm(x, torch.cat(downs).T).split(ranks, dim=1))  # (N, R) each
+    of_downs = iter(_wide_product(outer.T, x).split(ranks))
     found: list[Slot] = []
-    at = done = 0
-    for layer in layers:
-        part = grad[:, at : at + layer.weight.shape[0]]
-        at += layer.weight.shape[0]
-        if layer.factors is None:
-            continue
-        _, up, scale = layer.factors
-        columns = slice(done, done + up.shape[1])
-        done += up.shape[1]
-        torch.mm(part, up * scale, out=outer[:, columns])
-        found += [None, torch.mm(part.T, inner[:, columns]).mul_(scale)]
-    found[::2] = torch.split(torch.mm(outer.T, x), [each.down.shape[0] for each in factors])
+    for part, layer in zip(grad.split([len(each.weight) for each in layers], dim=1), layers, strict=True):
+        if layer.factors:
+            found += [next(of_downs), _wide_product(part.T, next(inner)).mul_(layer.factors.scale)]
     return found
+
+
+def _wide_product(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return the product in float32 or wider: gradients of bfloat16 numbers are summed up over micro-batches."""
+    if _merges(one):
+        return torch.mm(one, other)
+    if one.is_cuda:
+        return torch.mm(one, other, out_dtype=torch.float32)
+    return torch.mm(one.float(), other.float())
 
 
 def _effective(layers: Sequence[Linear]) -> torch.Tensor:
@@ -108,8 +158,8 @@ def _effective(layers: Sequence[Linear]) -> torch.Tensor:
     at = 0
     for layer in layers:
         if layer.factors is not None:
-            down, up, scale = layer.factors
-            weight[at : at + up.shape[0]].addmm_(up, down, alpha=scale)
+            down, up = layer.factors.narrow
+            weight[at : at + up.shape[0]].addmm_(up, down, alpha=layer.factors.scale)
         at += layer.weight.shape[0]
     return weight
 
@@ -152,7 +202,9 @@ class _Normed(torch.autograd.Function):
 
 
 def normed(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Return (N, I) the RMS norm of x."""
+    """Return (N, I) the RMS norm of x, computed in float32 or wider."""
+    if not _merges(x):
+        return torch.nn.functional.rms_norm(x, (x.shape[1],), weight, epsilon)
     result: torch.Tensor = _Normed.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
     return result
 
@@ -175,7 +227,7 @@ class _GatedDown(torch.autograd.Function):
         ctx.save_for_backward(both)
         ctx.layer = layer
         gate, up = both.chunk(2, dim=1)
-        result = torch.mm(torch.nn.functional.silu(gate).mul_(up), _effective([layer]).T)
+        result = _product(torch.nn.functional.silu(gate).mul_(up), [layer])
         return _with_biases(result, [layer]).add_(residual)
 
     @staticmethod
@@ -185,8 +237,11 @@ class _GatedDown(torch.autograd.Function):
         gate, up = both.chunk(2, dim=1)
         active = torch.nn.functional.silu(gate)
         trained = ctx.needs_input_grad[3:]
-        found = _factor_slopes([ctx.layer], active * up, grad) if any(trained) else [None] * len(trained)
-        inner = torch.mm(grad, _effective([ctx.layer]))  # (N, I)
+        outer = _outer([ctx.layer], grad)
+        found = [None] * len(trained)
+        if any(trained):
+            found = _factor_slopes([ctx.layer], active * up, grad, outer)
+        inner = _input_slope([ctx.layer], grad, outer)  # (N, I)
         slope = torch.empty_like(both)
         to_gate, to_up = slope.chunk(2, dim=1)
         torch.mul(active, inner, out=to_up)

@@ -11,7 +11,7 @@ import torch
 
 from alignment.batching import Batch, collate, group_by_prompt, micro_batches
 from alignment.distributed import ALONE, Crew
-from alignment.logprobs import LOGITS_A_CHUNK, Row, head_logprobs, shares, states_at
+from alignment.logprobs import Row, head_logprobs, rows_a_chunk, shares, states_at
 from alignment.models import Base, active, head
 from alignment.progress import Progress, stop_if_asked
 
@@ -82,7 +82,7 @@ def entropy_sum(base: Base, hidden: torch.Tensor, *, temperature: float) -> torc
     """Return () the sum over (N, D) positions of H = log Z - sum p z in nats; chunked, never (N, V)."""
     layer = head(base)
     total = torch.zeros((), device=hidden.device)
-    size = max(1, LOGITS_A_CHUNK // layer.weight.shape[0])
+    size = rows_a_chunk(layer.weight)
     for start in range(0, hidden.shape[0], size):
         logits = torch.nn.functional.linear(hidden[start : start + size], layer.weight, layer.bias).float()
         logprobs = torch.log_softmax(logits / temperature, dim=-1)

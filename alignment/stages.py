@@ -13,7 +13,9 @@ from alignment.evaluation import Evidence, Trial, evaluate
 from alignment.fixed_questions import FixedQuestions
 from alignment.gate import Verdict
 from alignment.golden import golden_file, load_golden
+from alignment.logprobs import masks
 from alignment.models import Base, answer_ids, save_adapter
+from alignment.packed import packs
 from alignment.ppo import ppo_fingerprint
 from alignment.preferences import Preferences, load_preferences
 from alignment.probe_record import record_probes
@@ -145,7 +147,7 @@ def _planned_and_weighed(
 
 def _longest(base: Base, labels: Preferences) -> int:
     """Return the tokens of the largest prompt with its answers, which no micro-batch can split."""
-    prompts_twice = not base.share_prefixes
+    prompts_twice = not (packs(base) or masks(base))
     sizes = [len(t.prompt_ids) + len(t.answer_ids) for t in labels.thumbs]
     for pair in labels.pairs:
         answers = (len(pair.chosen_ids), len(pair.rejected_ids))

@@ -38,7 +38,7 @@ def test_chunked_logprobs_and_gradient_equal_a_plain_loop_in_float64(
     weight, bias = torch.randn(11, 5, dtype=torch.float64), torch.randn(11, dtype=torch.float64)
     targets = torch.tensor([0, 10, 3, 3, 7, 1, 9])
     scales = torch.linspace(-1, 2, 7, dtype=torch.float64)
-    monkeypatch.setattr(logprobs, "LOGITS_A_CHUNK", chunk_rows * 11)
+    monkeypatch.setattr(logprobs, "CPU_LOGITS_A_CHUNK", chunk_rows * 11)
     ours = head_logprobs(hidden, weight, targets, bias=bias, temperature=temperature)
     (slope,) = torch.autograd.grad((ours * scales).sum(), hidden)
 

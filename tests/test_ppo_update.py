@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignment import ppo_forward
+from alignment import logprobs, ppo_forward
 from alignment.critic import CRITIC, add_critic, critic_parameters
 from alignment.logprobs import completion_logprobs, hidden_states
 from alignment.models import Base, active, adapter_parameters
@@ -145,7 +145,7 @@ def test_the_entropy_is_that_of_the_whole_distribution(model: Path, monkeypatch:
         logits = base.model.get_base_model().lm_head(hidden).double() / 0.8
     shares = logits.softmax(-1)
     expected = float(-(shares * shares.log()).sum())
-    monkeypatch.setattr(ppo_forward, "LOGITS_A_CHUNK", 1500)  # three positions at once
+    monkeypatch.setattr(logprobs, "CPU_LOGITS_A_CHUNK", 1500)  # three positions at once
     assert float(entropy_sum(base, hidden, temperature=0.8)) == pytest.approx(expected, rel=1e-5)
 
 
