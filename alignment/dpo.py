@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from alignment.batching import Tree, collate, make_tree, micro_batches
+from alignment.batching import Tree, collate, make_tree, micro_batches, sent
 from alignment.displacement import Change
 from alignment.distributed import ALONE, Crew
 from alignment.dpo_losses import pair_losses
@@ -138,7 +138,7 @@ def _gradients(
     with active(base, "policy", trainable=True):
         for plan in crew.share(plans):
             batch = collate([trees[i] for i in plan], share=share, pad_id=base.pad_id, device=base.device)
-            own = torch.tensor([numbers[i] for i in plan], device=base.device)
+            (own,) = sent([torch.tensor([numbers[i] for i in plan])], base.device)
             policy = completion_sums(token_logprobs(base, batch), batch).view(-1, 2)  # (P, 2)
             lengths = batch.lengths.view(-1, 2).to(policy.dtype)
             losses = pair_losses(

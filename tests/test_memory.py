@@ -72,6 +72,7 @@ DEEP = {"hidden": 256, "layers": 16, "kv_heads": 8, "ffn": 704}
         (DEEP, "float32", 2048, "padded", 2048, False, 0.75, 1.25),
         (WIDE, "float32", 2048, "padded", 2048, True, 0.75, 1.25),
         (WIDE, "float32", 1024, "packed", 256, False, 0.88, 1.12),
+        (DEEP, "float32", 2048, "packed", 256, True, 0.75, 1.25),
         (DEEP, "float32", 2048, "packed", 256, False, 0.88, 1.12),
         # Every row is long, and the estimate allows for short ones beside the longest, which keep more softmax.
         (DEEP, "float32", 2048, "packed", 1024, False, 1.0, 1.35),
@@ -151,6 +152,11 @@ def test_the_packed_pass_needs_less_than_the_models_own_and_no_mask() -> None:
         24 * (4 * 896 + 2 + 2 * 896 + 2 * 128 + 2 * 4864 + 14 * 192) + 2 * 4864
     )
     assert packed.activations < 0.67 * own.activations
+    on_gpu = estimate(shape, rank=16, width=2, batch_tokens=1000, packed_row=1000)
+    # no softmax is kept there, but a float32 a head, and two for the norms
+    assert on_gpu.activations == 1000 * (
+        24 * (2 * (4 * 896 + 2 * 896 + 2 * 128 + 2 * 4864) + 4 * (14 + 2)) + 2 * 2 * 4864
+    )
 
 
 def test_a_base_in_parts_leaves_room_and_takes_some_for_the_layers_it_gathers() -> None:
@@ -161,7 +167,7 @@ def test_a_base_in_parts_leaves_room_and_takes_some_for_the_layers_it_gathers() 
     assert whole.total - part.total == (576 - 3 * 576) * 4
 
 
-def test_the_packed_pass_gives_way_to_checkpointing_when_it_does_not_fit() -> None:
+def test_the_packed_pass_takes_checkpointing_when_it_does_not_fit() -> None:
     shape = Shape(layers=32, hidden=64, heads=2, kv_heads=1, head_dim=32, ffn=128, vocabulary=100, tied=True)
     found = estimate(shape, rank=1, width=4, batch_tokens=500, packed_row=500)
     room = found.optimiser + found.logits + found.activations
@@ -222,10 +228,11 @@ def test_a_run_plans_with_its_share_of_a_gpu_and_with_what_is_free_of_it(
     assert available_bytes(card) == 0
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "the model's own pass"])
 @pytest.mark.parametrize("share", [True, False])
-def test_checkpointing_keeps_less_and_changes_no_gradient(tmp_path: Path, share: bool) -> None:
+def test_checkpointing_keeps_less_and_changes_no_gradient(tmp_path: Path, share: bool, packed: bool) -> None:
     base = load_base(str(make_tiny_model(tmp_path / "model")), device="cpu")
-    base.share_prefixes = False  # the model's own pass: only that can be checkpointed
+    base.share_prefixes = packed
     add_policy(base, LoraSpec(rank=4, alpha=8), seed=0)
     tree = make_tree([5, 6, 7], [[8, 9], [10, 11, 12]])
     batch = collate([tree], share=share, pad_id=base.pad_id, device=base.device)

@@ -84,10 +84,9 @@ def set_base(name: str, value: object) -> Callable[[Base], None]:
 
 
 UNKNOWN: dict[str, Callable[[Base], None]] = {
-    "a GPU": set_base("device", torch.device("cuda")),
-    "bfloat16": set_base("dtype", torch.bfloat16),
+    "float32 on a GPU": set_base("device", torch.device("cuda")),
+    "bfloat16 on a CPU": set_base("dtype", torch.bfloat16),
     "sliding windows, or tree rows that are not wanted": set_base("share_prefixes", False),
-    "checkpointing": set_base("checkpointing", True),
     "an adapter merged": merge,
     "an adapter in another precision": widen_the_adapter,
     "two adapters at once": turn_on_two_adapters,
@@ -165,9 +164,12 @@ def test_a_known_architecture_with_an_unknown_part_takes_its_own_pass(
 def test_short_prompts_are_shared_where_that_costs_no_mask(small: Base) -> None:
     tree = make_tree([1], [[2] * 9, [3] * 9])
     assert shares(small, [tree])
-    small.checkpointing = True  # the model's own pass, with a mask
+    small.dtype = torch.bfloat16  # the model's own pass, with a mask
     assert not shares(small, [tree])
-    assert shares(small, [make_tree([1] * 20, [[2] * 9, [3] * 9])])
+    long = make_tree([1] * 20, [[2] * 9, [3] * 9])
+    assert shares(small, [long])
+    small.device = torch.device("cuda")  # where no kernel is quick under a mask
+    assert not shares(small, [long])
 
 
 def test_the_head_reads_what_the_packed_pass_returns(small: Base) -> None:

@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[2]
 TRL = ROOT / ".venv-peers" / "trl-1.16" / "bin" / "python"
+TRL_FOLDER = "KOTAE_TRL_FOLDER"
+"""Environment variable: a folder with TRL's packages, for this Python, where there is no .venv-peers."""
 TRL_WITH_PPO = ROOT / ".venv-peers" / "trl-1.12" / "bin" / "python"
 Side = Literal["kotae", "trl"]
 Method = Literal["dpo", "kto", "reward", "ppo"]
@@ -46,6 +48,9 @@ class Job:
     fit_heads: bool = False
     """Whether Kotae fits the heads first, which TRL does not."""
     threads: int = 1
+    device: str = "cpu"
+    dtype: str = "float32"
+    """Of the frozen base."""
     peer: dict[str, Any] = field(default_factory=dict)
     """TRL's own settings that change speed only (micro-batch, precomputed reference log-probs, checkpointing)."""
 
@@ -79,13 +84,16 @@ def environment(threads: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get(TRL_FOLDER)])]
+        ),
     }
 
 
 def command(side: Side, method: Method, jobs: Sequence[Path]) -> list[str]:
     """Return the command line that carries out the jobs of a method one after the other."""
-    python = sys.executable if side == "kotae" else str(TRL_WITH_PPO if method == "ppo" else TRL)
+    own = side == "kotae" or os.environ.get(TRL_FOLDER)
+    python = sys.executable if own else str(TRL_WITH_PPO if method == "ppo" else TRL)
     module = "trl_ppo_side" if (side, method) == ("trl", "ppo") else f"{side}_side"
     return [python, "-m", f"parity.{module}", *map(str, jobs)]
 
@@ -106,6 +114,8 @@ def run(
     return [read_result(job, side) for job in jobs]
 
 
-def write_result(job: Path, side: Side, *, losses: Sequence[float], usage: Mapping[str, float]) -> None:
+def write_result(
+    job: Path, side: Side, *, losses: Sequence[float], usage: Mapping[str, float], **more: Any
+) -> None:
     """Write what a side measured."""
-    output(job, side, "json").write_text(json.dumps({"losses": list(losses), **usage}))
+    output(job, side, "json").write_text(json.dumps({"losses": list(losses), **usage, **more}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -10,10 +11,12 @@ from unittest import mock
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from alignment import reward_training
 from alignment.dpo import train_dpo
 from alignment.kto import train_kto
+from alignment.memory import plan_batches
 from alignment.models import Base, adapter_parameters, load_adapter, load_base
 from alignment.ppo import PpoConfig, train_ppo
 from alignment.preferences import Pair, Thumb
@@ -22,6 +25,7 @@ from alignment.reward_items import make_items
 from alignment.reward_model import TrainedReward
 from alignment.training_config import DpoConfig, KtoConfig, RewardConfig
 from parity.jobs import Job, output, write_result
+from parity.random_weights import drawn, has_weights
 from parity.usage import Meter
 
 Json = dict[str, Any]
@@ -99,21 +103,43 @@ def train(base: Base, job: Job, losses: Losses) -> dict[str, torch.Tensor]:
 def scorer(base: Base, job: Job) -> TrainedReward:
     """Return a reward model of one member: the job's adapter and head."""
     load_adapter(base, "reward_0", Path(job.adapter), trainable=False)
-    heads = torch.tensor([[job.head]])  # (1, 1, D)
+    heads = torch.tensor([[job.head]], device=base.device)  # (1, 1, D)
     return TrainedReward(
         base=base, adapters=("reward_0",), heads=heads, metrics={}, config=RewardConfig(members=1)
     )
+
+
+def load(model: str, *, device: str, dtype: str) -> Base:
+    """Load the base; of a model without weights, with those that TRL's side draws too."""
+    if has_weights(model):
+        return load_base(model, device=device, dtype=dtype)
+
+    def draw(folder: str, *, dtype: torch.dtype, attn_implementation: str) -> torch.nn.Module:
+        return drawn(folder, dtype=dtype, device=device)
+
+    with mock.patch.object(AutoModelForCausalLM, "from_pretrained", draw):
+        return load_base(model, device=device, dtype=dtype)
+
+
+def longest(job: Job) -> int:
+    """Return the tokens of the largest prompt with its answers."""
+    names = ("prompt", "chosen", "rejected", "answer")
+    return max(sum(len(item.get(name, ())) for name in names) for item in job.items)
 
 
 def carry_out(path: Path) -> None:
     """Read a job, train, and write what came out."""
     job = Job(**json.loads(path.read_text()))
     torch.set_num_threads(job.threads)
+    gc.collect()
+    torch.cuda.empty_cache()  # of the job before
     name = NAMES[job.method]
-    base = load_base(job.model, device="cpu")
+    base = load(job.model, device=job.device, dtype=job.dtype)
     load_adapter(base, name, Path(job.adapter), trainable=True)
     losses = Losses("policy/loss" if job.method == "ppo" else f"{job.method}/loss")
     meter = Meter()
+    if job.device != "cpu":
+        plan_batches(base, longest=longest(job), rank=base.model.peft_config[name].r)
     head = train(base, job, losses)
     write_result(path, "kotae", losses=losses.values, usage=meter.read())
     factors = {

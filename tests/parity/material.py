@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignment.kto import thumb_batches
 from alignment.models import LoraSpec, add_adapter, load_base, save_adapter
 from alignment.training import epoch_batches, rate_factor
 from alignment.training_config import DpoConfig, KtoConfig, RewardConfig
 from parity.jobs import Job, Method
+from parity.random_weights import has_weights
 from tiny_models import make_tokenizer
 
 FIRST_WORD = 4
@@ -35,14 +39,45 @@ class Size:
     key_value_heads: int
     intermediate: int
     vocabulary: int
+    tied: bool = True
+    spread: float = 0.05
+    """Standard deviation of the weights."""
 
 
 SIZES: Mapping[str, Size] = {
     "tiny": Size(hidden=64, layers=2, heads=2, key_value_heads=1, intermediate=128, vocabulary=400),
     "small": Size(hidden=256, layers=6, heads=4, key_value_heads=2, intermediate=768, vocabulary=4096),
     "medium": Size(hidden=512, layers=8, heads=8, key_value_heads=2, intermediate=1536, vocabulary=16384),
+    "qwen-0.5b": Size(
+        hidden=896,
+        layers=24,
+        heads=14,
+        key_value_heads=2,
+        intermediate=4864,
+        vocabulary=151936,
+        spread=0.02,
+    ),
+    "qwen-1.5b": Size(
+        hidden=1536,
+        layers=28,
+        heads=12,
+        key_value_heads=2,
+        intermediate=8960,
+        vocabulary=151936,
+        spread=0.02,
+    ),
+    "qwen-7b": Size(
+        hidden=3584,
+        layers=28,
+        heads=28,
+        key_value_heads=4,
+        intermediate=18944,
+        vocabulary=152064,
+        tied=False,
+        spread=0.02,
+    ),
 }
-"""0.1, 6 and 32 million parameters."""
+"""0.1, 6 and 32 million parameters; the others are Qwen2.5's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +92,10 @@ class Lengths:
     """Standard deviation of the logarithm."""
 
 
-def make_model(folder: Path, size: Size, *, seed: int = 0, max_positions: int = 2048) -> Path:
-    """Write a random Qwen2 chat model, float32, once; return its folder."""
+def make_model(
+    folder: Path, size: Size, *, seed: int = 0, max_positions: int = 2048, weights: bool = True
+) -> Path:
+    """Write a random Qwen2 chat model, float32, once; return its folder. Without weights, each side draws them."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     if (folder / "tokenizer_config.json").exists():
@@ -72,27 +109,50 @@ def make_model(folder: Path, size: Size, *, seed: int = 0, max_positions: int = 
         num_attention_heads=size.heads,
         num_key_value_heads=size.key_value_heads,
         max_position_embeddings=max_positions,
-        initializer_range=0.05,
-        tie_word_embeddings=True,
+        initializer_range=size.spread,
+        tie_word_embeddings=size.tied,
         attention_dropout=0.0,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(config).to(torch.float32)
-    model.save_pretrained(folder)
+    (Qwen2ForCausalLM(config).to(torch.float32) if weights else config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 def make_adapter(folder: Path, model: Path, spec: LoraSpec, *, seed: int = 1) -> Path:
     """Write a fresh adapter (B = 0) that both sides start from; return its folder."""
-    if not (folder / "adapter_model.safetensors").exists():
+    if not has_weights(str(model)):
+        _write_adapter(folder, model, spec, seed=seed)
+    elif not (folder / "adapter_model.safetensors").exists():
         base = load_base(str(model), device="cpu")
         add_adapter(base, "start", spec, seed=seed)
         save_adapter(base, "start", folder)
     return folder
+
+
+def _write_adapter(folder: Path, model: Path, spec: LoraSpec, *, seed: int) -> None:
+    """Write the adapter of a model without weights."""
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        target_modules=list(spec.targets),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(model),
+    )
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        shapes = get_peft_model_state_dict(get_peft_model(empty, config), save_embedding_layers=False)
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, value in shapes.items():
+        weights[name] = torch.zeros(value.shape)
+        if "lora_A" in name:
+            torch.nn.init.kaiming_uniform_(weights[name], a=math.sqrt(5), generator=generator)
+    config.save_pretrained(folder)
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _ids(rng: random.Random, median: int, spread: float, vocabulary: int) -> list[int]:

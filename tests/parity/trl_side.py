@@ -1,15 +1,20 @@
 """Carry out jobs with TRL 1.16's trainers. Usage: .venv-peers/trl-1.16/bin/python -m parity.trl_side JOB.json ...
 
+A job with settings to choose from (`peer["choices"]`) is tried with each of a group; what makes it quicker stays.
+
 It sees nothing of Kotae but the job. Of TRL it replaces three things only: the tokenisation (token ids are given), the
 learning-rate schedule (the job's), and it listens to the loss of each micro-batch.
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import sys
 import tempfile
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +26,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
 from parity.jobs import Job, output, write_result
+from parity.random_weights import drawn, has_weights
 from parity.usage import Meter
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def exact(trainer: Any, job: Job, losses: list[float]) -> Any:
+def exact(trainer: Any, job: Job, losses: list[torch.Tensor]) -> Any:
     """Return the trainer class with the job's ids and schedule; `losses` gets each micro-batch's share of its step."""
 
     class Exact(trainer):  # type: ignore[misc]
@@ -43,7 +49,7 @@ def exact(trainer: Any, job: Job, losses: list[float]) -> Any:
 
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             loss = super().training_step(*args, **kwargs)
-            losses.append(float(loss))
+            losses.append(loss.detach())  # read at the end: on a GPU reading waits
             return loss
 
     return Exact
@@ -64,10 +70,11 @@ def common(job: Job, folder: str) -> dict[str, Any]:
         "weight_decay": job.settings.get("weight_decay", 0.0),
         "max_grad_norm": job.settings.get("gradient_clip", 1.0),
         "optim": "adamw_torch",
-        "bf16": False,
-        "use_cpu": True,
+        "bf16": job.dtype == "bfloat16",
+        "use_cpu": job.device == "cpu",
+        "use_liger_kernel": job.peer.get("liger", False),
         "max_length": None,
-        "dataloader_pin_memory": False,
+        "dataloader_pin_memory": job.device != "cpu",
         "logging_strategy": "no",
         "save_strategy": "no",
         "report_to": "none",
@@ -103,11 +110,12 @@ def lora(job: Job, **more: Any) -> LoraConfig:
 
 def load(job: Job) -> Any:
     """Return the base model, with a scalar head for a reward model."""
+    dtype = getattr(torch, job.dtype)
+    if not has_weights(job.model):
+        return drawn(job.model, dtype=dtype, device=job.device)
     if job.method == "reward":
-        return AutoModelForSequenceClassification.from_pretrained(
-            job.model, num_labels=1, dtype=torch.float32
-        )
-    return AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
+        return AutoModelForSequenceClassification.from_pretrained(job.model, num_labels=1, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
 
 
 def data_set(rows: list[dict[str, Any]]) -> Dataset:
@@ -117,7 +125,7 @@ def data_set(rows: list[dict[str, Any]]) -> Dataset:
     return made
 
 
-def dpo(model: Any, job: Job, losses: list[float], folder: str) -> Any:
+def dpo(model: Any, job: Job, losses: list[torch.Tensor], folder: str) -> Any:
     """Return a DPOTrainer; cDPO is the combination of its sigmoid and robust losses that equals it."""
     e = job.settings.get("flip_rate", 0.0)
     kinds: dict[str, tuple[list[str], list[float]]] = {
@@ -144,7 +152,7 @@ def dpo(model: Any, job: Job, losses: list[float], folder: str) -> Any:
     )
 
 
-def kto(model: Any, job: Job, losses: list[float], folder: str) -> Any:
+def kto(model: Any, job: Job, losses: list[torch.Tensor], folder: str) -> Any:
     """Return a KTOTrainer; the mismatched answers are those of the thumb before in the micro-batch, as TRL makes them."""
     arguments = common(job, folder)
     size = arguments["per_device_train_batch_size"]
@@ -174,7 +182,7 @@ def kto(model: Any, job: Job, losses: list[float], folder: str) -> Any:
     )
 
 
-def reward(model: Any, job: Job, losses: list[float], folder: str) -> Any:
+def reward(model: Any, job: Job, losses: list[torch.Tensor], folder: str) -> Any:
     """Return a RewardTrainer."""
     rows = [
         {
@@ -224,7 +232,31 @@ def carry_out(path: Path) -> None:
     """Read a job, train, and write what came out."""
     job = Job(**json.loads(path.read_text()))
     torch.set_num_threads(job.threads)
-    micro_losses: list[float] = []
+    least = math.inf
+    for choices in job.peer.pop("choices", []):
+        took = [tried(job, choice) for choice in choices]
+        if min(took) < least:
+            least = min(took)
+            job.peer.update(choices[took.index(least)])
+    usage, losses, model = trained(job)
+    write_result(path, "trl", losses=losses, usage=usage, peer=job.peer)
+    weights = {name: value.detach().contiguous() for name, value in factors(model).items()}
+    save_file(weights, output(path, "trl", "safetensors"))
+
+
+def tried(job: Job, choice: dict[str, Any]) -> float:
+    """Return the seconds that the job takes with these settings; without enough memory, infinitely many."""
+    try:
+        return trained(replace(job, peer={**job.peer, **choice}))[0]["wall_s"]
+    except torch.OutOfMemoryError:
+        return math.inf
+
+
+def trained(job: Job) -> tuple[dict[str, float], list[float], torch.nn.Module]:
+    """Carry out the job; return what it took, the loss of each step, and the model."""
+    gc.collect()
+    torch.cuda.empty_cache()  # of the job before
+    micro_losses: list[torch.Tensor] = []
     model = load(job)
     with tempfile.TemporaryDirectory() as folder:
         meter = Meter()
@@ -232,11 +264,9 @@ def carry_out(path: Path) -> None:
         put_start(trainer.model, job)  # B = 0 in both: the reference log-probs were the base's
         trainer.train()
         usage = meter.read()
-    each = len(micro_losses) // len(job.order)
-    losses = [sum(micro_losses[at : at + each]) for at in range(0, len(micro_losses), each)]
-    write_result(path, "trl", losses=losses, usage=usage)
-    trained = {name: value.detach().contiguous() for name, value in factors(trainer.model).items()}
-    save_file(trained, output(path, "trl", "safetensors"))
+    values = [float(loss) for loss in micro_losses]
+    each = len(values) // len(job.order)
+    return usage, [sum(values[at : at + each]) for at in range(0, len(values), each)], trainer.model
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""CPU time and memory of this process, from the moment its training begins. Linux only; both sides import it."""
+"""Time and memory of this process and its GPU, from the moment its training begins. Linux only; both sides import it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import resource
 import time
 from pathlib import Path
+
+import torch
 
 
 class Meter:
@@ -16,14 +18,23 @@ class Meter:
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
         self._rss = _status_mb("VmRSS")
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
         self._cpu, self._wall = _cpu_s(), time.monotonic()
 
     def read(self) -> dict[str, float]:
-        """Return seconds of CPU (user and system, all threads) and of the clock, and memory in MiB."""
+        """Return seconds of CPU (user and system, all threads) and of the clock, and memory in MiB.
+
+        The GPU's is what its tensors took at most, those of the model among them.
+        """
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         return {
             "cpu_s": _cpu_s() - self._cpu,
             "wall_s": time.monotonic() - self._wall,
             "memory_growth_mb": _status_mb("VmHWM") - self._rss,
+            "gpu_peak_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0,
         }
 
 

@@ -1,0 +1,243 @@
+"""Wall seconds and GPU memory of Kotae's training beside TRL's, bfloat16: same ids, weights, order and optimiser steps.
+
+Usage: python tests/benchmarks/against_trl_gpu.py --size qwen-0.5b --rounds 2 --out FOLDER
+TRL is taken from the folder in KOTAE_TRL_FOLDER, else from .venv-peers.
+
+Both sides draw the same random weights. First TRL tries its settings on a part of the data, one group after the other;
+Kotae runs with its defaults. Then the sides alternate, a process a side and round: it trains a step of each case before
+anything is measured, then every case. What is measured: docs/gpu.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from parity import jobs
+from parity.jobs import SIDES, Job, Method, Side
+
+Json = dict[str, Any]
+Case = tuple[Method, str]
+RATIOS = {"1:3": (256, 768), "3:1": (768, 256), "5:1": (853, 171)}
+"""Prompt tokens to answer tokens, medians: 1,024 together."""
+BATCH = 16
+RANK = 16
+
+
+def main() -> int:
+    """Measure, print the table, and write everything as JSON."""
+    asked = arguments()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        content = measure(asked, Path(folder))
+    content["matmul_tflops"] = matmul_tflops(asked.device)
+    (asked.out / f"against-trl-{asked.size}.json").write_text(json.dumps(content, indent=1))
+    print(table(content))
+    return 0
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Kotae's training cost on a GPU beside TRL's")
+    parser.add_argument("--methods", nargs="+", choices=["dpo", "kto"], default=["dpo"])
+    parser.add_argument("--ratios", nargs="+", choices=RATIOS, default=list(RATIOS))
+    parser.add_argument("--size", choices=["tiny", "small", "qwen-0.5b", "qwen-7b"], default="qwen-0.5b")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6, help=f"optimiser steps of {BATCH} items")
+    parser.add_argument("--search-steps", type=int, default=2, help="steps TRL's settings are tried for")
+    parser.add_argument("--micro-batches", nargs="+", type=int, default=[16, 8, 4], help="TRL's, to be tried")
+    parser.add_argument("--shorter", type=int, default=1, help="divide all lengths by this, for a CPU")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the JSON")
+    return parser.parse_args()
+
+
+def measure(asked: argparse.Namespace, folder: Path) -> Json:
+    """Let TRL choose its settings, then alternate the sides; the side that goes first changes each round."""
+    plan: list[Case] = [(method, ratio) for method in asked.methods for ratio in asked.ratios]
+    made = {case: make_job(asked, case, folder) for case in plan}
+    settings = search(asked, made, folder)
+    made = {case: replace(job, peer=settings[case]) for case, job in made.items()}
+    content: Json = {
+        "conditions": {key: str(value) for key, value in vars(asked).items()},
+        "trl_settings": {" ".join(case): found for case, found in settings.items()},
+        "flops": {" ".join(case): training_flops(job, asked.size) for case, job in made.items()},
+        "runs": [],
+    }
+    for number in range(asked.rounds):
+        for side in SIDES if number % 2 else SIDES[::-1]:
+            for case, result in zip(made, run(side, list(made.values()), folder), strict=True):
+                about = {"method": case[0], "ratio": case[1], "side": side, "round": number}
+                content["runs"].append({**about, **result, "mean_loss": statistics.fmean(result["losses"])})
+                say(f"{' '.join(case)} {side}: {result['wall_s']:.2f} s, {result['gpu_peak_mb']:.0f} MiB")
+    return content
+
+
+def say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+def make_job(asked: argparse.Namespace, case: Case, folder: Path) -> Job:
+    """Return the training of one case."""
+    from alignment.models import LoraSpec
+    from parity import material
+
+    method, ratio = case
+    size = material.SIZES[asked.size]
+    model = material.make_model(folder / "model", size, max_positions=32768, weights=False)
+    adapter = material.make_adapter(folder / "adapter", model, LoraSpec(rank=RANK, alpha=32))
+    prompt, answer = (max(1, tokens // asked.shorter) for tokens in RATIOS[ratio])
+    lengths = material.Lengths(prompt=prompt, answer=answer)
+    make = material.make_thumbs if method == "kto" else material.make_pairs
+    return material.make_job(
+        method,
+        make(BATCH * asked.steps, lengths, vocabulary=size.vocabulary),
+        model=model,
+        adapter=adapter,
+        batch=BATCH,
+        epochs=1,
+        device=asked.device,
+        dtype=asked.dtype,
+        settings={"learning_rate": 1e-4},
+    )
+
+
+def search(asked: argparse.Namespace, made: dict[Case, Job], folder: Path) -> dict[Case, Json]:
+    """Return TRL's quickest settings of each case, tried on the first steps, all in one process."""
+    choices: list[list[Json]] = [
+        [{"micro_batch": size, "sort": True} for size in asked.micro_batches],
+        [{"sort": False}],
+        [{"precompute": False}],
+    ]
+    if asked.device != "cpu":
+        choices.append([{"liger": True}])
+    steps = asked.search_steps
+    short = [
+        replace(job, order=job.order[:steps], rates=job.rates[:steps], peer={"choices": choices})
+        for job in made.values()
+    ]
+    found = [result["peer"] for result in run("trl", short, folder)]
+    for case, settings in zip(made, found, strict=True):
+        say(f"{' '.join(case)}: TRL is quickest with {settings}")
+    return dict(zip(made, found, strict=True))
+
+
+def run(side: Side, work: Sequence[Job], folder: Path) -> list[Json]:
+    """Carry out the jobs in one process, after a step of each that is not measured; return what the side measured."""
+    warm = [
+        replace(job, items=[job.items[i] for i in job.order[0]], order=[list(range(BATCH))]) for job in work
+    ]
+    warm = [replace(job, rates=job.rates[:1], peer=without_choices(job.peer)) for job in warm]
+    every = [*warm, *work]
+    paths = [jobs.write_job(job, folder / f"{side}-{number}.json") for number, job in enumerate(every)]
+    return jobs.run(side, paths, method=work[0].method, threads=os.cpu_count() or 1)[len(warm) :]
+
+
+def without_choices(peer: Json) -> Json:
+    return {name: value for name, value in peer.items() if name != "choices"}
+
+
+def training_flops(job: Job, size: str) -> float:
+    """Return the floating-point operations that the training takes at least: with each prompt once, and no padding.
+
+    Of n weights in the linear layers, l of the adapter on them, t tokens, p pairs of tokens that see each other, Q numbers
+    of all query heads a layer, and a answer tokens with a head of V x D: 2 n t + 4 Q p + 2 V D a for a forward pass of the
+    frozen model, which the reference needs; with the adapter 2 l t more; backward as much again, as the frozen weights
+    have no gradient, and 2 l t for the adapter's. The scores that attention computes again are not counted.
+    """
+    from transformers import AutoConfig
+
+    from alignment.memory import layer_parameters, lora_parameters, shape_of
+
+    shape = shape_of(AutoConfig.from_pretrained(job.model))
+    forward = tokens = 0.0
+    for number in (number for step in job.order for number in step):
+        item = job.items[number]
+        prompt = len(item["prompt"])
+        answers = [len(item[name]) for name in ("chosen", "rejected", "answer") if name in item]
+        pairs = prompt**2 / 2 + sum(prompt * each + each**2 / 2 for each in answers)
+        tokens += prompt + sum(answers)
+        forward += 2 * shape.layers * layer_parameters(shape) * (prompt + sum(answers))
+        forward += 4 * shape.layers * shape.query_width * pairs
+        forward += 2 * shape.vocabulary * shape.hidden * sum(answers)
+    return 3 * forward + 6 * lora_parameters(shape, RANK) * tokens
+
+
+def matmul_tflops(device: str, *, size: int = 8192, count: int = 20) -> float:
+    """Return what a bfloat16 matrix product of this size reaches here; on a CPU a small one."""
+    import torch
+
+    if device == "cpu":
+        size, count = 512, 2
+    one = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    for number in range(2 * count):
+        if number == count:
+            synchronise(device)
+            begin = time.monotonic()
+        torch.mm(one, one)
+    synchronise(device)
+    return 2 * size**3 * count / (time.monotonic() - begin) / 1e12
+
+
+def synchronise(device: str) -> None:
+    import torch
+
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def table(content: Json) -> str:
+    """Return the measurements as a Markdown table, medians with the range over the rounds."""
+    rows = [
+        "| method | prompt : answer | wall s, Kotae | wall s, TRL | TRL / Kotae | of a matmul's FLOP/s, Kotae "
+        "| peak MiB, Kotae | peak MiB, TRL | mean loss, Kotae | mean loss, TRL | first loss, difference | TRL's settings |",
+        "|" + " --- |" * 12,
+    ]
+    for case, settings in content["trl_settings"].items():
+        found = {
+            side: [
+                run
+                for run in content["runs"]
+                if (f"{run['method']} {run['ratio']}", run["side"]) == (case, side)
+            ]
+            for side in SIDES
+        }
+        wall, peak, loss = (
+            {side: [run[name] for run in runs] for side, runs in found.items()}
+            for name in ("wall_s", "gpu_peak_mb", "mean_loss")
+        )
+        first = [
+            abs(one["losses"][0] - other["losses"][0]) for one, other in zip(*found.values(), strict=True)
+        ]
+        middle = {side: statistics.median(values) for side, values in wall.items()}
+        times = [theirs / ours for ours, theirs in zip(wall["kotae"], wall["trl"], strict=True)]
+        share = content["flops"][case] / middle["kotae"] / content["matmul_tflops"] / 1e12
+        cells = [
+            *case.split(" "),
+            *(f"{middle[side]:.2f} ({min(wall[side]):.2f}–{max(wall[side]):.2f})" for side in SIDES),
+            f"**{middle['trl'] / middle['kotae']:.2f}×** ({min(times):.2f}–{max(times):.2f})",
+            f"{share:.0%} of {content['matmul_tflops']:.0f}",
+            *(f"{statistics.median(peak[side]):.0f}" for side in SIDES),
+            *(f"{statistics.fmean(loss[side]):.4f}" for side in SIDES),
+            f"{max(first):.1e}",
+            ", ".join(f"{name} {value}" for name, value in settings.items()),
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

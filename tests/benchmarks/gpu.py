@@ -1,0 +1,117 @@
+"""Everything that docs/gpu.md reports of a GPU, part by part, each in a process of its own with a limit of its own.
+
+Usage: python tests/benchmarks/gpu.py FOLDER [--only tests numerics memory trl large]. Tables are printed, and written to the
+folder as JSON. A part that fails is told, and the next one goes on. TRL is taken from the folder in KOTAE_TRL_FOLDER.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PARTS: dict[str, tuple[int, list[str]]] = {
+    # name: (limit in seconds, arguments of Python); {out} is the folder
+    "tests": (
+        90,
+        [
+            "-m",
+            "pytest",
+            "-q",
+            "--noconftest",
+            "-c",
+            os.devnull,
+            "tests/test_packed_flash.py",
+            "-k",
+            "gpu or kernel",
+        ],
+    ),
+    "numerics": (90, ["tests/benchmarks/gpu_numerics.py", "--out", "{out}"]),
+    "memory": (90, ["tests/benchmarks/gpu_memory.py", "--out", "{out}"]),
+    "trl": (240, ["tests/benchmarks/against_trl_gpu.py", "--out", "{out}"]),
+    "large": (
+        150,
+        [
+            "tests/benchmarks/against_trl_gpu.py",
+            "--size",
+            "qwen-7b",
+            "--ratios",
+            "3:1",
+            "--rounds",
+            "1",
+            "--steps",
+            "3",
+            "--search-steps",
+            "1",
+            "--out",
+            "{out}",
+        ],
+    ),
+}
+ON_A_CPU: dict[str, list[str]] = {
+    # what else makes a part small enough for one: every line runs, but for the kernel
+    "tests": [],
+    "numerics": ["--device", "cpu", "--size", "tiny", "--tokens", "20", "--steps", "4"],
+    "memory": ["--device", "cpu", "--tiny"],
+    "trl": [
+        *[
+            "--device",
+            "cpu",
+            "--size",
+            "tiny",
+            "--shorter",
+            "16",
+            "--steps",
+            "2",
+            "--search-steps",
+            "1",
+            "--rounds",
+            "1",
+            "--micro-batches",
+            "16",
+            "8",
+        ]
+    ],
+    "large": [*["--device", "cpu", "--size", "tiny", "--shorter", "16", "--steps", "1"]],
+}
+
+
+def main() -> int:
+    """Run the parts; return how many failed."""
+    parser = argparse.ArgumentParser(description="what the documents report of a GPU")
+    parser.add_argument("out", type=Path, help="folder of the JSON")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--cpu", action="store_true", help="tiny, to see that everything runs")
+    asked = parser.parse_args()
+    failed = 0
+    for name in asked.only:
+        limit_s, arguments = PARTS[name]
+        more = ON_A_CPU[name] if asked.cpu else []
+        failed += run(name, [part.format(out=asked.out) for part in [*arguments, *more]], limit_s)
+    return failed
+
+
+def run(name: str, arguments: list[str], limit_s: int) -> int:
+    """Run a part with its children; return 1 if it failed."""
+    print(f"\n== {name}", flush=True)
+    begin = time.monotonic()
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+    child = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, start_new_session=True)
+    try:
+        status: int | str = child.wait(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        status = f"stopped at its limit of {limit_s} s"
+    print(f"== {name}: {time.monotonic() - begin:.0f} s, {status or 'done'}", flush=True)
+    return int(status != 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
