@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,69 +16,25 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PARTS: dict[str, tuple[int, list[str]]] = {
+PARTS: dict[str, tuple[int, str]] = {
     # name: (limit in seconds, arguments of Python); {out} is the folder
-    "tests": (
-        90,
-        [
-            "-m",
-            "pytest",
-            "-q",
-            "--noconftest",
-            "-c",
-            os.devnull,
-            "tests/test_packed_flash.py",
-            "-k",
-            "gpu or kernel",
-        ],
-    ),
-    "numerics": (90, ["tests/benchmarks/gpu_numerics.py", "--out", "{out}"]),
-    "memory": (90, ["tests/benchmarks/gpu_memory.py", "--out", "{out}"]),
-    "trl": (240, ["tests/benchmarks/against_trl_gpu.py", "--out", "{out}"]),
+    "tests": (90, "-m pytest -q --noconftest -c /dev/null tests/test_packed_flash.py -k 'gpu or kernel'"),
+    "numerics": (90, "tests/benchmarks/gpu_numerics.py --out {out}"),
+    "memory": (90, "tests/benchmarks/gpu_memory.py --out {out}"),
+    "trl": (240, "tests/benchmarks/against_trl_gpu.py --out {out}"),
     "large": (
         150,
-        [
-            "tests/benchmarks/against_trl_gpu.py",
-            "--size",
-            "qwen-7b",
-            "--ratios",
-            "3:1",
-            "--rounds",
-            "1",
-            "--steps",
-            "3",
-            "--search-steps",
-            "1",
-            "--out",
-            "{out}",
-        ],
+        "tests/benchmarks/against_trl_gpu.py --size qwen-7b --ratios 3:1 --rounds 1 --steps 3 --search-steps 1 --out {out}",
     ),
 }
-ON_A_CPU: dict[str, list[str]] = {
+SHORT = "--device cpu --size tiny --shorter 16 --steps 2 --search-steps 1 --rounds 1 --micro-batches 16 8"
+ON_A_CPU = {
     # what else makes a part small enough for one: every line runs, but for the kernel
-    "tests": [],
-    "numerics": ["--device", "cpu", "--size", "tiny", "--tokens", "20", "--steps", "4"],
-    "memory": ["--device", "cpu", "--tiny"],
-    "trl": [
-        *[
-            "--device",
-            "cpu",
-            "--size",
-            "tiny",
-            "--shorter",
-            "16",
-            "--steps",
-            "2",
-            "--search-steps",
-            "1",
-            "--rounds",
-            "1",
-            "--micro-batches",
-            "16",
-            "8",
-        ]
-    ],
-    "large": [*["--device", "cpu", "--size", "tiny", "--shorter", "16", "--steps", "1"]],
+    "tests": "",
+    "numerics": "--device cpu --size tiny --tokens 20 --steps 4",
+    "memory": "--device cpu --tiny",
+    "trl": SHORT,
+    "large": SHORT,
 }
 
 
@@ -91,8 +48,8 @@ def main() -> int:
     failed = 0
     for name in asked.only:
         limit_s, arguments = PARTS[name]
-        more = ON_A_CPU[name] if asked.cpu else []
-        failed += run(name, [part.format(out=asked.out) for part in [*arguments, *more]], limit_s)
+        more = ON_A_CPU[name] if asked.cpu else ""
+        failed += run(name, shlex.split(f"{arguments.format(out=asked.out.absolute())} {more}"), limit_s)
     return failed
 
 

@@ -1,7 +1,7 @@
 """What `alignment.memory` expects of a micro-batch on a GPU beside what torch measures, and what checkpointing costs.
 
-Usage: python tests/benchmarks/gpu_memory.py --out FOLDER. A step is the forward and backward pass of a micro-batch of pairs, on
-random weights; its peak is counted from before the step, gradients among it.
+Usage: python tests/benchmarks/gpu_memory.py --out FOLDER. A step is the forward and backward pass of a micro-batch of
+pairs, on random weights; its peak is counted from before the step, gradients among it.
 """
 
 from __future__ import annotations
