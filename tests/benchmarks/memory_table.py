@@ -5,6 +5,7 @@ Run: PYTHONPATH=. python tests/benchmarks/memory_table.py
 
 from __future__ import annotations
 
+from alignment.logprobs import GPU_LOGITS_A_CHUNK
 from alignment.memory import GIB, GPU_SLACK, DoesNotFit, Shape, estimate, fitting_tokens
 from alignment.models import GPU_BATCH_TOKENS
 
@@ -26,7 +27,7 @@ SHAPES = {
 ROOMS_GIB = (12, 24, 40)
 PARTS = (1, 2, 4, 8)
 LONGEST = 4096
-"""Tokens of a pair at data.max_tokens = 2048, prompt twice."""
+"""Tokens of a pair at data.max_tokens = 2048 with next to no prompt."""
 
 
 def budget(shape: Shape, room_gib: int) -> str:
@@ -40,6 +41,8 @@ def budget(shape: Shape, room_gib: int) -> str:
             width=2,
             longest=LONGEST,
             dense_mask=False,
+            packed=True,
+            logits_a_chunk=GPU_LOGITS_A_CHUNK,
             room=room,
             slack=GPU_SLACK,
         )
@@ -71,7 +74,7 @@ def trainings() -> None:
     print(f"| shape | weights | adapters and optimiser | activations a 1,000 tokens | {rooms} |")
     print("| --- " * (4 + len(ROOMS_GIB)) + "|")
     for name, shape in SHAPES.items():
-        found = estimate(shape, rank=16, width=2, batch_tokens=1000)
+        found = estimate(shape, rank=16, width=2, batch_tokens=1000, packed_row=1000)
         numbers = [found.weights, found.adapters + found.optimiser, found.activations]
         cells = [f"{number / GIB:.2f} GiB" for number in numbers] + [
             budget(shape, room) for room in ROOMS_GIB

@@ -18,7 +18,8 @@ from typing import Any, Literal
 ROOT = Path(__file__).resolve().parents[2]
 TRL = ROOT / ".venv-peers" / "trl-1.16" / "bin" / "python"
 TRL_FOLDER = "KOTAE_TRL_FOLDER"
-"""Environment variable: a folder with TRL's packages, for this Python, where there is no .venv-peers."""
+"""Environment variable: a folder with TRL's packages for this Python, where there is no .venv-peers. Its name must be
+site-packages: of modules that lie elsewhere dill, with which datasets makes its fingerprints, copies the content."""
 TRL_WITH_PPO = ROOT / ".venv-peers" / "trl-1.12" / "bin" / "python"
 Side = Literal["kotae", "trl"]
 Method = Literal["dpo", "kto", "reward", "ppo"]
