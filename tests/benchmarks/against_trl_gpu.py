@@ -38,7 +38,7 @@ RANK = 16
 
 def main() -> int:
     """Measure, print the table, and write everything as JSON."""
-    asked = arguments()
+    asked = arguments().parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         content = measure(asked, Path(folder))
@@ -48,8 +48,8 @@ def main() -> int:
     return 0
 
 
-def arguments() -> argparse.Namespace:
-    """Read the command line."""
+def arguments() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description="Kotae's training cost on a GPU beside TRL's")
     parser.add_argument("--methods", nargs="+", choices=["dpo", "kto"], default=["dpo"])
     parser.add_argument("--ratios", nargs="+", choices=RATIOS, default=list(RATIOS))
@@ -59,10 +59,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6, help=f"optimiser steps of {BATCH} items")
     parser.add_argument("--search-steps", type=int, default=2, help="steps TRL's settings are tried for")
+    parser.add_argument(
+        "--search",
+        nargs="+",
+        default=["micro", "sort", "precompute", "liger"],
+        help="what TRL tries, in turn",
+    )
     parser.add_argument("--micro-batches", nargs="+", type=int, default=[16, 8, 4], help="TRL's, to be tried")
     parser.add_argument("--shorter", type=int, default=1, help="divide all lengths by this, for a CPU")
     parser.add_argument("--out", type=Path, required=True, help="folder of the JSON")
-    return parser.parse_args()
+    return parser
 
 
 def measure(asked: argparse.Namespace, folder: Path) -> Json:
@@ -117,17 +123,18 @@ def make_job(asked: argparse.Namespace, case: Case, folder: Path) -> Job:
 
 def search(asked: argparse.Namespace, made: dict[Case, Job], folder: Path) -> dict[Case, Json]:
     """Return TRL's quickest settings of each case, tried on the first steps, all in one process."""
-    choices: list[list[Json]] = [
-        [{"micro_batch": size, "sort": True} for size in asked.micro_batches],
-        [{"sort": False}],
-        [{"precompute": False}],
-    ]
-    if asked.device != "cpu":
-        choices.append([{"liger": True}])
+    groups: dict[str, list[Json]] = {
+        "micro": [{"micro_batch": size} for size in asked.micro_batches],
+        "checkpointing": [{"micro_batch": BATCH, "checkpointing": True}],
+        "sort": [{"sort": False}],
+        "precompute": [{"precompute": False}],
+        "liger": [{"liger": asked.device != "cpu"}],
+    }
+    start = {"micro_batch": min(asked.micro_batches), "sort": True}
+    peer = {**start, "choices": [groups[name] for name in asked.search]}
     steps = asked.search_steps
     short = [
-        replace(job, order=job.order[:steps], rates=job.rates[:steps], peer={"choices": choices})
-        for job in made.values()
+        replace(job, order=job.order[:steps], rates=job.rates[:steps], peer=peer) for job in made.values()
     ]
     found = [result["peer"] for result in run("trl", short, folder)]
     for case, settings in zip(made, found, strict=True):

@@ -1,7 +1,8 @@
 """Everything that docs/gpu.md reports of a GPU, part by part, each in a process of its own with a limit of its own.
 
-Usage: python tests/benchmarks/gpu.py FOLDER [--only tests numerics memory trl large]. Tables are printed, and written to the
-folder as JSON. A part that fails is told, and the next one goes on. TRL is taken from the folder in KOTAE_TRL_FOLDER.
+Usage: python tests/benchmarks/gpu.py FOLDER [--only tests numerics memory profile trl large]. Tables are printed, and
+written to the folder as JSON. A part that fails is told, and the next one goes on. TRL is taken from the folder in
+KOTAE_TRL_FOLDER.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ PARTS: dict[str, tuple[int, str]] = {
     "tests": (90, "-m pytest -q --noconftest -c /dev/null tests/test_packed_flash.py -k 'gpu or kernel'"),
     "numerics": (90, "tests/benchmarks/gpu_numerics.py --out {out}"),
     "memory": (90, "tests/benchmarks/gpu_memory.py --out {out}"),
+    "profile": (60, "tests/benchmarks/gpu_profile.py --out {out}"),
     "trl": (240, "tests/benchmarks/against_trl_gpu.py --out {out}"),
     "large": (
-        150,
-        "tests/benchmarks/against_trl_gpu.py --size qwen-7b --ratios 3:1 --rounds 1 --steps 3 --search-steps 1 --out {out}",
+        170,
+        "tests/benchmarks/against_trl_gpu.py --size qwen-7b --ratios 3:1 --rounds 1 --steps 3 --search-steps 1 "
+        "--micro-batches 2 4 --search micro checkpointing liger --out {out}",
     ),
 }
 SHORT = "--device cpu --size tiny --shorter 16 --steps 2 --search-steps 1 --rounds 1 --micro-batches 16 8"
@@ -33,6 +36,7 @@ ON_A_CPU = {
     "tests": "",
     "numerics": "--device cpu --size tiny --tokens 20 --steps 4",
     "memory": "--device cpu --tiny",
+    "profile": "--device cpu --size tiny --shorter 16",
     "trl": SHORT,
     "large": SHORT,
 }
