@@ -47,7 +47,9 @@ class _HeadLogprobs(torch.autograd.Function):
         size = rows_a_chunk(weight)
         for start in range(0, hidden.shape[0], size):
             part = slice(start, start + size)
-            logits = torch.nn.functional.linear(hidden[part], weight, bias).to(wide).div_(temperature)
+            logits = torch.nn.functional.linear(hidden[part], weight, bias).to(wide)
+            if temperature != 1:
+                logits.div_(temperature)
             normaliser = logits.logsumexp(dim=-1, keepdim=True)  # (n, 1)
             chosen = targets[part].unsqueeze(1)
             result[part] = (logits.gather(1, chosen) - normaliser).squeeze(1)
