@@ -117,7 +117,7 @@ def make_job(asked: argparse.Namespace, case: Case, folder: Path) -> Job:
         epochs=1,
         device=asked.device,
         dtype=asked.dtype,
-        settings={"learning_rate": 1e-4},
+        settings={"learning_rate": 5e-4},
     )
 
 
@@ -136,10 +136,10 @@ def search(asked: argparse.Namespace, made: dict[Case, Job], folder: Path) -> di
     short = [
         replace(job, order=job.order[:steps], rates=job.rates[:steps], peer=peer) for job in made.values()
     ]
-    found = [result["peer"] for result in run("trl", short, folder)]
-    for case, settings in zip(made, found, strict=True):
-        say(f"{' '.join(case)}: TRL is quickest with {settings}")
-    return dict(zip(made, found, strict=True))
+    found = run("trl", short, folder)
+    for case, result in zip(made, found, strict=True):
+        say(f"{' '.join(case)}: TRL is quickest with {result['peer']} of {result['tried']}")
+    return {case: result["peer"] for case, result in zip(made, found, strict=True)}
 
 
 def run(side: Side, work: Sequence[Job], folder: Path) -> list[Json]:

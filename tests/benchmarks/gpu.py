@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+TRL_FOLDER = "KOTAE_TRL_FOLDER"
+"""Environment variable: TRL's packages, and what else the tests need that is not installed."""
 PARTS: dict[str, tuple[int, str]] = {
     # name: (limit in seconds, arguments of Python); {out} is the folder
     "tests": (90, "-m pytest -q --noconftest -c /dev/null tests/test_packed_flash.py -k 'gpu or kernel'"),
@@ -61,7 +63,11 @@ def run(name: str, arguments: list[str], limit_s: int) -> int:
     """Run a part with its children; return 1 if it failed."""
     print(f"\n== {name}", flush=True)
     begin = time.monotonic()
-    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    paths = [
+        str(ROOT),
+        str(ROOT / "tests"),
+        *(os.environ.get(name, "") for name in (TRL_FOLDER, "PYTHONPATH")),
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
     child = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, start_new_session=True)
     try:

@@ -232,24 +232,27 @@ def carry_out(path: Path) -> None:
     """Read a job, train, and write what came out."""
     job = Job(**json.loads(path.read_text()))
     torch.set_num_threads(job.threads)
-    least = math.inf
+    least, seen = math.inf, {}
     for choices in job.peer.pop("choices", []):
-        took = [tried(job, choice) for choice in choices]
+        took = [tried(job, choice, seen) for choice in choices]
         if min(took) < least:
             least = min(took)
             job.peer.update(choices[took.index(least)])
     usage, losses, model = trained(job)
-    write_result(path, "trl", losses=losses, usage=usage, peer=job.peer)
+    write_result(path, "trl", losses=losses, usage=usage, peer=job.peer, tried=seen)
     weights = {name: value.detach().contiguous() for name, value in factors(model).items()}
     save_file(weights, output(path, "trl", "safetensors"))
 
 
-def tried(job: Job, choice: dict[str, Any]) -> float:
-    """Return the seconds that the job takes with these settings; without enough memory, infinitely many."""
+def tried(job: Job, choice: dict[str, Any], seen: dict[str, str]) -> float:
+    """Return the seconds that the job takes with these settings, infinitely many if it fails, and note it in `seen`."""
+    peer = {**job.peer, **choice}
     try:
-        return trained(replace(job, peer={**job.peer, **choice}))[0]["wall_s"]
-    except torch.OutOfMemoryError:
-        return math.inf
+        took = trained(replace(job, peer=peer))[0]["wall_s"]
+        seen[json.dumps(peer)] = f"{took:.2f} s"
+    except Exception as error:  # too little memory, or kernels that do not run here
+        took, seen[json.dumps(peer)] = math.inf, repr(error)[:200]
+    return took
 
 
 def trained(job: Job) -> tuple[dict[str, float], list[float], torch.nn.Module]:
