@@ -95,7 +95,8 @@ def states_at(base: Base, batch: Batch, places: torch.Tensor) -> torch.Tensor:
     """Return (len(places), D) last hidden states at `places`, int64 into B*T, under the adapter that is active."""
     if packs(base):
         return packed_states(base, batch, places)
-    return hidden_states(base, batch)[places.to(base.device)]
+    states = hidden_states(base, batch)
+    return states[places.to(states.device)]
 
 
 def shares(base: Base, trees: Sequence[Tree]) -> bool:
