@@ -164,7 +164,7 @@ def sent(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Te
     if device.type == "cpu":
         return list(tensors)
     together = torch.cat([tensor.flatten() for tensor in tensors]).pin_memory()
-    parts = together.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
+    parts = torch.split(together.to(device, non_blocking=True), [tensor.numel() for tensor in tensors])
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 

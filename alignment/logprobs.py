@@ -163,7 +163,7 @@ def completion_logprobs(
             passes.append(([number for i in plan for number in numbers[i]], values))
     scored: dict[int, list[float]] = {}
     for owners, values in passes:  # only now: to read a number, the CPU waits for the GPU
-        parts = values.cpu().split([len(rows[number][1]) for number in owners])
+        parts = torch.split(values.cpu(), [len(rows[number][1]) for number in owners])
         scored.update({number: part.tolist() for number, part in zip(owners, parts, strict=True)})
     scored = crew.united(scored)
     return [scored[number] for number in range(len(rows))]

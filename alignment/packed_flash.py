@@ -139,8 +139,8 @@ class _FlashAttention(torch.autograd.Function):
         (cosine, sine), (key_cosine, key_sine) = turns
         q, kv = torch.empty_like(to_queries), torch.empty_like(to_both)
         turn(to_queries.transpose(0, 1), q.transpose(0, 1), cosine, -sine)
-        parts = [each[:, : heads.keys].transpose(0, 1) for each in (to_both, kv)]
-        turn(*parts, key_cosine, -key_sine)
+        of_keys, to_keys = (each[:, : heads.keys].transpose(0, 1) for each in (to_both, kv))
+        turn(of_keys, to_keys, key_cosine, -key_sine)
         kv[:, heads.keys :] = to_both[:, heads.keys :]
         return q.flatten(1), kv.flatten(1), None, None, None
 

@@ -88,14 +88,28 @@ def _product(x: torch.Tensor, layers: Sequence[Linear]) -> torch.Tensor:
     if _merges(x):
         return torch.mm(x, _effective(layers).T)
     result = x.new_empty(len(x), sum(len(layer.weight) for layer in layers))
-    parts = result.split([len(layer.weight) for layer in layers], dim=1)
-    downs = [layer.factors.narrow[0] for layer in layers if layer.factors]
-    inner = iter(torch.mm(x, torch.cat(downs).T).split([len(down) for down in downs], dim=1) if downs else ())
-    for part, layer in zip(parts, layers, strict=True):
+    inner = iter(_inner(x, layers))
+    for part, layer in _by_layer(result, layers):
         torch.mm(x, layer.weight.T, out=part)
         if layer.factors:
             part.addmm_(next(inner), layer.factors.narrow[1].T, alpha=layer.factors.scale)
     return result
+
+
+def _by_layer(outputs: torch.Tensor, layers: Sequence[Linear]) -> list[tuple[torch.Tensor, Linear]]:
+    """Return each layer with its columns of (N, O) outputs side by side."""
+    parts = torch.split(outputs, [len(layer.weight) for layer in layers], dim=1)
+    return list(zip(parts, layers, strict=True))
+
+
+def _downs(layers: Sequence[Linear]) -> list[torch.Tensor]:
+    return [layer.factors.narrow[0] for layer in layers if layer.factors]
+
+
+def _inner(x: torch.Tensor, layers: Sequence[Linear]) -> Sequence[torch.Tensor]:
+    """Return (N, R) x A^T of x (N, I) for each layer that has an adapter."""
+    downs = _downs(layers)
+    return torch.split(torch.mm(x, torch.cat(downs).T), [len(down) for down in downs], dim=1) if downs else ()
 
 
 def _merges(x: torch.Tensor) -> bool:
@@ -107,7 +121,7 @@ def _outer(layers: Sequence[Linear], grad: torch.Tensor) -> Slot:
     """Return (N, R of all) scale * g B of the outputs' gradient g (N, O), None where no layer has an adapter."""
     found = [
         torch.mm(part, layer.factors.narrow[1] * layer.factors.scale)
-        for part, layer in zip(grad.split([len(each.weight) for each in layers], dim=1), layers, strict=True)
+        for part, layer in _by_layer(grad, layers)
         if layer.factors
     ]
     return torch.cat(found, dim=1) if found else None
@@ -117,12 +131,12 @@ def _input_slope(layers: Sequence[Linear], grad: torch.Tensor, outer: Slot) -> t
     """Return (N, I) the gradient of the inputs, of that of the outputs (N, O) and `_outer`."""
     if _merges(grad):
         return torch.mm(grad, _effective(layers))
-    first, *others = grad.split([len(layer.weight) for layer in layers], dim=1)
-    slope = torch.mm(first, layers[0].weight)
-    for part, layer in zip(others, layers[1:], strict=True):
+    (first, layer), *others = _by_layer(grad, layers)
+    slope = torch.mm(first, layer.weight)
+    for part, layer in others:
         slope.addmm_(part, layer.weight)
     if outer is not None:
-        slope.addmm_(outer, torch.cat([layer.factors.narrow[0] for layer in layers if layer.factors]))
+        slope.addmm_(outer, torch.cat(_downs(layers)))
     return slope
 
 
@@ -130,12 +144,10 @@ def _factor_slopes(layers: Sequence[Linear], x: torch.Tensor, grad: torch.Tensor
     """Return the gradients of each A and B in turn, of the inputs x (N, I), the outputs' gradient (N, O) and `_outer`."""
     if outer is None:
         return []
-    downs = [layer.factors.narrow[0] for layer in layers if layer.factors]
-    ranks = [len(down) for down in downs]
-    inner = iter(torch.mm(x, torch.cat(downs).T).split(ranks, dim=1))  # (N, R) each
-    of_downs = iter(_wide_product(outer.T, x).split(ranks))
+    inner = iter(_inner(x, layers))
+    of_downs = iter(torch.split(_wide_product(outer.T, x), [len(down) for down in _downs(layers)]))
     found: list[Slot] = []
-    for part, layer in zip(grad.split([len(each.weight) for each in layers], dim=1), layers, strict=True):
+    for part, layer in _by_layer(grad, layers):
         if layer.factors:
             found += [next(of_downs), _wide_product(part.T, next(inner)).mul_(layer.factors.scale)]
     return found
@@ -238,7 +250,7 @@ class _GatedDown(torch.autograd.Function):
         active = torch.nn.functional.silu(gate)
         trained = ctx.needs_input_grad[3:]
         outer = _outer([ctx.layer], grad)
-        found = [None] * len(trained)
+        found: list[Slot] = [None] * len(trained)
         if any(trained):
             found = _factor_slopes([ctx.layer], active * up, grad, outer)
         inner = _input_slope([ctx.layer], grad, outer)  # (N, I)
