@@ -85,7 +85,7 @@ def load_base(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    place = torch.device(_device_name(device))
+    place = _place(device)
     kind = _dtype(dtype, place)
     if place.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(gpu_memory_share, place)
@@ -128,10 +128,14 @@ def _describe(
     )
 
 
-def _device_name(device: str) -> str:
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _place(device: str) -> torch.device:
+    """Return the device; a GPU with its number, which torch's memory calls want."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device(device)
+    if place.type == "cuda" and place.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return place
 
 
 def _dtype(dtype: str, place: torch.device) -> torch.dtype:

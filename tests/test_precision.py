@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from alignment.batching import collate, make_tree
 from alignment.config import config_of
 from alignment.logprobs import completion_logprobs, completion_sums, token_logprobs
-from alignment.models import LoraSpec, active, adapter_parameters, add_policy, load_base, save_adapter
+from alignment.models import LoraSpec, _place, active, adapter_parameters, add_policy, load_base, save_adapter
 from storage.errors import InvalidField
 
 ROWS = [((5, 6, 7, 8), (9, 10, 11)), ((5, 6, 7, 8), (12, 13)), ((20, 21), (22, 23, 24, 25))]
@@ -24,6 +24,17 @@ def test_auto_on_a_cpu_is_float32_and_other_names_are_refused(model: Path) -> No
     assert config_of({"precision": "bfloat16"}).precision == "bfloat16"
     with pytest.raises(InvalidField, match="precision: got 'float16'; use one of auto, float32, bfloat16"):
         config_of({"precision": "float16"})
+
+
+def test_a_gpu_is_named_with_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert [_place(name) for name in ("auto", "cuda", "cuda:0", "cpu")] == [
+        torch.device("cuda", 1),
+        torch.device("cuda", 1),
+        torch.device("cuda", 0),
+        torch.device("cpu"),
+    ]
 
 
 def test_logprobs_of_a_bfloat16_base_are_near_those_of_float32(model: Path) -> None:
