@@ -1,7 +1,7 @@
 """What each method makes of tastes that nobody told it: wins on fresh questions, facts kept, KL, round after round.
 
 Usage: python tests/benchmarks/tastes.py [--methods dpo,kto,ppo] [--tastes orderly,kind] [--rounds 5] [--fresh 300]
-           [--jobs 16] [--deadline-s 400] [--config FILE --json FILE]
+           [--jobs 16] [--deadline-s 400] [--config FILE --seed 2 --json FILE]
 
 The starter model answers in process; a made-up taste compares or rates the answers as staff would; one training follows
 with the product's default settings; wins are counted by the taste itself, which no learning code can see. A later round
@@ -9,7 +9,7 @@ starts from the adapter of the one before, which is kept in `--folder`: where it
 trained again. The rounds of a taste and method are a chain, done by one process of one thread; `--jobs` chains run at
 once, those that take longest first. Every finished cell is kept in `tests/benchmarks/tastes.json` and not done again, so
 it may be interrupted, also by `--deadline-s`; at the end the tables in `docs/learning.md` and their picture are written
-anew (`tastes_report.py`).
+anew (`tastes_report.py`). Another seed or other settings go into a file of their own, without a report.
 """
 
 from __future__ import annotations
@@ -136,9 +136,9 @@ def options_of_the_command() -> argparse.Namespace:
     add("--json", type=Path, default=CELLS)
     add("--config", type=Path, help="settings other than the defaults; give another --json too")
     options = parser.parse_args()
-    if options.config is not None and options.json == CELLS:
+    if options.json == CELLS and (options.config is not None or options.seed != 1):
         parser.error(
-            "--config: give another --json too, the default one holds what the default settings give"
+            "--config, --seed: give another --json too, the default one holds what the defaults give"
         )
     return options
 
@@ -154,7 +154,7 @@ def main() -> int:
         for method in options.methods.split(",")
     ]
     do_all(options, chains(to_do(wanted, found_in(options.json), options.folder)))
-    if options.config is None:
+    if options.json == CELLS:
         write_report(options.json)
     left = to_do(wanted, found_in(options.json), options.folder)
     print(f"{len(left)} of {len(wanted)} cells are left to do", flush=True)
