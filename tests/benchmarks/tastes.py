@@ -16,16 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
-import time
-from collections.abc import Sequence
-from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from chains import results
 from made_up_tastes import TASTES
 from tastes_cells import ROOT, Plan, Setting, adapter, cell
 from tastes_report import write_report
@@ -54,7 +52,7 @@ def plan_of(one: dict[str, Any]) -> Plan:
     return one["round"], one["taste"], one["method"]
 
 
-def chains(plans: Sequence[Plan]) -> list[list[Plan]]:
+def longest_first(plans: Sequence[Plan]) -> list[list[Plan]]:
     """Return the rounds of every taste and method in order, the chain that takes longest first."""
     found: dict[tuple[str, str], list[Plan]] = {}
     for number, name, method in sorted(plans):
@@ -62,9 +60,8 @@ def chains(plans: Sequence[Plan]) -> list[list[Plan]]:
     return sorted(found.values(), key=lambda chain: -len(chain) * COST[chain[0][2]])
 
 
-def do_chain(options: argparse.Namespace, chain: Sequence[Plan], sender: Connection) -> None:
-    """Send each cell of a chain when it is finished."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears it and ends this one
+def cells(chain: Sequence[Plan], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the cells of a chain as they are finished."""
     torch.set_num_threads(1)
     for number, name, method in chain:
         setting = Setting(
@@ -76,34 +73,7 @@ def do_chain(options: argparse.Namespace, chain: Sequence[Plan], sender: Connect
             config=load_config(options.config),
             folder=options.folder,
         )
-        sender.send(cell(setting, number, options.folder))
-
-
-def do_all(options: argparse.Namespace, waiting: list[list[Plan]]) -> None:
-    """Do the chains, some at once, until they are done or time is up; keep each cell as it is finished.
-
-    Only this process writes the file. A chain whose process fails prints why and is left; the others go on.
-    """
-    ends = time.monotonic() + options.deadline_s
-    context, running = get_context("spawn"), {}
-    try:
-        while (running or waiting) and (left := ends - time.monotonic()) > 0:
-            while waiting and len(running) < options.jobs:
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=do_chain, args=(options, waiting.pop(0), sender))
-                process.start()
-                sender.close()  # the process has its own; when that is closed, the chain has ended
-                running[receiver] = process
-            for receiver in wait(list(running), timeout=min(left, 3600)):
-                assert isinstance(receiver, Connection)
-                try:
-                    keep(receiver.recv(), options.json)
-                except EOFError:
-                    running.pop(receiver).join()
-    finally:
-        for process in running.values():
-            process.terminate()
-            process.join()
+        yield cell(setting, number, options.folder)
 
 
 def keep(found: dict[str, Any], file: Path) -> None:
@@ -153,12 +123,15 @@ def main() -> int:
         for name in options.tastes.split(",")
         for method in options.methods.split(",")
     ]
-    do_all(options, chains(to_do(wanted, found_in(options.json), options.folder)))
+    left = longest_first(to_do(wanted, found_in(options.json), options.folder))
+    work = partial(cells, options=options)
+    for found in results(left, work, jobs=options.jobs, deadline_s=options.deadline_s):
+        keep(found, options.json)
     if options.json == CELLS:
         write_report(options.json)
-    left = to_do(wanted, found_in(options.json), options.folder)
-    print(f"{len(left)} of {len(wanted)} cells are left to do", flush=True)
-    return 1 if left else 0
+    missing = to_do(wanted, found_in(options.json), options.folder)
+    print(f"{len(missing)} of {len(wanted)} cells are left to do", flush=True)
+    return 1 if missing else 0
 
 
 if __name__ == "__main__":
