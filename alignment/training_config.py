@@ -92,8 +92,8 @@ class FixedAnswersConfig(BaseBudget):
     beta: float = 0.1
     """Per nat (arXiv 2305.18290; arXiv 2402.01306, section 4.1)."""
     learning_rate: float = 2e-4
-    """About 10x the rate of full fine-tuning ("LoRA Without Regret", Schulman 2025). 5e-4 spends the KL budget in little more
-    than one pass over 330 pairs, and wins less for the same KL (docs/learning.md)."""
+    """About 10x the rate of full fine-tuning ("LoRA Without Regret", Schulman 2025). 5e-4 spent 1 nat in little more than
+    one pass over 320 pairs; twice as many smaller steps won more with fewer nats ("hurried", docs/learning.md)."""
     epochs: int = 8
     """At most: a KL budget ends a training sooner (arXiv 2406.02900: direct methods degrade with long training)."""
     kl_budget_nats: float = 0.6
