@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 import torch
-from tastes import STARTER, Setting, asked, pairs_of, texts, thumbs_of
+from tastes_cells import STARTER, Setting, asked, pairs_of, texts, thumbs_of
 
 from alignment.config import AlignmentConfig
 from alignment.dpo import train_dpo

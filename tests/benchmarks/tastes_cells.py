@@ -1,0 +1,249 @@
+"""One cell of `tastes.py`: the starter answers, a made-up taste labels, one training follows, the taste counts its wins."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from made_up_tastes import TASTES, Taste
+
+from alignment.config import AlignmentConfig
+from alignment.dpo import train_dpo
+from alignment.intervals import wilson
+from alignment.kl_budget import kl_per_response
+from alignment.kto import train_kto
+from alignment.labels import Pair, Thumb
+from alignment.models import Base, add_policy, load_base, prompt_ids, save_adapter
+from alignment.ppo import train_ppo
+from alignment.preferences import Preferences
+from alignment.progress import Silent
+from alignment.reward_model import train_reward_model
+from alignment.rollouts import Rollout, sample
+from alignment.starter.answers import classify_answer
+from alignment.starter.corpus import OFF_TOPIC
+from alignment.starter.customers import Question, questions
+from storage.digests import base_digest
+
+ROOT = Path(__file__).parents[2]
+STARTER = ROOT / "alignment" / "starter" / "checkpoint"
+Plan = tuple[int, str, str]
+"""Round from 0, taste, method."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What stays the same for a taste and method."""
+
+    method: str
+    name: str
+    labels: int
+    fresh: int
+    seed: int
+    config: AlignmentConfig
+    folder: Path | None = None
+    """Where adapters and the first policy's answers are kept."""
+
+    @property
+    def taste(self) -> Taste:
+        return TASTES[self.name]
+
+
+def asked(base: Base, found: Sequence[Question]) -> list[list[int]]:
+    """Return the questions' prompts."""
+    return [prompt_ids(base, [{"role": "user", "content": question.text}]) for question in found]
+
+
+def texts(base: Base, answers: Sequence[Rollout]) -> list[str]:
+    """Return the answers as people read them."""
+    return [
+        str(base.tokenizer.decode(answer.token_ids, skip_special_tokens=True)).strip() for answer in answers
+    ]
+
+
+def reference_answers(
+    base: Base, prompts: Sequence[Sequence[int]], setting: Setting, round_number: int, **options: Any
+) -> list[Rollout]:
+    """Answer with the policy that a round starts from; that of the first is everybody's, and asked only once."""
+    if round_number or setting.folder is None:
+        return sample(base, prompts, adapter="reference", **options)
+    named = "-".join(f"{name}-{value}" for name, value in options.items())
+    file = setting.folder / f"first-{base_digest(str(STARTER))[:8]}-{len(prompts)}-{named}.json"
+    if not file.exists():
+        whole = file.with_suffix(f".{os.getpid()}")  # another process may look for the file meanwhile
+        whole.write_text(json.dumps([asdict(one) for one in sample(base, prompts, adapter=None, **options)]))
+        whole.rename(file)
+    return [
+        Rollout(
+            token_ids=tuple(one["token_ids"]),
+            finish_reason=one["finish_reason"],
+            logprobs=tuple(one["logprobs"]),
+        )
+        for one in json.loads(file.read_text())
+    ]
+
+
+def pairs_of(base: Base, setting: Setting, round_number: int) -> list[Pair]:
+    """Let the policy answer each question twice and the taste compare; equal liking is a tie."""
+    found = questions(setting.labels, seed=setting.seed + round_number)
+    prompts = asked(base, found)
+    sides = [
+        reference_answers(base, prompts, setting, round_number, seed=setting.seed + 10 * round_number + side)
+        for side in (0, 1)
+    ]
+    told = [texts(base, side) for side in sides]
+    pairs = []
+    for at, prompt in enumerate(prompts):
+        lead = setting.taste(told[0][at]) - setting.taste(told[1][at])
+        better = 0 if lead >= 0 else 1
+        if sides[0][at].token_ids == sides[1][at].token_ids:
+            continue
+        pairs.append(
+            Pair(
+                id=f"pair-{at}",
+                prompt_ids=tuple(prompt),
+                chosen_ids=sides[better][at].token_ids,
+                rejected_ids=sides[1 - better][at].token_ids,
+                weight=1.0,
+                margin=0.0,
+                source="comparison",
+                prompt_key=f"prompt-{at}",
+                rater="taste",
+                tie=lead == 0,
+            )
+        )
+    return pairs
+
+
+def thumbs_of(base: Base, pairs: Sequence[Pair], taste: Taste) -> list[Thumb]:
+    """Rate one answer of each pair: up when it is liked more than the middle of all."""
+    answers = [pair.chosen_ids if at % 2 else pair.rejected_ids for at, pair in enumerate(pairs)]
+    liking = [taste(str(base.tokenizer.decode(ids, skip_special_tokens=True)).strip()) for ids in answers]
+    middle = sorted(liking)[len(liking) // 2]
+    return [
+        Thumb(
+            id=f"thumb-{at}",
+            prompt_ids=pair.prompt_ids,
+            answer_ids=ids,
+            up=liked > middle or (liked == middle and middle > min(liking)),
+            weight=1.0,
+            prompt_key=pair.prompt_key,
+            rater="taste",
+        )
+        for at, (pair, ids, liked) in enumerate(zip(pairs, answers, liking, strict=True))
+    ]
+
+
+class Curve(Silent):
+    """Keeps the KL that a training measured at its steps."""
+
+    def __init__(self) -> None:
+        self.kl_nats: list[float] = []
+        self.base_kl_nats: list[float] = []
+
+    def step(self, done: int, message: str = "", **metrics: float) -> None:
+        for ending, kept in (
+            ("kl_per_response_nats", self.kl_nats),
+            ("kl_from_base_nats", self.base_kl_nats),
+        ):
+            kept += [round(value, 3) for name, value in metrics.items() if name.endswith(ending)]
+
+
+def trained(base: Base, setting: Setting, pairs: list[Pair], round_number: int, curve: Curve) -> Any:
+    """Train the adapter "policy" by the method; its KL is measured on questions that it does not learn from, as in a run."""
+    config, seed = setting.config, setting.seed + round_number
+    unseen = asked(base, questions(config.dpo.kl_prompts, seed=seed + 500))
+    if setting.method == "dpo":
+        return train_dpo(base, pairs, config.dpo, seed=seed, progress=curve, unseen=unseen)
+    if setting.method == "kto":
+        thumbs = thumbs_of(base, pairs, setting.taste)
+        return train_kto(base, thumbs, config.kto, seed=seed, progress=curve, unseen=unseen)
+    cut = len(pairs) * 4 // 5
+    known, kept = (Preferences(pairs=tuple(part), thumbs=()) for part in (pairs[:cut], pairs[cut:]))
+    scorer = train_reward_model(base, known, kept, config.reward, seed=seed, progress=Silent())
+    prompts = [pair.prompt_ids for pair in pairs]
+    return train_ppo(base, prompts, scorer, config.ppo, seed=seed, progress=curve, unseen=unseen)
+
+
+def judged(base: Base, setting: Setting, round_number: int) -> dict[str, Any]:
+    """Compare the policy with its reference on fresh questions of forms the model never saw."""
+    found = questions(setting.fresh, seed=setting.seed + 1000 + round_number, part="held_out")
+    prompts, seed = asked(base, found), setting.seed + 2000 + round_number
+    new = sample(base, prompts, adapter="policy", seed=seed)
+    old = reference_answers(base, prompts, setting, round_number, seed=seed)
+    gains = [
+        setting.taste(a) - setting.taste(b) for a, b in zip(texts(base, new), texts(base, old), strict=True)
+    ]
+    wins, decided = sum(gain > 0 for gain in gains), sum(gain != 0 for gain in gains)
+    estimate = wilson(wins, max(1, decided))
+    before = said(base, reference_answers(base, prompts, setting, round_number, temperature=0.0))
+    after = said(base, sample(base, prompts, adapter="policy", temperature=0.0))
+    surprise = [-value for answer in new for value in answer.logprobs]
+    kl = kl_per_response(base, prompts[:128], seed=seed)
+    return {
+        "wins": estimate.value,
+        "wins_low": estimate.low,
+        "wins_high": estimate.high,
+        "decided": decided,
+        "right_intent_before": right(before, found),
+        "right_intent_after": right(after, found),
+        "right_intent_sampled_before": right(said(base, old), found),
+        "right_intent_sampled_after": right(said(base, new), found),
+        "kl_per_response_nats": kl.from_reference,
+        "kl_from_base_nats": kl.from_base,
+        "answer_tokens": sum(len(answer.token_ids) for answer in new) / len(new),
+        "entropy_nats_per_token": sum(surprise) / len(surprise),
+        "hand_over_rate": after.count(OFF_TOPIC) / len(after),
+    }
+
+
+def said(base: Base, answers: Sequence[Rollout]) -> list[str | None]:
+    """Return the intent of each answer, None where it is like no known one."""
+    return [classify_answer(text)[0] for text in texts(base, answers)]
+
+
+def right(intents: Sequence[str | None], found: Sequence[Question]) -> float:
+    """Return the share of answers about what was asked."""
+    asked_for = [question.group.partition(".")[0] for question in found]
+    return sum(one == other for one, other in zip(intents, asked_for, strict=True)) / len(found)
+
+
+def cell(setting: Setting, round_number: int, folder: Path) -> dict[str, Any]:
+    """Train one round from the policy of the round before, keep its adapter and judge it."""
+    base = load_base(str(STARTER), device="cpu")
+    before = adapter(folder, (round_number - 1, setting.name, setting.method)) if round_number else None
+    add_policy(base, setting.config.dpo.lora, seed=setting.seed, start_from=before)
+    pairs = pairs_of(base, setting, round_number)
+    began, curve = time.process_time(), Curve()
+    outcome = trained(base, setting, pairs, round_number, curve)
+    spent = time.process_time() - began
+    save_adapter(base, "policy", adapter(folder, (round_number, setting.name, setting.method)))
+    return {
+        "method": setting.method,
+        "taste": setting.name,
+        "round": round_number,
+        "labels": len(pairs),
+        "fresh": setting.fresh,
+        "seed": setting.seed,
+        "ties": sum(pair.tie for pair in pairs),
+        "steps": outcome.steps,
+        "stopped_because": outcome.stopped_because,
+        "training_cpu_s": round(spent, 1),
+        "training_kl_nats": curve.kl_nats,
+        "training_base_kl_nats": curve.base_kl_nats,
+        "held": outcome.held,
+        **judged(base, setting, round_number),
+    }
+
+
+def adapter(folder: Path, plan: Plan) -> Path:
+    """Return where a round's adapter is kept."""
+    number, name, method = plan
+    return folder / f"{name}-{method}-{number}"
