@@ -76,6 +76,16 @@ def test_the_first_piece_brings_the_prompt_and_a_token(server: Server) -> None:
     ]
 
 
+def test_a_quick_server_is_asked_for_several_tokens_a_chunk_once_it_is_known(server: Server) -> None:
+    server.chat("one", GOOD)
+    engine = engine_of(server)
+    for _ in range(20):
+        ask(engine)
+    asked = [json.loads(request.content)["stream_interval"] for request in server.requests]
+    assert asked[0] == 1
+    assert asked[-1] > 1
+
+
 def test_line_separators_of_unicode_inside_the_text_do_not_break_the_stream(server: Server) -> None:
     text = "a\u2028b\u0085c\u000bd"
     whole = b"".join((FIRST, chunk(text, [5], finish="stop"), DONE))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from assistant.engine.errors import (
     PolicyNotLoaded,
     StreamBroken,
 )
+from assistant.engine.pace import Pace
 from assistant.engine.protocol import Health, Piece, ProbeResult, Queue, Sampling
 from storage.errors import InvalidField, KotaeError
 from storage.records import Json
@@ -55,6 +57,7 @@ class _Replica:
     """The name under which it serves the base model; learnt from its model list."""
     policies: set[str] = field(default_factory=set)
     """What it can serve; learnt from its model list and from what was done since."""
+    pace: Pace = field(default_factory=Pace)
 
 
 class VllmEngine:
@@ -123,9 +126,12 @@ class VllmEngine:
     ) -> AsyncGenerator[Piece, None]:
         """Yield the pieces of one replica's answer; the first carries the prompt's ids and a token."""
         model = await self._name_on(replica, policy_id)
-        body = wire.chat_body(model=model, policy_id=policy_id, messages=messages, sampling=sampling)
+        size = replica.pace.chunk_tokens
+        body = wire.chat_body(
+            model=model, policy_id=policy_id, messages=messages, sampling=sampling, chunk_tokens=size
+        )
         prompt: tuple[int, ...] | None = None
-        begun = finished = False
+        begun, finished, tokens, first_at = False, False, 0, 0.0
         replica.in_flight += 1
         try:
             async with self._client.stream(
@@ -144,12 +150,16 @@ class VllmEngine:
                     prompt = piece.prompt_token_ids if piece and piece.prompt_token_ids else prompt
                     if piece is None or not (piece.text or piece.token_ids or piece.finish_reason):
                         continue
-                    yield piece if begun else replace(piece, prompt_token_ids=prompt)
+                    if not begun:
+                        piece, first_at = replace(piece, prompt_token_ids=prompt), time.monotonic()
+                    tokens += len(piece.token_ids)
+                    yield piece
                     begun, finished = True, piece.finish_reason is not None
             if not finished:
                 raise StreamBroken(
                     f"stream: {replica.url} ended the answer without a finish reason; ask again"
                 )
+            replica.pace.note(tokens=tokens, seconds=time.monotonic() - first_at)
         except httpx.TransportError as error:
             if not finished:
                 raise self._lost(replica, error, begun=begun) from error

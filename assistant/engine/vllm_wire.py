@@ -46,13 +46,20 @@ def queue_lengths(metrics: str) -> tuple[int, int] | None:
     return (sum(running), sum(waiting)) if running and waiting else None
 
 
-def chat_body(*, model: str, policy_id: str, messages: list[Json], sampling: Sampling) -> Json:
-    """Return the body of a streamed chat completion that reports its token ids."""
+def chat_body(
+    *, model: str, policy_id: str, messages: list[Json], sampling: Sampling, chunk_tokens: int = 1
+) -> Json:
+    """Return the body of a streamed chat completion that reports its token ids.
+
+    Args:
+        chunk_tokens: sent together; vLLM sends the first and the last of an answer at once all the same.
+    """
     body: Json = {
         "model": model,
         "messages": messages,
         "stream": True,
         "return_token_ids": True,
+        "stream_interval": chunk_tokens,
         "cache_salt": policy_id,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,

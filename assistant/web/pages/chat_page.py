@@ -26,7 +26,10 @@ from storage import conversations, feedback
 from storage.errors import KotaeError
 from storage.records import Json, Person, Turn
 
-QUICK: Json = {"queue": False, "show_progress": "hidden"}
+AS_IS: Json = {"show_progress": "hidden", "postprocess": False}
+"""What handlers return is what the browser wants: else Gradio takes a turn in a thread for each output of an event, and
+builds a model of each message only to take it apart again."""
+QUICK: Json = {**AS_IS, "queue": False}
 READERS_AT_ONCE = 64
 """Answers streamed at the same time; the engine queues what it cannot do at once."""
 Updates = dict[Any, Any]
@@ -70,7 +73,7 @@ class ChatPage:
                 streamed,
                 concurrency_limit=READERS_AT_ONCE,
                 concurrency_id="chat",
-                show_progress="hidden",
+                **AS_IS,
             ).then(self.refresh_list, [self.view, self.ui.query], [self.ui.listing, self.ui.title], **QUICK)
         self.ui.stop.click(self.stop_stream, None, None, **QUICK)
         self.ui.bar.click(self.act, self.view, screen, **QUICK)

@@ -11,7 +11,7 @@ from assistant.chat import Ask
 from assistant.web.pages.html import badge, button, icon, note, when
 from assistant.web.words import Words
 from storage.conversations import SearchHit, question_of
-from storage.records import Conversation, Rating, Turn
+from storage.records import Conversation, Json, Rating, Turn
 
 SHOWN_TURNS = 20
 """Drawing costs grow with the messages on screen: 40 messages, older ones on demand."""
@@ -40,8 +40,18 @@ def messages_of(turns: Sequence[Turn]) -> list[Any]:
 
 def exchange(question: str, answer: str) -> list[Any]:
     """Return one question with its answer; while there is none yet, the question alone."""
-    asked = {"role": "user", "content": question}
-    return [asked, {"role": "assistant", "content": answer}] if answer else [asked]
+    asked = _message("user", question)
+    return [asked, _message("assistant", answer)] if answer else [asked]
+
+
+def _message(role: str, text: str) -> Json:
+    """Return a message as the browser wants it: Gradio's own step is left out (`chat_page.AS_IS`)."""
+    return {
+        "role": role,
+        "metadata": None,
+        "content": [{"text": text, "type": "text"}],
+        "options": None,
+    }
 
 
 def feedback_values(turns: Sequence[Turn], ratings: Sequence[Rating | None]) -> list[str | None]:

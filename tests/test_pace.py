@@ -1,0 +1,32 @@
+"""How many tokens a chunk of a stream brings: as many as a reader does not notice."""
+
+from __future__ import annotations
+
+import pytest
+
+from assistant.engine.pace import Pace
+
+
+@pytest.mark.parametrize(
+    ("token_s", "tokens"),
+    [(0.2, 1), (0.05, 1), (0.0249, 2), (0.013, 3), (0.0, 50)],  # 50 ms over the seconds for each
+)
+def test_a_chunk_holds_what_comes_within_a_twentieth_of_a_second(token_s: float, tokens: int) -> None:
+    assert Pace(token_s=token_s).chunk_tokens == tokens
+
+
+def test_another_load_is_followed_within_ten_answers() -> None:
+    pace = Pace()
+    for _ in range(10):
+        pace.note(tokens=41, seconds=0.4)  # 10 ms each
+    assert pace.token_s == pytest.approx(0.01 + 0.04 * 0.75**10)
+    for _ in range(10):
+        pace.note(tokens=41, seconds=8)
+    assert pace.chunk_tokens == 1
+
+
+def test_an_answer_of_one_token_tells_nothing() -> None:
+    pace = Pace()
+    pace.note(tokens=1, seconds=0.0)
+    pace.note(tokens=0, seconds=9.0)
+    assert pace == Pace()
