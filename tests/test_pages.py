@@ -21,7 +21,7 @@ from assistant.web.pages.chat_page import ChatPage
 from assistant.web.pages.chat_view import View
 from assistant.web.pages.frame import Frame, header_html, page_path
 from assistant.web.pages.html import difference, merged_difference, when
-from assistant.web.pages.streaming import UPDATE_INTERVAL_S, UPDATES_PER_S, interval_for, paced
+from assistant.web.pages.streaming import UPDATE_INTERVAL_S, UPDATES_PER_S, LiveAnswer, interval_for
 from assistant.web.words import LANGUAGES, Words
 from storage import conversations, feedback
 from storage.errors import InvalidField
@@ -154,9 +154,8 @@ def test_a_stream_starts_at_once_and_ends_with_its_last_event() -> None:
         started = time.monotonic()
         seen: list[int] = []
         first_s = math.inf
-        async with aclosing(
-            paced(_count(100, pause_s=0.002), stop=asyncio.Event(), interval_s=0.05)
-        ) as events:
+        answer = LiveAnswer(_count(100, pause_s=0.002))
+        async with aclosing(answer.updates(interval_s=0.05)) as events:
             async for event in events:
                 first_s = min(first_s, time.monotonic() - started)
                 seen.append(event)
@@ -176,10 +175,23 @@ def test_many_streams_share_the_updates_of_a_second() -> None:
 
 def test_stop_cancels_the_stream_where_it_stands() -> None:
     async def run() -> list[str]:
-        stop, log = asyncio.Event(), list[str]()
-        async with aclosing(paced(_count(10, pause_s=60, log=log), stop=stop)) as events:
+        log = list[str]()
+        answer = LiveAnswer(_count(10, pause_s=60, log=log))
+        async with aclosing(answer.updates()) as events:
             async for _ in events:
-                stop.set()
+                answer.stop()
+        return log
+
+    assert asyncio.run(run()) == ["CancelledError"]
+
+
+def test_an_answer_that_nobody_looks_at_is_read_and_can_be_stopped_from_another_thread() -> None:
+    async def run() -> list[str]:
+        log = list[str]()
+        answer = LiveAnswer(_count(10, pause_s=60, log=log))
+        await asyncio.sleep(0.01)
+        await asyncio.to_thread(answer.stop)
+        await asyncio.sleep(0.01)
         return log
 
     assert asyncio.run(run()) == ["CancelledError"]
@@ -188,7 +200,7 @@ def test_stop_cancels_the_stream_where_it_stands() -> None:
 def test_closing_the_page_cancels_the_stream() -> None:
     async def run() -> list[str]:
         log = list[str]()
-        events = paced(_count(10, pause_s=60, log=log), stop=asyncio.Event())
+        events = LiveAnswer(_count(10, pause_s=60, log=log)).updates()
         await anext(events)
         await events.aclose()
         return log
@@ -203,7 +215,7 @@ def test_an_error_of_the_stream_reaches_the_page_after_what_came_before() -> Non
 
     async def run() -> list[int]:
         seen: list[int] = []
-        events = paced(broken(), stop=asyncio.Event())
+        events = LiveAnswer(broken()).updates()
         seen.append(await anext(events))
         with pytest.raises(InvalidField):
             await anext(events)

@@ -170,22 +170,24 @@ async def stream_chunks(
         last = {"usage": None} if include_usage else {}
         return _chunk(ask.turn_id, created, [choice], policy_id) | last
 
-    yield sse(chunk({"role": "assistant", "content": ""}))
+    ready = sse(
+        chunk({"role": "assistant", "content": ""})
+    )  # goes out with what follows: a write costs more than a chunk
     try:
         async with aclosing(_with_first(first, events)) as all_events:
             async for event in all_events:
                 if isinstance(event, Delta):
-                    yield sse(chunk({"content": event.text[sent:]}))
-                    sent = len(event.text)
+                    yield ready + sse(chunk({"content": event.text[sent:]}))
+                    ready, sent = b"", len(event.text)
                     continue
-                yield sse(chunk({}, finish_reason=event.finish_reason, policy_id=event.policy_id))
+                ready += sse(chunk({}, finish_reason=event.finish_reason, policy_id=event.policy_id))
                 if include_usage:
-                    yield sse(_chunk(ask.turn_id, created, [], event.policy_id) | {"usage": usage(event)})
+                    ready += sse(_chunk(ask.turn_id, created, [], event.policy_id) | {"usage": usage(event)})
     except Exception as error:
         if not isinstance(error, KotaeError):
             log.exception("an answer broke off")
-        yield sse(error_body(error))
-    yield DONE
+        ready += sse(error_body(error))
+    yield ready + DONE
 
 
 async def _with_first(first: Delta | Turn, events: Events) -> Events:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
+from functools import lru_cache, partial
 from urllib.parse import urlsplit
 
 from itsdangerous import BadSignature, URLSafeTimedSerializer
@@ -27,6 +28,7 @@ from storage.store import Store
 
 COOKIE = "kotae_session"
 SESSION_S = 14 * 24 * 3600
+REMEMBERED_COOKIES = 1000
 SECRET_KEY, SIGNED_OUT_KEY = "session_secret", "signed_out_sessions"
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 SIGN_IN = (
@@ -42,7 +44,10 @@ class Sessions:
     def __init__(self, store: Store, *, secure_cookies: bool) -> None:
         self.store = store
         self.secure_cookies = secure_cookies
-        self._signer = URLSafeTimedSerializer(_secret(store), salt="kotae.session")
+        signer = URLSafeTimedSerializer(_secret(store), salt="kotae.session")
+        self._sign = signer.dumps
+        # Each event of a page comes with the cookie, and deriving the key takes longer than to look the person up.
+        self._signed = lru_cache(maxsize=REMEMBERED_COOKIES)(partial(signer.loads, return_timestamp=True))
         self._writing = threading.Lock()
         self._signed_out: dict[str, float] = dict(settings.get(store, SIGNED_OUT_KEY, {}))
 
@@ -51,7 +56,7 @@ class Sessions:
         parts = {"p": person.id, "c": self._password_changed_at(person.id), "n": secrets.token_urlsafe(12)}
         response.set_cookie(
             COOKIE,
-            self._signer.dumps(parts),
+            self._sign(parts),
             max_age=SESSION_S,
             path="/",
             secure=self.secure_cookies,
@@ -97,10 +102,10 @@ class Sessions:
     def _read(self, request: HTTPConnection) -> Json | None:
         """Return the parts of the request's cookie if it was signed here within the last 14 days."""
         try:
-            parts: Json = self._signer.loads(request.cookies.get(COOKIE, ""), max_age=SESSION_S)
+            parts, signed_at = self._signed(request.cookies.get(COOKIE, ""))
         except BadSignature:
             return None
-        return parts
+        return parts if 0 <= time.time() - signed_at.timestamp() <= SESSION_S else None
 
     def _password_changed_at(self, person_id: str) -> float | None:
         """Return when the password was set; None without one."""

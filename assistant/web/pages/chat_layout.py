@@ -30,15 +30,20 @@ class ChatLayout:
     @property
     def screen(self) -> list[Any]:
         """Return the components that `drawn` changes, and those of the panel below the answer."""
+        return [*self.asked, self.listing]
+
+    @property
+    def asked(self) -> list[Any]:
+        """Return those of `screen` that a question changes."""
         parts = [self.title, self.renaming, self.older, self.history, self.live, self.empty, self.bar]
-        return [*parts, self.listing, *self.panel.outputs]
+        return [*parts, *self.panel.outputs]
 
     def drawn(self, screen: Screen) -> dict[Any, Any]:
         """Return the updates that show a screen: a value for every component, see `look.marker`."""
-        return {
+        listing = {} if screen.listing is None else {self.listing: screen.listing}
+        return listing | {
             self.title: screen.title,
             self.renaming: "",
-            self.listing: screen.listing,
             self.older: look.older_bar(self.words) if screen.has_older else "",
             self.history: gr.Chatbot(value=screen.history, feedback_value=screen.history_feedback)
             if screen.history

@@ -12,19 +12,26 @@ from dataclasses import replace
 from typing import Any
 
 import gradio as gr
+from anyio import from_thread
 
-from assistant.chat import Delta
+from assistant.chat import Ask, Delta
 from assistant.web.pages import chat_session as session
 from assistant.web.pages import chat_view as look
 from assistant.web.pages.chat_layout import ChatLayout
-from assistant.web.pages.chat_screen import answer_bar, example_questions, listing_of, screen_of
+from assistant.web.pages.chat_screen import (
+    answer_bar,
+    example_questions,
+    listing_of,
+    screen_of,
+    title_of,
+)
 from assistant.web.pages.chat_view import SHOWN_TURNS, View
 from assistant.web.pages.feedback_panel import FeedbackPanel
 from assistant.web.pages.frame import Frame, clicked, toast
-from assistant.web.pages.streaming import interval_for, paced
+from assistant.web.pages.streaming import LiveAnswer, interval_for
 from storage import conversations, feedback
 from storage.errors import KotaeError
-from storage.records import Json, Person, Turn
+from storage.records import Json, Person, Turn, new_id
 
 AS_IS: Json = {"show_progress": "hidden", "postprocess": False}
 """What handlers return is what the browser wants: else Gradio takes a turn in a thread for each output of an event, and
@@ -32,6 +39,8 @@ builds a model of each message only to take it apart again."""
 QUICK: Json = {**AS_IS, "queue": False}
 READERS_AT_ONCE = 64
 """Answers streamed at the same time; the engine queues what it cannot do at once."""
+UNSEEN_S = 60.0
+"""An answer whose tab was closed between its two events is given up after so long."""
 Updates = dict[Any, Any]
 
 
@@ -42,7 +51,8 @@ class ChatPage:
         self.frame, self.words, self.services = frame, frame.words, frame.services
         self.store = frame.services.store
         self.panel = FeedbackPanel(frame)
-        self.stops: dict[str, asyncio.Event] = {}
+        self.answers: dict[str, LiveAnswer[Delta | Turn]] = {}
+        """Those under way, by browser tab."""
 
     def build(self, blocks: gr.Blocks) -> None:
         """Add the page and connect its events."""
@@ -51,23 +61,23 @@ class ChatPage:
         self._wire(blocks)
 
     def _wire(self, blocks: gr.Blocks) -> None:
-        screen = [self.view, *self.ui.screen]
+        screen, asked = [self.view, *self.ui.screen], [self.view, *self.ui.asked]
         asks = [
             gr.on(
                 [self.ui.question.submit, self.ui.send.click],
                 self.ask,
                 [self.view, self.ui.question],
-                [*screen, self.ui.question],
+                [*asked, self.ui.question],
                 **QUICK,
             ),
-            self.ui.empty.click(self.ask_example, self.view, screen, **QUICK),
-            self.ui.bar.submit(self.ask_again, self.view, screen, **QUICK),
-            self.ui.live.edit(self.edit_live, self.view, screen, **QUICK),
-            self.ui.history.edit(self.edit_history, self.view, screen, **QUICK),
+            self.ui.empty.click(self.ask_example, self.view, asked, **QUICK),
+            self.ui.bar.submit(self.ask_again, self.view, asked, **QUICK),
+            self.ui.live.edit(self.edit_live, self.view, asked, **QUICK),
+            self.ui.history.edit(self.edit_history, self.view, asked, **QUICK),
         ]
         streamed = [self.view, self.ui.live, self.ui.bar]
-        for asked in asks:
-            asked.success(
+        for question in asks:
+            question.success(
                 self.stream,
                 self.view,
                 streamed,
@@ -101,25 +111,26 @@ class ChatPage:
         """Put the typed question on screen, unless an answer is still streaming; the stream follows."""
         with self.frame.told():
             person = self.frame.person(request)
-            if str(request.session_hash) in self.stops:
+            if str(request.session_hash) in self.answers:
                 raise toast("", self.words("chat.busy"))
             view = session.next_question(self.services, person, view, question)
-            return self._screen(person, view) | {self.ui.question: ""}
+            return self._asked(request, person, view) | {self.ui.question: ""}
 
     def ask_example(self, view: View, request: gr.Request, event: gr.EventData) -> Updates:
         """Ask the example question that was clicked."""
         with self.frame.told():
             person = self.frame.person(request)
             question = example_questions(self.services, self.words.language)[int(clicked(event)["id"])]
-            return self._screen(person, session.next_question(self.services, person, view, question))
+            view = session.next_question(self.services, person, view, question)
+            return self._asked(request, person, view)
 
     def ask_again(self, view: View, request: gr.Request, event: gr.EventData) -> Updates:
         """Ask for another answer, or try again after a failure."""
         with self.frame.told():
             person, click = self.frame.person(request), clicked(event)
             if click["act"] == "retry":
-                return self._screen(person, session.retried(view))
-            return self._screen(person, session.again(self.services, person, view, click["id"]))
+                return self._asked(request, person, session.retried(view))
+            return self._asked(request, person, session.again(self.services, person, view, click["id"]))
 
     def edit_live(self, view: View, request: gr.Request, event: gr.EditData) -> Updates:
         """Ask the edited question in the place of the newest."""
@@ -135,41 +146,64 @@ class ChatPage:
         person = self.frame.person(request)
         turn = session.own_turn(self.services, person, turn_id)
         view = session.again(self.services, person, view, turn.id, question=str(event.value))
+        return self._asked(request, person, view)
+
+    def _asked(self, request: gr.Request, person: Person, view: View) -> Updates:
+        """Let the engine begin and return the updates that show the question.
+
+        Until `stream` is called the browser has drawn them and sent its next event, about as long as the engine needs for
+        the first token. This runs in a thread, an answer in the loop.
+        """
+        assert view.ask is not None
+        from_thread.run_sync(self._begin, str(request.session_hash), view.ask)
         return self._screen(person, view)
+
+    def _begin(self, tab: str, ask: Ask) -> LiveAnswer[Delta | Turn]:
+        self._leave(tab)
+        answer = self.answers[tab] = LiveAnswer(self.services.chat.reply(ask), turn_id=ask.turn_id)
+        asyncio.get_running_loop().call_later(UNSEEN_S, self._forget_unseen, tab, answer)
+        return answer
+
+    def _forget_unseen(self, tab: str, answer: LiveAnswer[Delta | Turn]) -> None:
+        if not answer.is_shown and self.answers.get(tab) is answer:
+            self._leave(tab)
 
     async def stream(self, view: View, request: gr.Request) -> AsyncGenerator[Updates, None]:
         """Stream the answer to `view.ask`, at last with its actions; silent once the person has gone elsewhere."""
         with self.frame.told():
-            person, key = self.frame.person(request), str(request.session_hash)
+            person, tab = self.frame.person(request), str(request.session_hash)
             if view.ask is None:
                 return
-            stop = self.stops[key] = asyncio.Event()
+            answer = self.answers.get(tab)
+            if answer is None or answer.turn_id != view.ask.turn_id:  # this event waited for too long
+                ask = replace(view.ask, turn_id=new_id("turn"))
+                view, answer = replace(view, ask=ask), self._begin(tab, ask)
             problem = ""
             try:
-                answer, interval_s = self.services.chat.reply(view.ask), interval_for(len(self.stops))
-                async with aclosing(paced(answer, stop=stop, interval_s=interval_s)) as events:
+                async with aclosing(answer.updates(interval_s=interval_for(len(self.answers)))) as events:
                     async for event in events:
                         if isinstance(event, Delta):
                             yield {self.ui.live: self._live(view, event.text), self.ui.bar: look.STREAMING}
             except KotaeError as error:
                 problem = str(error)
             finally:
-                is_here = self.stops.get(key) is stop
+                is_here = self.answers.get(tab) is answer
                 if is_here:
-                    del self.stops[key]
+                    del self.answers[tab]
             if is_here:
                 yield self._answered(person, view, problem)
 
     def stop_stream(self, request: gr.Request) -> None:
         """Stop the answer of this browser tab; what was said is kept."""
-        if str(request.session_hash) in self.stops:
-            self.stops[str(request.session_hash)].set()
+        answer = self.answers.get(str(request.session_hash))
+        if answer is not None:
+            answer.stop()
 
-    def _leave(self, request: gr.Request) -> None:
+    def _leave(self, tab: str) -> None:
         """Stop the answer of this browser tab without showing how it ended."""
-        stop = self.stops.pop(str(request.session_hash), None)
-        if stop is not None:
-            stop.set()
+        answer = self.answers.pop(tab, None)
+        if answer is not None:
+            answer.stop()
 
     def _answered(self, person: Person, view: View, problem: str) -> Updates:
         """Return the updates that end a stream: the recorded turn, or why there is none."""
@@ -224,13 +258,13 @@ class ChatPage:
 
     def open_new(self, request: gr.Request) -> Updates:
         """Show an empty screen; the conversation begins with its first question."""
-        self._leave(request)
+        self._leave(str(request.session_hash))
         with self.frame.told():
             return self._screen(self.frame.person(request), View())
 
     def open(self, query: str, request: gr.Request, event: gr.EventData) -> Updates:
         """Show the conversation that was clicked, if it is the person's own."""
-        self._leave(request)
+        self._leave(str(request.session_hash))
         with self.frame.told():
             person = self.frame.person(request)
             view = session.open_conversation(self.services, person, clicked(event)["id"])
@@ -277,7 +311,7 @@ class ChatPage:
         with self.frame.told():
             person = self.frame.person(request)
             listing = listing_of(self.services, self.words, person, view, query)
-            return listing, screen_of(self.services, self.words, person, view).title
+            return listing, title_of(self.services, self.words, person, view)
 
     def _screen(self, person: Person, view: View) -> Updates:
         """Return the updates that draw the whole view."""

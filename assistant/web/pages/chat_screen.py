@@ -21,14 +21,14 @@ class Screen:
     """What the chat page shows: messages for the two chatbots, the rest as HTML."""
 
     title: str
-    listing: str
+    listing: str | None
+    """None while a question is being answered: the list is drawn again with the answer."""
     history: list[Any]
     history_feedback: list[str | None]
     has_older: bool
     live: list[Any]
     bar: str
     empty: str
-    is_answering: bool
 
 
 def screen_of(services: Services, words: Words, person: Person, view: View) -> Screen:
@@ -38,15 +38,14 @@ def screen_of(services: Services, words: Words, person: Person, view: View) -> S
     live = conversations.get_turn(store, view.live_turn_id) if view.live_turn_id else None
     is_empty = view.conversation_id is None
     return Screen(
-        title=_title(services, words, person, view),
-        listing=listing_of(services, words, person, view),
+        title=title_of(services, words, person, view),
+        listing=None if view.ask else listing_of(services, words, person, view),
         history=look.messages_of(turns),
         history_feedback=look.feedback_values(turns, [_rating(store, person, turn) for turn in turns]),
         has_older=len(view.history_turn_ids) > view.shown_turns,
         live=_live_messages(view, live),
         bar=_bar(store, words, person, view, live),
         empty=look.empty_screen(words, example_questions(services, words.language)) if is_empty else "",
-        is_answering=view.ask is not None,
     )
 
 
@@ -93,7 +92,8 @@ def _live_messages(view: View, live: Turn | None) -> list[Any]:
     return look.messages_of([live]) if live else []
 
 
-def _title(services: Services, words: Words, person: Person, view: View) -> str:
+def title_of(services: Services, words: Words, person: Person, view: View) -> str:
+    """Return the title of the open conversation with its buttons."""
     if view.conversation_id is None:
         return look.title_bar(words, None)
     return look.title_bar(words, services.chat.conversation(person, view.conversation_id))

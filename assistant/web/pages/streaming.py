@@ -1,10 +1,10 @@
-"""Paces a stream for the screen: the first words at once, then a few updates a second, and a way to stop."""
+"""Paces an answer for the screen: the first words at once, then a few updates a second, and a way to stop."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 Event = TypeVar("Event")
 UPDATE_INTERVAL_S = 0.1
@@ -18,45 +18,54 @@ def interval_for(streams: int) -> float:
     return max(UPDATE_INTERVAL_S, streams / UPDATES_PER_S)
 
 
-async def paced(
-    events: AsyncGenerator[Event, None], *, stop: asyncio.Event, interval_s: float = UPDATE_INTERVAL_S
-) -> AsyncGenerator[Event, None]:
-    """Yield the latest of `events` at most once per `interval_s` (seconds); the first and the last at once.
+class LiveAnswer(Generic[Event]):
+    """An answer on its way to one browser tab: read as it comes, shown a few times a second, stopped by whoever may."""
 
-    When `stop` is set, or this generator is closed, `events` is cancelled where it stands and has ended before
-    this returns.
-    """
-    latest: list[Event] = []
-    changed = asyncio.Event()
+    def __init__(self, events: AsyncGenerator[Event, None], *, turn_id: str = "") -> None:
+        """Begin to read, in the running loop: the engine works before anybody looks."""
+        self.turn_id = turn_id
+        self.is_shown = False
+        self._events = events
+        self._latest: list[Event] = []
+        self._changed = asyncio.Event()
+        self._is_stopped = False
+        self._loop = asyncio.get_running_loop()
+        self._reading = asyncio.create_task(self._read())
+        self._reading.add_done_callback(self._ended)
 
-    async def pump() -> None:
+    def stop(self) -> None:
+        """Cancel the answer where it stands; from any thread."""
+        self._is_stopped = True
+        self._loop.call_soon_threadsafe(self._reading.cancel)
+
+    async def updates(self, *, interval_s: float = UPDATE_INTERVAL_S) -> AsyncGenerator[Event, None]:
+        """Yield the latest event at most once per `interval_s` (seconds); the first and the last at once.
+
+        When it was stopped, or this generator is closed, the answer is cancelled and has ended before this returns.
+        """
+        self.is_shown = True
         try:
-            async for event in events:
-                latest[:] = [event]
-                changed.set()
+            while True:
+                await self._changed.wait()
+                self._changed.clear()
+                if self._latest and not self._is_stopped:
+                    yield self._latest.pop()
+                if self._is_stopped:
+                    return
+                if self._reading.done() and not self._latest:
+                    await self._reading  # raises what broke it
+                    return
+                await asyncio.wait({self._reading}, timeout=interval_s)
         finally:
-            changed.set()
+            self._reading.cancel()
+            await asyncio.wait({self._reading})
 
-    pumping = asyncio.create_task(pump())
-    stopping = asyncio.create_task(stop.wait())
-    try:
-        while not stop.is_set():
-            waiting = asyncio.create_task(changed.wait())
-            await asyncio.wait({waiting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            waiting.cancel()
-            changed.clear()
-            if latest and not stop.is_set():
-                yield latest.pop()
-            if pumping.done() and not latest:
-                await pumping
-                return
-            await asyncio.wait({pumping, stopping}, timeout=interval_s, return_when=asyncio.FIRST_COMPLETED)
-            if pumping.done():
-                changed.set()
-    finally:
-        stopping.cancel()
-        pumping.cancel()
-        await asyncio.wait({pumping})
-        if not pumping.cancelled():
-            pumping.exception()  # seen here, or already raised above
-        await events.aclose()
+    async def _read(self) -> None:
+        async for event in self._events:
+            self._latest[:] = [event]
+            self._changed.set()
+
+    def _ended(self, reading: asyncio.Task[None]) -> None:
+        self._changed.set()
+        if not reading.cancelled():
+            reading.exception()  # nobody may be there to see it
