@@ -120,6 +120,12 @@ def test_every_turn_is_two_messages_so_that_an_index_names_a_turn(tmp_path: Path
     assert [message["role"] for message in chat_view.messages_of([turn, turn])] == ["user", "assistant"] * 2
 
 
+def test_messages_are_what_gradio_itself_would_make_of_them() -> None:
+    # its own step is left out (`chat_page.AS_IS`)
+    messages = chat_view.exchange("Where is it?", "On its way.\n\n- today")
+    assert gr.Chatbot().postprocess(messages).model_dump() == messages
+
+
 def test_a_screen_gives_each_output_a_value_so_that_gradio_rebuilds_no_component(tmp_path: Path) -> None:
     site = make_site(tmp_path)
 

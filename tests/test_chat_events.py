@@ -1,0 +1,86 @@
+"""The chat page over Gradio's own protocol: the question is one event, its answer a second one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from assistant.web.pages import chat_page, staff_app
+from storage.records import Turn
+from web_fixtures import PASSWORD, Site, make_site, running, wait_until
+
+
+class Tab:
+    """A browser tab on the chat page."""
+
+    def __init__(self, client: httpx.Client) -> None:
+        self.client = client
+        self.client.post("/login", data={"name": "staff", "password": PASSWORD})
+        events = self.client.get("/config").json()["dependencies"]
+        self.ids = {event["api_name"]: event["id"] for event in events}
+
+    def send(self, path: str, event: str, *data: Any) -> Any:
+        body = {"data": data, "fn_index": self.ids[event], "session_hash": "tab", "event_data": None}
+        return self.client.post(f"/gradio_api/{path}", json=body).raise_for_status().json()
+
+    def ask(self, question: str) -> None:
+        self.send("run/predict", "ask", None, question)
+
+    def see_answer(self) -> str:
+        """Return the events of the stream as they came."""
+        self.send("queue/join", "stream", None)
+        return self.client.get("/gradio_api/queue/data?session_hash=tab").text
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    site = make_site(tmp_path / "data", pages=(("/", "staff", staff_app),))
+    site.give_password("staff")
+    with running(site):
+        yield site
+
+
+@pytest.fixture
+def tab(site: Site) -> Iterator[Tab]:
+    with httpx.Client(base_url=site.url, timeout=30) as client:
+        yield Tab(client)
+
+
+def test_the_engine_begins_with_the_question_and_is_asked_once(site: Site, tab: Tab) -> None:
+    site.engine.enqueue(["It left our warehouse yesterday."])
+    tab.ask("Where is it?")
+    wait_until(lambda: site.store.all(Turn))  # nobody has asked to see it yet
+    events = tab.see_answer()
+    assert "It left our warehouse yesterday." in events
+    assert json.loads(events.strip().splitlines()[-3][6:])["success"]
+    (turn,) = site.store.all(Turn)
+    assert turn.id in events  # what can be done with it
+    assert len(site.engine.calls) == 1
+
+
+def test_an_answer_that_no_tab_waits_for_is_given_up_and_asked_for_anew(
+    site: Site, tab: Tab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_page, "UNSEEN_S", 0.1)
+    site.engine.delay_s = 0.05
+    site.engine.enqueue(["word " * 400, "Here it is."])
+    tab.ask("Where is it?")
+    wait_until(lambda: site.engine.aborted)
+    wait_until(lambda: site.store.all(Turn))
+    site.engine.delay_s = 0
+    assert "Here it is." in tab.see_answer()
+    assert [turn.finish_reason for turn in site.store.all(Turn)] == ["cancelled", "stop"]
+
+
+def test_who_begins_a_new_conversation_ends_the_answer_that_was_not_shown_yet(site: Site, tab: Tab) -> None:
+    site.engine.delay_s = 0.05
+    site.engine.enqueue(["word " * 400])
+    tab.ask("Where is it?")
+    wait_until(lambda: site.engine.calls)
+    tab.send("run/predict", "open_new")
+    wait_until(lambda: site.engine.aborted)
