@@ -84,3 +84,16 @@ def test_who_begins_a_new_conversation_ends_the_answer_that_was_not_shown_yet(si
     wait_until(lambda: site.engine.calls)
     tab.send("run/predict", "open_new")
     wait_until(lambda: site.engine.aborted)
+
+
+def test_the_last_update_of_an_answer_that_was_left_shows_nothing_of_it(site: Site, tab: Tab) -> None:
+    # Gradio repeats the last update when an event ends, which may be after the next screen was drawn.
+    site.engine.delay_s = 0.02
+    site.engine.enqueue(["leftover " * 400])
+    tab.ask("Where is it?")
+    tab.send("queue/join", "stream", None)
+    with tab.client.stream("GET", "/gradio_api/queue/data?session_hash=tab") as reply:
+        events = (line for line in reply.iter_lines() if line)
+        assert "leftover" in next(event for event in events if "process_generating" in event)
+        tab.send("run/predict", "open_new")
+        assert "leftover" not in next(event for event in events if "process_completed" in event)

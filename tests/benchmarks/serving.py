@@ -4,6 +4,8 @@ Usage: python tests/benchmarks/serving.py [--people 16] [--seconds 20] [--rounds
 
 The same questions go to vLLM directly and through our API, alternating in one run; people on the page press Enter through
 Gradio's own protocol, as a browser does. Ratios and differences are what counts: engine and gateway share the processors.
+The gateway asks for several tokens a chunk (`assistant.engine.pace`), who asks the engine directly gets each by itself;
+`--chunk-tokens` asks both alike.
 """
 
 from __future__ import annotations
@@ -66,10 +68,12 @@ class Way:
 
     client: httpx.AsyncClient
     model: str
+    extra: dict[str, object] = field(default_factory=dict)
 
     async def ask(self, question: str, seen: Seen) -> None:
         """Stream one answer and note its tokens and when the first came."""
-        body = {"model": self.model, "messages": [{"role": "user", "content": question}], **ANSWER}
+        messages = [{"role": "user", "content": question}]
+        body = {"model": self.model, "messages": messages, **ANSWER, **self.extra}
         started, first = time.monotonic(), 0.0
         async with self.client.stream("POST", "/v1/chat/completions", json=body) as reply:
             if reply.status_code != 200:
@@ -102,13 +106,14 @@ async def crowd(
 
 
 class Tab:
-    """A browser tab that stays open on the chat page, by Gradio's protocol: one event asks, a second streams the answer."""
+    """A browser tab that stays open on the chat page, by Gradio's protocol: one event asks, a second streams the answer,
+    a third lists the conversations anew."""
 
     def __init__(self, client: httpx.AsyncClient, config: dict[str, object]) -> None:
         self.client, self.session = client, secrets.token_hex(6)
         by_name = {one["api_name"]: one for one in config["dependencies"]}  # type: ignore[attr-defined, union-attr]
-        self.new_event, self.ask_event, self.stream_event = (
-            by_name[name] for name in ("open_new", "ask", "stream")
+        self.new_event, self.ask_event, self.stream_event, self.list_event = (
+            by_name[name] for name in ("open_new", "ask", "stream", "refresh_list")
         )
 
     async def ask(self, question: str, seen: Seen) -> None:
@@ -122,6 +127,10 @@ class Tab:
         if not await self._quick(self.ask_event, [None, question], seen):
             return
         await self._send("/gradio_api/queue/join", self.stream_event, [None])
+        await self._see_answer(seen, started)
+        await self._quick(self.list_event, [None, ""], seen)
+
+    async def _see_answer(self, seen: Seen, started: float) -> None:
         first = False
         url = f"/gradio_api/queue/data?session_hash={self.session}"
         async with self.client.stream("GET", url) as events:
@@ -153,8 +162,8 @@ def quantile(values: list[float], share: float) -> float:
 
 
 @asynccontextmanager
-async def ways(server: Server) -> AsyncIterator[tuple[Way, Way]]:
-    """Yield the engine itself and our API before it."""
+async def ways(server: Server, *, chunk_tokens: int = 1) -> AsyncIterator[tuple[Way, Way]]:
+    """Yield the engine itself, asked for so many tokens a chunk, and our API before it."""
     words = psutil.Process(json.loads((server.data / "vllm.pid.json").read_text())["pid"]).cmdline()
     engine_url = f"http://127.0.0.1:{words[words.index('--port') + 1]}"
     limits = httpx.Limits(max_connections=None)
@@ -164,7 +173,7 @@ async def ways(server: Server) -> AsyncIterator[tuple[Way, Way]]:
         httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits, headers=token) as api,
     ):
         models = (await engine.get("/v1/models")).json()["data"]
-        yield Way(engine, models[0]["id"]), Way(api, "kotae")
+        yield Way(engine, models[0]["id"], {"stream_interval": chunk_tokens}), Way(api, "kotae")
 
 
 @asynccontextmanager
@@ -185,12 +194,14 @@ async def tabs(server: Server, people: int) -> AsyncIterator[list[Tab]]:
         yield [Tab(client, config) for _ in range(people)]
 
 
-async def measure(server: Server, *, people: int, seconds: float, rounds: int) -> dict[str, object]:
+async def measure(
+    server: Server, *, people: int, seconds: float, rounds: int, chunk_tokens: int
+) -> dict[str, object]:
     """Run the comparisons, each way in turn."""
     texts = [question.text for question in questions(400, seed=7)]
     alone = {"engine": Seen(), "api": Seen()}
     busy = {"engine": Seen(), "api": Seen(), "page": Seen()}
-    async with ways(server) as (engine, api), tabs(server, people) as opened:
+    async with ways(server, chunk_tokens=chunk_tokens) as (engine, api), tabs(server, people) as opened:
         by_name = {"engine": engine, "api": api}
         for number in range(PROBES):  # one after the other, by turns; the first ones warm up
             for name in ("engine", "api") if number % 2 else ("api", "engine"):
@@ -264,6 +275,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="of each way in a round (20)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
+        "--chunk-tokens", type=int, default=1, help="tokens a chunk that the engine itself is asked for (1)"
+    )
+    parser.add_argument(
         "--soak-min", type=float, default=0, help="minutes of steady use, for the memory (0: none)"
     )
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
@@ -272,7 +286,13 @@ def main() -> None:
         server = Server(Path(folder) / "data").start()
         try:
             found = asyncio.run(
-                measure(server, people=options.people, seconds=options.seconds, rounds=options.rounds)
+                measure(
+                    server,
+                    people=options.people,
+                    seconds=options.seconds,
+                    rounds=options.rounds,
+                    chunk_tokens=options.chunk_tokens,
+                )
             )
             if options.soak_min:
                 found |= asyncio.run(soak(server, minutes=options.soak_min, people=options.people))

@@ -190,8 +190,9 @@ class ChatPage:
                 is_here = self.answers.get(tab) is answer
                 if is_here:
                     del self.answers[tab]
-            if is_here:
-                yield self._answered(person, view, problem)
+            # Gradio sends the last update once more when an event ends: of one who has gone, it must show nothing.
+            gone = dict.fromkeys([self.ui.live, self.ui.bar], gr.skip())
+            yield self._answered(person, view, problem) if is_here else gone
 
     def stop_stream(self, request: gr.Request) -> None:
         """Stop the answer of this browser tab; what was said is kept."""
