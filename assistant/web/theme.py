@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -133,7 +134,11 @@ def mount(
             app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
             **page_look(),
         )
-    blocks._queue.sleep_when_free = QUEUE_POLL_S
+    queue = blocks._queue
+    queue.sleep_when_free = QUEUE_POLL_S
+    # At the end of each queued event Gradio makes a table of the last 10,000 (1 ms of a processor with few, 7 with all) for
+    # a page of statistics that Kotae closes (`guard.CLOSED`).
+    queue.ANALYTICS_MAX_EVENTS, queue.ANAYLTICS_CACHE_FREQUENCY = 1, sys.maxsize
     return mounted
 
 
