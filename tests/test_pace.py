@@ -9,9 +9,9 @@ from assistant.engine.pace import Pace
 
 @pytest.mark.parametrize(
     ("token_s", "tokens"),
-    [(0.2, 1), (0.05, 1), (0.0249, 2), (0.013, 3), (0.0, 50)],  # 50 ms over the seconds for each
+    [(0.2, 1), (0.1, 1), (0.0499, 2), (0.018, 5), (0.0, 100)],  # 100 ms over the seconds for each
 )
-def test_a_chunk_holds_what_comes_within_a_twentieth_of_a_second(token_s: float, tokens: int) -> None:
+def test_a_chunk_holds_what_comes_within_a_tenth_of_a_second(token_s: float, tokens: int) -> None:
     assert Pace(token_s=token_s).chunk_tokens == tokens
 
 
@@ -19,7 +19,7 @@ def test_another_load_is_followed_within_ten_answers() -> None:
     pace = Pace()
     for _ in range(10):
         pace.note(tokens=41, seconds=0.4)  # 10 ms each
-    assert pace.token_s == pytest.approx(0.01 + 0.04 * 0.75**10)
+    assert pace.token_s == pytest.approx(0.01 + 0.09 * 0.75**10)
     for _ in range(10):
         pace.note(tokens=41, seconds=8)
     assert pace.chunk_tokens == 1

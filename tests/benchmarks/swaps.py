@@ -91,7 +91,7 @@ async def ask_on(number: int, engine: Engine, release: Release, seen: Seen, stop
                 async for piece in stream:
                     at = time.monotonic()
                     if pieces:
-                        seen.gaps.append((at, at - last))
+                        seen.gaps.append((at, (at - last) / max(1, len(piece.token_ids))))
                     last, echoed, ended = at, piece.served_by, piece.finish_reason is not None
                     pieces.append(piece.text)
         except Exception as error:
