@@ -68,6 +68,7 @@ class ChatPage:
                 self.ask,
                 [self.view, self.ui.question],
                 [*asked, self.ui.question],
+                preprocess=False,  # `check_messages` looks at the text
                 **QUICK,
             ),
             self.ui.empty.click(self.ask_example, self.view, asked, **QUICK),
