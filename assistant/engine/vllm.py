@@ -16,9 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-import aiohttp
 import httpx
-from httpx_aiohttp import AiohttpTransport
 
 from assistant.engine import vllm_wire as wire
 from assistant.engine.errors import (
@@ -32,13 +30,12 @@ from assistant.engine.errors import (
 )
 from assistant.engine.pace import Pace
 from assistant.engine.protocol import Health, Piece, ProbeResult, Queue, Sampling
+from assistant.engine.vllm_http import connections, posted
 from storage.errors import InvalidField, KotaeError
 from storage.records import Json
 
 T = TypeVar("T")
 CONNECT_TIMEOUT_S = 5.0
-KEEP_ALIVE_S = 3.0
-"""An idle connection is used again; below the 5 s after which vLLM closes it, so that no question meets a closed one."""
 READ_TIMEOUT_S = 120.0
 """Longest silence of a stream, waiting in the queue included."""
 HEALTH_TIMEOUT_S = 4.0
@@ -86,11 +83,12 @@ class VllmEngine:
         self._explain = explain
         self._in_float32 = in_float32
         self._replicas = [_Replica(url.rstrip("/").removesuffix("/v1")) for url in urls]
+        self._transport = transport or connections()
         self._client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(read_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
-            transport=transport or AiohttpTransport(client=_session, trust_env=False),
+            transport=self._transport,
             trust_env=False,  # a proxy of the environment must not get between us and loopback
         )
 
@@ -134,11 +132,12 @@ class VllmEngine:
         begun, finished, tokens, first_at = False, False, 0, 0.0
         replica.in_flight += 1
         try:
-            async with self._client.stream(
-                "POST",
+            async with posted(
+                self._transport,
                 f"{replica.url}/v1/chat/completions",
-                json=body,
-                headers={"X-Request-Id": request_id},
+                body,
+                headers=httpx.Headers({**self._client.headers, "X-Request-Id": request_id}),
+                timeout=self._client.timeout,
             ) as response:
                 await _raise_for_status(response, policy_id=policy_id, url=replica.url)
                 replica.ready = True
@@ -380,11 +379,6 @@ class VllmEngine:
             return StreamBroken(f"stream: lost {replica.url} in mid-answer ({reason}); ask again")
         silent = f"engine: {replica.url} does not answer ({reason}); is it running?"
         return self._explain() or EngineUnavailable(silent)
-
-
-def _session() -> aiohttp.ClientSession:
-    """Return the connections: aiohttp parses in C, which halves what a token costs on its way through httpx."""
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S))
 
 
 def _worse(first: EngineError, second: EngineError) -> EngineError:

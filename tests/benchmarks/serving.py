@@ -93,15 +93,19 @@ class Way:
 async def crowd(
     ask: Callable[[str, Seen], Awaitable[None]], seen: Seen, *, people: int, seconds: float, texts: list[str]
 ) -> None:
-    """Let so many people ask one question after the other for so long."""
+    """Let so many people ask one question after the other for so long.
+
+    They come within the first second: all at once they would wait for each other as they never do later.
+    """
     numbers, ends = count(), time.monotonic() + seconds
 
-    async def one() -> None:
+    async def one(place: int) -> None:
+        await asyncio.sleep(place / people)
         while time.monotonic() < ends:
             await ask(texts[next(numbers) % len(texts)], seen)
 
     started = time.monotonic()
-    await asyncio.gather(*(one() for _ in range(people)))
+    await asyncio.gather(*(one(place) for place in range(people)))
     seen.seconds += time.monotonic() - started
 
 
