@@ -112,7 +112,8 @@ class ChatPage:
         """Put the typed question on screen, unless an answer is still streaming; the stream follows."""
         with self.frame.told():
             person = self.frame.person(request)
-            if str(request.session_hash) in self.answers:
+            answer = self.answers.get(str(request.session_hash))
+            if answer is not None and answer.is_shown:
                 raise toast("", self.words("chat.busy"))
             view = session.next_question(self.services, person, view, question)
             return self._asked(request, person, view) | {self.ui.question: ""}

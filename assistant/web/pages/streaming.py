@@ -46,7 +46,8 @@ class LiveAnswer(Generic[Event]):
         self.is_shown = True
         try:
             while True:
-                await self._changed.wait()
+                if not self._reading.done():
+                    await self._changed.wait()
                 self._changed.clear()
                 if self._latest and not self._is_stopped:
                     yield self._latest.pop()
