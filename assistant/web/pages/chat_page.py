@@ -163,11 +163,11 @@ class ChatPage:
     def _begin(self, tab: str, ask: Ask) -> LiveAnswer[Delta | Turn]:
         self._leave(tab)
         answer = self.answers[tab] = LiveAnswer(self.services.chat.reply(ask), turn_id=ask.turn_id)
-        asyncio.get_running_loop().call_later(UNSEEN_S, self._forget_unseen, tab, answer)
+        answer.given_up = asyncio.get_running_loop().call_later(UNSEEN_S, self._give_up, tab, answer)
         return answer
 
-    def _forget_unseen(self, tab: str, answer: LiveAnswer[Delta | Turn]) -> None:
-        if not answer.is_shown and self.answers.get(tab) is answer:
+    def _give_up(self, tab: str, answer: LiveAnswer[Delta | Turn]) -> None:
+        if self.answers.get(tab) is answer:
             self._leave(tab)
 
     async def stream(self, view: View, request: gr.Request) -> AsyncGenerator[Updates, None]:

@@ -25,6 +25,8 @@ class LiveAnswer(Generic[Event]):
         """Begin to read, in the running loop: the engine works before anybody looks."""
         self.turn_id = turn_id
         self.is_shown = False
+        self.given_up: asyncio.TimerHandle | None = None
+        """Gives the answer up unless it is shown before."""
         self._events = events
         self._latest: list[Event] = []
         self._changed = asyncio.Event()
@@ -44,6 +46,8 @@ class LiveAnswer(Generic[Event]):
         When it was stopped, or this generator is closed, the answer is cancelled and has ended before this returns.
         """
         self.is_shown = True
+        if self.given_up:
+            self.given_up.cancel()  # it would hold what it knows of the request until then
         try:
             while True:
                 if not self._reading.done():
