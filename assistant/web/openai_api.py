@@ -170,9 +170,7 @@ async def stream_chunks(
         last = {"usage": None} if include_usage else {}
         return _chunk(ask.turn_id, created, [choice], policy_id) | last
 
-    ready = sse(
-        chunk({"role": "assistant", "content": ""})
-    )  # goes out with what follows: a write costs more than a chunk
+    ready = sse(chunk({"role": "assistant", "content": ""}))  # goes out with what follows: writes cost
     try:
         async with aclosing(_with_first(first, events)) as all_events:
             async for event in all_events:
