@@ -32,6 +32,7 @@ COMMON: dict[str, Any] = {
     "kl_budget_nats": 0.0,
     "kl_base_budget_nats": 0.0,
     "kl_base_share": 1.0,
+    "kl_prompts": 48,
     "nll_weight": 0.0,
 }
 DPO = DpoConfig(batch_pairs=8, **COMMON)
