@@ -1,6 +1,6 @@
 """README's pictures of the pages: simulated staff use a real server, and Chromium photographs what they left.
 
-Usage: python tests/benchmarks/pictures.py [--out docs/pictures] [--comparisons 300]
+Usage: python tests/benchmarks/pictures.py [--out docs/pictures] [--comparisons 500]
 
 It takes some minutes: a demo with its alignment run, then an approval as a canary and more traffic for it.
 """
@@ -36,7 +36,7 @@ def main() -> int:
     """Fill a server with a demo, then photograph its pages."""
     parser = argparse.ArgumentParser(description="README's pictures")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "pictures")
-    parser.add_argument("--comparisons", type=int, default=300)
+    parser.add_argument("--comparisons", type=int, default=500)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder) / "data").start()
