@@ -12,14 +12,17 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
+from storage import settings
 from storage.errors import KotaeError
 from storage.records import Json
+from storage.store import Store
 
 TASTE = (
     "They like answers that are kind and complete, and dislike promises that no shop can keep, and curt ones."
@@ -66,10 +69,11 @@ def run_demo(options: DemoOptions) -> int:
             f"{len(STAFF)} simulated people compare {options.comparisons} pairs of answers.\n{TASTE}",
             flush=True,
         )
-        asyncio.run(_work(options, url, tokens))
-        _wait_for_runs(options)
-        print("Now one alignment run:", flush=True)
-        code = subprocess.call([*options.command, "align", "--data", str(options.data)])
+        with _schedule_paused(options.data):
+            asyncio.run(_work(options, url, tokens))
+            _wait_for_runs(options)
+            print("Now one alignment run:", flush=True)
+            code = subprocess.call([*options.command, "align", "--data", str(options.data)])
         print(f"\nThe evidence is at {url}/operator: sign in as an operator or administrator and decide.")
         if started is not None:
             print("The assistant goes on running; Ctrl-C ends it.", flush=True)
@@ -81,8 +85,21 @@ def run_demo(options: DemoOptions) -> int:
             started.wait(60)
 
 
+@contextmanager
+def _schedule_paused(data: Path) -> Iterator[None]:
+    """Keep the schedule from a run of its own after so many new labels: one run with all of them shows more, sooner."""
+    store = Store(data)
+    before = settings.get(store, "schedule", {})
+    settings.put(store, "schedule", {**before, "paused": True}, "system")
+    try:
+        yield
+    finally:
+        settings.put(store, "schedule", {**before, "paused": before.get("paused", False)}, "system")
+        store.close()
+
+
 def _wait_for_runs(options: DemoOptions) -> None:
-    """Wait until no run is going on: the schedule may have started one after so many new labels."""
+    """Wait until no run is going on: the schedule may have started one before."""
     told = False
     while json.loads(_cli(options, "status", "--json"))["running"] is not None:
         if not told:

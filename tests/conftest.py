@@ -10,11 +10,6 @@ from typing import TYPE_CHECKING, Any
 # Before torch is imported: its threads spin while they wait, and on two cores beside vLLM and Chromium a minute
 # becomes ten. Programs that the tests start as their users would get neither (running_server.py).
 os.environ.update({"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"})
-# By itself every vLLM binds its threads to the first processor: each test worker's goes to one of its own.
-os.environ.setdefault(
-    "VLLM_CPU_OMP_THREADS_BIND",
-    str(int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % (os.cpu_count() or 1)),
-)
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling

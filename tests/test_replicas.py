@@ -119,7 +119,7 @@ async def swap_while_one_dies(
 
 
 def test_a_replica_killed_in_a_swap_is_routed_around_and_catches_up_before_it_is_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     world = make_real_desk(tmp_path).world
     first, second = (add_random_candidate(world, tmp_path, seed=seed) for seed in (1, 2))
@@ -129,12 +129,7 @@ def test_a_replica_killed_in_a_swap_is_routed_around_and_catches_up_before_it_is
         )
         for name in ("one", "two")
     ]
-
-    servers = []
-    for core, one in enumerate(options):
-        # By itself each binds its threads to the first processor, where the one that starts gets next to nothing.
-        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(core % (os.cpu_count() or 1)))
-        servers.append(VllmProcess(one))
+    servers = [VllmProcess(one) for one in options]
 
     async def with_both() -> None:
         steady, doomed = servers

@@ -12,8 +12,15 @@ import pytest
 
 from alignment.starter.__main__ import CHECKPOINT, SIZE_LIMIT_BYTES, main
 from alignment.starter.answers import classify_answer, recognise, templates_of
-from alignment.starter.corpus import CORPUS_FOLDER, MANNERS, Corpus, CorpusError, load_corpus
-from alignment.starter.dialogues import Sources, dialogue, filled, sources
+from alignment.starter.corpus import (
+    CORPUS_FOLDER,
+    MANNERS,
+    UNKNOWN_PRODUCT,
+    Corpus,
+    CorpusError,
+    load_corpus,
+)
+from alignment.starter.dialogues import Context, Sources, dialogue, filled, product_turn, sources
 from alignment.starter.forms import expand, is_held_out
 from alignment.starter.noise import NoiseRates, add_typos, change_case, replace_synonyms, synonym_table
 from alignment.starter.slots import invented_name, is_held_out_number, order_number
@@ -269,6 +276,34 @@ def test_the_learning_rate_falls_to_zero_at_the_restart_and_at_the_end() -> None
     thrice = TrainingOptions(steps=30, restarts=(10, 20, 30))
     assert [end_after(step, options=thrice) for step in (0, 10, 19, 20, 29)] == [10, 20, 20, 30, 30]
     assert end_after(0, options=TrainingOptions(steps=8, restarts=(10,))) == 8
+
+
+def test_each_cycle_ends_without_dropout() -> None:
+    from alignment.starter.training import TrainingOptions, dropout_at
+
+    options = TrainingOptions(steps=30, restarts=(10, 20), dropout=0.1, dropout_shares=(0.5, 0.8))
+    dropped = [step for step in range(30) if dropout_at(step, options=options)]
+    assert dropped == [*range(5), *range(10, 16), *range(20, 24)]
+
+
+def test_a_misspelt_name_is_answered_with_the_catalogue_s(corpus: Corpus) -> None:
+    noisy_names = sources(corpus, part="training", rates=NoiseRates(name_noise=1.0, upper=1.0, lower=0.0))
+    context = Context(manner="plain")
+    intent = corpus.intents["product_price"]
+    turns = [
+        product_turn(
+            noisy_names, intent, form="is {product} cheap", context=context, rng=random.Random(seed)
+        )[0]
+        for seed in range(40)
+    ]
+    sold = [turn for turn in turns if turn.group != UNKNOWN_PRODUCT]
+    assert sold
+    for turn in sold:
+        name = turn.exact[0]
+        assert name in {product.name for product in corpus.products}
+        assert turn.question.isupper()
+        assert name in turn.answer
+    assert sum(turn.exact[0].upper() in turn.question for turn in sold) < len(sold) / 2
 
 
 def test_batches_made_ahead_are_those_made_when_asked_for(corpus: Corpus, tokenizer: Any) -> None:

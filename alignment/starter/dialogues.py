@@ -19,7 +19,7 @@ from alignment.starter.corpus import (
     Product,
 )
 from alignment.starter.forms import Split, chosen, expand, split
-from alignment.starter.noise import Noise, NoiseRates, Synonyms, noisy, synonym_table
+from alignment.starter.noise import Noise, NoiseRates, Synonyms, add_typos, noisy, synonym_table
 from alignment.starter.slots import Part, invented_name, order_number, product_kinds, spoken_name
 
 TURNS = (1, 2, 3, 4, 5)
@@ -199,12 +199,20 @@ def product_turn(
     product = rng.choice(found.corpus.products)
     context = replace(context, intent=intent.name, asked=None, product=product)
     question = noisy(form, _noise(found, intent.name), rng)
-    typed = spoken_name(product.name, rng)
-    if question == question.lower() and rng.random() < 0.8:
-        typed = typed.lower()
+    typed = _typed_name(product.name, question=question, rates=found.rates, rng=rng)
     answer = worded(found, intent.answers.key, context=context, rng=rng)
     turn = Turn(question.replace("{product}", typed), answer, intent.answers.key, _exact(intent, context))
     return turn, context
+
+
+def _typed_name(name: str, *, question: str, rates: NoiseRates, rng: random.Random) -> str:
+    """A product's name as it is typed in the question, whose slot is still empty."""
+    typed = spoken_name(name, rng)
+    if rates.name_noise:
+        typed = add_typos(typed, rng) if rng.random() < rates.name_noise else typed
+        if question.replace("{product}", "").isupper():
+            return typed.upper()
+    return typed.lower() if question == question.lower() and rng.random() < 0.8 else typed
 
 
 def unknown_product_turn(

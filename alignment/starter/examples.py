@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from alignment.starter.dialogues import Dialogue, Sources, Turn, dialogue
+from alignment.starter.noise import NoiseRates
 from alignment.starter.tokenizer import DialogueEncoder
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Stage:
         float  # of the dialogues, whose last answer is cut: its start alone shows what was understood
     )
     exact_weight: float  # loss weight of a token of an order number, product name or fact, against 1
+    rates: NoiseRates = field(default_factory=NoiseRates)  # how questions are mistyped
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,10 @@ class ExampleOptions:
     bottleneck_share: float = 0.5  # of the answers that copy nothing: they do not see the question
     early: Stage = Stage(short_share=0.85, exact_weight=4.0)  # first understand ...
     later: Stage = Stage(short_share=0.25, exact_weight=4.0)  # ... then recite
+    last: Stage = Stage(0.25, 4.0, NoiseRates(typo=0.25, upper=0.03, name_noise=0.12))
+    """At last names are misspelt and more questions in capitals, which nearly all wrongly copied names had been."""
     early_chunks: int = 8
+    last_chunk: int = 162  # the first of the last stage: where the third cycle of the learning rate begins
     short_tokens: int = 8  # what a short answer is cut to
     varied_share: float = 0.3  # questions without a product name, some of whose words are cut
     batch_tokens: int = 4096  # padded
@@ -135,6 +140,9 @@ def batches(
     rng = random.Random(f"{seed}:chunk:{chunk}")
     numbers = range(chunk * options.chunk_dialogues, (chunk + 1) * options.chunk_dialogues)
     stage = options.early if chunk < options.early_chunks else options.later
+    if chunk >= options.last_chunk:
+        stage = options.last
+    found = replace(found, rates=stage.rates)
     examples = [
         example(
             dialogue(found, seed=seed, number=number),

@@ -41,6 +41,9 @@ class NoiseRates:
     no_end_mark: float = 0.3
     no_punctuation: float = 0.1
     typo: float = 0.15
+    name_noise: float = (
+        0.0  # a product's name, filled in later: misspelt; if above 0 also in capitals as the rest
+    )
 
 
 @dataclass(frozen=True, slots=True)
