@@ -22,6 +22,7 @@ from types import FrameType
 from alignment.outcome import Outcome, recorded_outcome
 from storage import runs
 from storage.errors import InvalidField, KotaeError
+from storage.priority import lower_session
 from storage.records import Run
 from storage.store import Store
 
@@ -41,6 +42,8 @@ def give_way() -> None:
     """Let the processes that answer people go first where they share processors with this run."""
     if hasattr(os, "setpriority"):
         os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
+    if MARK in os.environ or os.getsid(0) == os.getpid():  # a terminal's session has other work too
+        lower_session(os.getpid(), NICENESS)
 
 
 def rank(environment: Mapping[str, str] = os.environ) -> int | None:

