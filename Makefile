@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 
-.PHONY: help setup run test test-fast lint demo starter parity bench-alignment bench-serving lock clean
+.PHONY: help setup run test all-tests test-fast lint demo starter parity bench-alignment bench-serving lock clean
 
 help:  ## print what can be done
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -17,8 +17,10 @@ demo: setup  ## start Kotae, let simulated staff use it, and run one alignment
 
 test:  ## lint, types and every test, with real vLLM, SQLite and Chromium
 	@bash .ci/setup --dev
-	@$(MAKE) --no-print-directory lint
-	@$(PY) -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+	@$(MAKE) --no-print-directory -j 2 -k lint all-tests
+
+all-tests:  # beside lint: while tests wait for servers to boot there is a processor for it
+	@$(PY) -m pytest -n 3 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 test-fast:  ## the tests that need neither vLLM nor a browser
 	@bash .ci/setup --dev

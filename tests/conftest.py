@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class ByFile(LoadScopeScheduling):
-    """Gives whole files to the two workers of `make test`; those that share the one server go to one of them.
+    """Gives whole files to the workers of `make test`; those that share the one server go to one of them.
 
     pytest-xdist's own `--dist loadgroup` has no effect under pytest 9.2.
     """

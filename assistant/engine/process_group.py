@@ -23,7 +23,8 @@ CLOCK_TOLERANCE_S = 2.0
 """Start times are computed from the boot time, which moves a little when the clock is set."""
 POLL_S = 0.1
 SHARED_MEMORY = Path("/dev/shm")
-_SHARED = re.compile(r"/dev/shm/(\S+)$", re.MULTILINE)
+_SHARED = re.compile(r" (\d+) +/dev/shm/", re.MULTILINE)
+"""The inode of a mapping, in a line of /proc/PID/maps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,12 +109,18 @@ def end_group(
 
 
 def shared_memory_of(pids: Iterable[int]) -> set[str]:
-    """Return the names in /dev/shm that the processes have mapped; none where there is no /proc."""
-    found: set[str] = set()
+    """Return the names in /dev/shm that the processes have mapped; none where there is no /proc.
+
+    Found by inode: a semaphore is mapped under a name that it loses before it gets its own (glibc's `sem_open`).
+    """
+    inodes: set[int] = set()
     for pid in pids:
         with suppress(OSError):
-            found.update(_SHARED.findall(Path(f"/proc/{pid}/maps").read_text()))
-    return found
+            inodes.update(map(int, _SHARED.findall(Path(f"/proc/{pid}/maps").read_text())))
+    if not inodes:
+        return set()
+    with os.scandir(SHARED_MEMORY) as entries:
+        return {entry.name for entry in entries if entry.inode() in inodes}
 
 
 def remove_shared_memory(names: Iterable[str]) -> list[str]:

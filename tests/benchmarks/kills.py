@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from figures import tell
 
 from assistant import release
+from assistant.engine.process_group import SHARED_MEMORY, shared_memory_of
 from chat_fixtures import add_random_candidate
 from running_server import Server
 from storage import audit, people
@@ -110,11 +111,7 @@ def engines_of(server: Server) -> int:
 
 def orphaned_memory() -> set[str]:
     """Return the names in /dev/shm that no living process maps."""
-    mapped = ""
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with suppress(OSError):
-            mapped += maps.read_text()
-    return {path.name for path in Path("/dev/shm").iterdir() if f"/dev/shm/{path.name}" not in mapped}
+    return {path.name for path in SHARED_MEMORY.iterdir()} - shared_memory_of(psutil.pids())
 
 
 def one_kill(
