@@ -326,8 +326,9 @@ def test_batches_made_ahead_are_those_made_when_asked_for(corpus: Corpus, tokeni
 
 
 @pytest.mark.slow
-def test_interrupted_training_resumes_exactly(corpus: Corpus, tmp_path: Path) -> None:
+def test_interrupted_training_resumes_exactly_and_averages_the_cycles(corpus: Corpus, tmp_path: Path) -> None:
     import torch
+    from safetensors.torch import load_file
 
     from alignment.starter.examples import ExampleOptions
     from alignment.starter.training import Shape, TrainingOptions, train
@@ -335,6 +336,7 @@ def test_interrupted_training_resumes_exactly(corpus: Corpus, tmp_path: Path) ->
     shape = Shape(hidden=64, layers=1, heads=1, key_value_heads=1, feed_forward=64)
     options = TrainingOptions(
         steps=4,
+        restarts=(2,),
         shape=shape,
         threads=1,
         group_layer=1,
@@ -342,10 +344,16 @@ def test_interrupted_training_resumes_exactly(corpus: Corpus, tmp_path: Path) ->
     )
     train(corpus, options=options, out=tmp_path / "whole")
     train(corpus, options=options, out=tmp_path / "parts", stop_after=2)
+    first = torch.load(tmp_path / "parts" / "training.pt")["model"]
     train(corpus, options=options, out=tmp_path / "parts", resume=True)
     whole, parts = (torch.load(tmp_path / name / "training.pt")["model"] for name in ("whole", "parts"))
     for name, value in whole.items():
         assert torch.equal(value, parts[name]), name
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for made in ("whole", "parts"):
+        kept = load_file(tmp_path / made / "model" / "model.safetensors")
+        torch.testing.assert_close(kept[name].float(), (first[name] + whole[name]) / 2, rtol=2**-8, atol=0)
+        assert not torch.equal(kept[name].float(), whole[name])
 
 
 @pytest.mark.parametrize("command", ["train", "measure", "export"])

@@ -37,11 +37,9 @@ class ExampleOptions:
     first_tokens: int = 8
     bottleneck_share: float = 0.5  # of the answers that copy nothing: they do not see the question
     early: Stage = Stage(short_share=0.85, exact_weight=4.0)  # first understand ...
-    later: Stage = Stage(short_share=0.25, exact_weight=4.0)  # ... then recite
-    last: Stage = Stage(0.25, 4.0, NoiseRates(typo=0.25, upper=0.03, name_noise=0.12))
-    """At last names are misspelt and more questions in capitals, which nearly all wrongly copied names had been."""
+    later: Stage = Stage(0.25, 4.0, NoiseRates(typo=0.25, upper=0.03, name_noise=0.12))  # ... then recite
+    """Names are misspelt and more questions are in capitals: nearly all names that were copied wrongly had been."""
     early_chunks: int = 8
-    last_chunk: int = 162  # the first of the last stage: where the third cycle of the learning rate begins
     short_tokens: int = 8  # what a short answer is cut to
     varied_share: float = 0.3  # questions without a product name, some of whose words are cut
     batch_tokens: int = 4096  # padded
@@ -140,8 +138,6 @@ def batches(
     rng = random.Random(f"{seed}:chunk:{chunk}")
     numbers = range(chunk * options.chunk_dialogues, (chunk + 1) * options.chunk_dialogues)
     stage = options.early if chunk < options.early_chunks else options.later
-    if chunk >= options.last_chunk:
-        stage = options.last
     found = replace(found, rates=stage.rates)
     examples = [
         example(

@@ -1,6 +1,7 @@
 """Trains the starter model from scratch: a plain Llama checkpoint, a loop one can read, exact resume.
 
-The loop is a pure function of corpus, options and seed: batches, dropout and schedule follow the step, never
+The shipped checkpoint was made by former options: 13,000 steps, `restarts` (7000,), nothing averaged, no noise in names. The
+loop is a pure function of corpus, options and seed: batches, dropout and schedule follow the step, never
 the clock. A second head learns which answer group a question asks for; it helps the shared layers and is left
 out of the exported model. It runs on processor cores or on one GPU. Deliberately absent: torch.compile (did not pay on
 two cores), several GPUs.
@@ -52,9 +53,11 @@ class TrainingOptions:
 
     steps: int = 15000
     restarts: tuple[int, ...] = (7000, 13000)
-    """Steps at which the learning rate, having fallen to zero, starts again (as in arXiv 1608.03983). 7,000 steps were
-    too few for the corpus: 93% of the forms that they had seen, 84% of the others. The third cycle sees noisier questions
-    (``ExampleOptions.last``) and keeps dropout nearly to its end; without either, new forms lost what names gained."""
+    """Steps at which the learning rate, having fallen to zero, starts again (as in arXiv 1608.03983)."""
+    averaged: int = 2
+    """Cycles whose last weights are averaged into the model (SWA: Izmailov et al. 2018, arXiv 1803.05407). Tried after the
+    shipped model's 13,000 steps, with two third cycles of 2,000 and 3,000: of 1,488 questions in forms written later 74.4%
+    were right at first, 75.3 and 76.1% after a third cycle, 75.8 and 76.4% with the mean of both ends."""
     seed: int = 1
     device: str = "cpu"  # or "cuda"
     threads: int = (
@@ -91,6 +94,7 @@ class Trainee:
     muon: Muon
     adam: torch.optim.Optimizer
     step: int = 0
+    ends: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)  # step -> weights of a cycle's end
     chunk: int = 0  # of dialogues, see ``examples.batches``
     used: int = 0  # batches of the chunk already trained on
 
@@ -131,7 +135,7 @@ def _work(crew: Crew, corpus: Corpus, options: TrainingOptions, out: Path, resum
     _loop(trainee, crew=crew, corpus=corpus, options=options, tokenizer=tokenizer, out=out, last=last)
     if crew.rank == 0:
         export(
-            trainee.model.cpu(),
+            _averaged(trainee),
             tokenizer=tokenizer,
             folder=out / "model",
             sharpness=options.sharpness,
@@ -194,6 +198,8 @@ def _loop(
     bar = tqdm(total=options.steps, initial=trainee.step, unit="step", mininterval=5.0, disable=crew.rank > 0)
     stream = _stream(trainee, corpus=corpus, options=options, tokenizer=tokenizer)
     while trainee.step < last:
+        if trainee.step in options.restarts:
+            _keep_end(trainee, most=options.averaged - 1)
         batch = next(stream)
         figures = _step(trainee, batch, options=options, crew=crew)
         tokens += batch.ids.numel()
@@ -320,6 +326,21 @@ def end_after(step: int, *, options: TrainingOptions) -> int:
     return min(later, default=options.steps)
 
 
+def _keep_end(trainee: Trainee, *, most: int) -> None:
+    """Note the weights as those of a cycle's end, beside at most ``most - 1`` earlier ones."""
+    weights = {name: value.detach().cpu().clone() for name, value in trainee.model.state_dict().items()}
+    trainee.ends[trainee.step] = weights
+    trainee.ends = {step: trainee.ends[step] for step in sorted(trainee.ends)[-most:]} if most > 0 else {}
+
+
+def _averaged(trainee: Trainee) -> Any:
+    """The model with the mean of its weights and of those of the cycles' ends that were kept, on the processor."""
+    model = trainee.model.cpu()
+    kept = [*trainee.ends.values(), model.state_dict()]
+    model.load_state_dict({name: sum(one[name] for one in kept) / len(kept) for name in kept[-1]})
+    return model
+
+
 def _save(trainee: Trainee, path: Path, *, tokenizer: Tokenizer) -> None:
     import torch
 
@@ -329,6 +350,7 @@ def _save(trainee: Trainee, path: Path, *, tokenizer: Tokenizer) -> None:
         "muon": trainee.muon.momenta,
         "adam": trainee.adam.state_dict(),
         "tokenizer": tokenizer.to_str(),
+        "ends": trainee.ends,
         "place": [trainee.step, trainee.chunk, trainee.used],
     }
     aside = path.with_suffix(".tmp")
@@ -347,4 +369,5 @@ def _load(trainee: Trainee, path: Path, *, tokenizer: Tokenizer) -> None:
     for mine, kept in zip(trainee.muon.momenta, state["muon"], strict=True):
         mine.copy_(kept)
     trainee.adam.load_state_dict(state["adam"])
+    trainee.ends = state["ends"]
     trainee.step, trainee.chunk, trainee.used = state["place"]
