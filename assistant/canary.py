@@ -109,6 +109,8 @@ def evidence_of(stages: Sequence[Arms], config: CanaryConfig) -> Evidence:
 
 
 def _rates(evidence: Evidence) -> str:
+    if not evidence.canary:
+        return "no conversation of the canary has concluded yet"
     return (
         f"{evidence.canary_negative} of {evidence.canary} conversations were negative on the canary, "
         f"{evidence.stable_negative} of {evidence.stable} on stable (difference {evidence.difference_low:+.1%} to "

@@ -63,11 +63,27 @@ def test_nothing_that_people_or_models_write_becomes_markup(tmp_path: Path) -> N
         *difference(EVIL, "other"),
         candidate_view.samples(ENGLISH, [sample]),
         candidate_view.numbers_table(ENGLISH, {EVIL: NUMBER}),
-        candidate_view.curves(ENGLISH, {EVIL: [(0, 1.0), (1, 2.0)]}),
+        candidate_view.curves(ENGLISH, {EVIL: [(0, 1.0), (1, 2.0)], f"{EVIL}!": [(0, 1.0)]}),
+        runs_view.stage_times(ENGLISH, {EVIL: 1.0}),
         runs_view.run_detail(ENGLISH, make_run(message=EVIL, method=EVIL, cost={EVIL: EVIL})),
         runs_view.running_html(ENGLISH, make_run(progress={"message": EVIL, "stage": EVIL}), 0.0),
     ]
     assert not [html for html in shown if "<script>" in html]
+
+
+def test_what_a_run_cost_is_in_words_and_its_times_are_bars() -> None:
+    cost = {"stages_s": {"reward model": 20.0, "dpo": 80.0}, "peak_device_bytes": 0, "processes": 1}
+    html = runs_view.run_detail(ENGLISH, make_run(cost=cost))
+    assert "{" not in html
+    assert "GPU" not in html
+    assert '<dt>Reward model</dt><dd class="k-bar"><i style="width:25.0%"></i></dd><dd>20 s</dd>' in html
+    assert '<i style="width:100.0%"></i></dd><dd>1 min 20 s</dd>' in html
+
+
+def test_what_was_measured_once_is_a_fact_and_no_curve() -> None:
+    html = candidate_view.curves(ENGLISH, {"data/pairs": [(0, 314.0)], "dpo/loss": [(0, 0.7), (1, 0.5)]})
+    assert html.count("<figure") == 1
+    assert "<dt>data · pairs</dt><dd>314</dd>" in html
 
 
 @given(st.text(), st.text())

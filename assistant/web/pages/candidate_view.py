@@ -97,7 +97,7 @@ def numbers_table(words: Words, numbers: Mapping[str, Json]) -> str:
     ]
     rows = [
         [
-            escape(words.of("number", name)),
+            escape(_measure(words, name)),
             f"<b>{_shown(number.get('value'))}</b>",
             f"{_shown(number.get('low'))} – {_shown(number.get('high'))}",
             _required(words, number),
@@ -112,6 +112,13 @@ def numbers_table(words: Words, numbers: Mapping[str, Json]) -> str:
 def in_order(numbers: Mapping[str, Json]) -> list[tuple[str, Json]]:
     """Return the numbers with the win rates, on which most depends, first."""
     return sorted(numbers.items(), key=lambda item: (not item[0].startswith("win_rate"), item[0]))
+
+
+def _measure(words: Words, name: str) -> str:
+    """Return what a number measures, in words; those of the served policy are named after the candidate's."""
+    ours = name.removesuffix("_incumbent")
+    text = words.of("number", ours)
+    return text if ours == name else words("evidence.of_served", measure=text)
 
 
 def _shown(value: Any) -> str:
@@ -142,7 +149,7 @@ def number_chart(words: Words, numbers: Mapping[str, Json]) -> str:
     """Return the proportions among the numbers as one chart with thresholds."""
     rows = [
         Interval(
-            label=words.of("number", name),
+            label=_measure(words, name),
             value=number["value"],
             low=number["low"],
             high=number["high"],
@@ -162,12 +169,19 @@ def _is_proportion(name: str, number: Json) -> bool:
 
 
 def curves(words: Words, metrics: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """Return a run's curves side by side."""
-    drawn = [curve(points, title=words.of("metric", name)) for name, points in list(metrics.items())]
+    """Return a run's curves side by side, and what was measured once as plain facts."""
+    once = {name: points[0][1] for name, points in metrics.items() if len(points) == 1}
+    drawn = [
+        curve(points, title=words.of("metric", name)) for name, points in metrics.items() if name not in once
+    ]
     drawn = [figure for figure in drawn if figure][:MOST_CURVES]
-    if not drawn:
+    if not drawn and not once:
         return f'<p class="k-hint">{escape(words("runs.no_curves"))}</p>'
-    return f'<div class="k-curves">{"".join(drawn)}</div>'
+    facts = "".join(
+        f"<div><dt>{escape(words.of('metric', name))}</dt><dd>{value:.4g}</dd></div>"
+        for name, value in once.items()
+    )
+    return f'<div class="k-curves">{"".join(drawn)}</div><dl class="k-list-of-facts">{facts}</dl>'
 
 
 def samples(words: Words, pairs: Sequence[Json]) -> str:

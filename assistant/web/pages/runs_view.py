@@ -69,12 +69,29 @@ def run_detail(words: Words, run: Run) -> str:
     rows = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
     status = badge(words.of("run_status", run.status), STATUS_KINDS.get(run.status, "quiet"))
     message = f'<p class="k-message">{escape(run.message)}</p>' if run.message else ""
-    return f'<h2>{escape(run.method)} {status}</h2>{message}<dl class="k-list-of-facts">{rows}</dl>'
+    times = stage_times(words, run.cost.get("stages_s"))
+    return f'<h2>{escape(run.method)} {status}</h2>{message}<dl class="k-list-of-facts">{rows}</dl>{times}'
+
+
+def stage_times(words: Words, stages: Any) -> str:
+    """Return how long each stage took as bars, the longest full; nothing when that was not recorded."""
+    if not isinstance(stages, dict) or not all(isinstance(each, (int, float)) for each in stages.values()):
+        return ""
+    longest = max(stages.values(), default=0) or 1
+    rows = "".join(
+        f"<div><dt>{escape(words.of('stage', name))}</dt>"
+        f'<dd class="k-bar"><i style="width:{seconds / longest:.1%}"></i></dd><dd>{duration(seconds)}</dd></div>'
+        for name, seconds in stages.items()
+    )
+    return f'<h3>{escape(words("runs.times"))}</h3><dl class="k-times">{rows}</dl>' if rows else ""
 
 
 def cost_facts(words: Words, cost: Json) -> list[tuple[str, str]]:
     """Return a run's cost: known parts with their units, others as they stand."""
-    return [(words.of("cost", name), _cost(name, value)) for name, value in cost.items()]
+    shown = {name: value for name, value in cost.items() if not isinstance(value, dict)}
+    if not shown.get("peak_device_bytes", 1):  # without a GPU
+        del shown["peak_device_bytes"]
+    return [(words.of("cost", name), _cost(name, value)) for name, value in shown.items()]
 
 
 def _cost(name: str, value: Any) -> str:
