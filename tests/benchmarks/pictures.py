@@ -2,8 +2,8 @@
 
 Usage: python tests/benchmarks/pictures.py [--out docs/pictures] [--comparisons 500]
 
-It takes some minutes: a demo with its alignment run, then an approval as a canary and more traffic for it. Without a Japanese
-font (fonts-ipaexfont-gothic) the name of the product is two boxes.
+It takes some minutes: a demo with its alignment run, then an approval as a canary and more traffic for it.
+Without a Japanese font (fonts-ipaexfont-gothic) the product's name is two boxes.
 """
 
 from __future__ import annotations
