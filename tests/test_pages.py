@@ -78,6 +78,7 @@ def test_what_a_run_cost_is_in_words_and_its_times_are_bars() -> None:
     assert "GPU" not in html
     assert '<dt>Reward model</dt><dd class="k-bar"><i style="width:25.0%"></i></dd><dd>20 s</dd>' in html
     assert '<i style="width:100.0%"></i></dd><dd>1 min 20 s</dd>' in html
+    assert html.index("Reward model") < html.index("DPO")
 
 
 def test_what_was_measured_once_is_a_fact_and_no_curve() -> None:

@@ -12,6 +12,20 @@ from storage.records import Json, Run
 
 STATUS_KINDS = {"passed": "good", "running": "live", "failed": "bad", "refused": "bad"}
 MEBIBYTE = 1024 * 1024
+STAGES = (
+    "preparing",
+    "reward model",
+    "reward heads",
+    "reference",
+    "dpo",
+    "kto",
+    "ppo",
+    "answers",
+    "scores",
+    "questions",
+    "report",
+)
+"""In the order of a run; the record has them by name."""
 
 
 def running_html(words: Words, run: Run | None, now: float) -> str:
@@ -81,14 +95,18 @@ def stage_times(words: Words, stages: Any) -> str:
     rows = "".join(
         f"<div><dt>{escape(words.of('stage', name))}</dt>"
         f'<dd class="k-bar"><i style="width:{seconds / longest:.1%}"></i></dd><dd>{duration(seconds)}</dd></div>'
-        for name, seconds in stages.items()
+        for name, seconds in sorted(stages.items(), key=lambda item: _place(item[0]))
     )
     return f'<h3>{escape(words("runs.times"))}</h3><dl class="k-times">{rows}</dl>' if rows else ""
 
 
+def _place(stage: str) -> int:
+    return STAGES.index(stage) if stage in STAGES else len(STAGES)
+
+
 def cost_facts(words: Words, cost: Json) -> list[tuple[str, str]]:
-    """Return a run's cost: known parts with their units, others as they stand."""
-    shown = {name: value for name, value in cost.items() if not isinstance(value, dict)}
+    """Return a run's cost: known parts with their units, others as they stand; not its duration and times, shown apart."""
+    shown = {name: value for name, value in cost.items() if not isinstance(value, dict) and name != "wall_s"}
     if not shown.get("peak_device_bytes", 1):  # without a GPU
         del shown["peak_device_bytes"]
     return [(words.of("cost", name), _cost(name, value)) for name, value in shown.items()]
