@@ -10,8 +10,10 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from assistant.admission import Admission, Limits
 from assistant.answering import Prompt, Stream, pieces_of
@@ -96,6 +98,13 @@ class Chat:
         self.release = release
         self.admission = Admission(limits)
         self.shadow = Shadow(store, release, self.admission)
+        self.recording = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recording")
+        """One thread, as only one can write at a time: several would wait for each other and read each other's pages anew."""
+
+    async def stop(self) -> None:
+        """Ask the shadow no more and wait until every answer is recorded."""
+        await self.shadow.stop()
+        await asyncio.to_thread(self.recording.shutdown)
 
     # -- asking ---------------------------------------------------------------------------------------
 
@@ -197,9 +206,8 @@ class Chat:
                 raise
             total_s = time.monotonic() - started
             # Shielded: who leaves now has got the whole answer, and a thread that waits for its turn would be dropped.
-            turn = await asyncio.shield(
-                asyncio.to_thread(self._record, ask, deployment, stream, total_s=total_s)
-            )
+            record = partial(self._record, ask, deployment, stream, total_s=total_s)
+            turn = await asyncio.shield(asyncio.get_running_loop().run_in_executor(self.recording, record))
         try:
             yield turn
         finally:  # whoever asked has the whole answer now

@@ -138,7 +138,7 @@ def record_turn(store: Store, turn: Turn, *, begins: Conversation | None = None)
     with store.transaction(turn.person_id) as changes:
         if begins is not None:
             _keep(changes, begins)
-        conversation = _existing(store, turn.conversation_id)
+        conversation = begins or _existing(store, turn.conversation_id)
         _check_owner(store, conversation, turn.person_id)
         _check_place(store, turn)
         changes.insert(turn)
