@@ -85,7 +85,7 @@ class _Connection(asyncio.Protocol):
         self.headers: list[tuple[bytes, bytes]] = []
         self._loop, self._idle = loop, idle
         self._parts: list[bytes] = []
-        self._has_head, self._is_complete = False, True
+        self._has_head, self._is_complete, self._is_reusable = False, True, False
         self._error: httpx.TransportError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._heard_at = 0.0
@@ -95,7 +95,8 @@ class _Connection(asyncio.Protocol):
 
     def send(self, request: bytes, *, silence_s: float | None) -> None:
         """Send a whole request; the answer may pause for so long at most."""
-        self.headers, self._parts, self._has_head, self._is_complete = [], [], False, False
+        self.headers, self._parts = [], []
+        self._has_head = self._is_complete = self._is_reusable = False
         self._parser = httptools.HttpResponseParser(self)
         self._transport.write(request)
         self._heard_at = self._loop.time()
@@ -122,8 +123,7 @@ class _Connection(asyncio.Protocol):
         if self._silence is not None:
             self._silence.cancel()
             self._silence = None
-        reusable = self._is_complete and self._error is None and self._parser.should_keep_alive()
-        if reusable and not self._transport.is_closing():
+        if self._is_reusable and self._error is None and not self._transport.is_closing():
             self._heard_at = self._loop.time()
             self._idle.append(self)
         else:
@@ -198,7 +198,7 @@ class _Connection(asyncio.Protocol):
         self._parts.append(body)
 
     def on_message_complete(self) -> None:
-        self._is_complete = True
+        self._is_complete, self._is_reusable = True, self._parser.should_keep_alive()
 
 
 class _Body(httpx.AsyncByteStream):
