@@ -9,29 +9,31 @@ from typing import Any
 
 import gradio as gr
 import pytest
-from gradio import state_holder
+from gradio.state_holder import StateHolder
 
 from assistant.web.lean_gradio import LeanSession, PromptQueue
-from assistant.web.pages import staff_app
+from assistant.web.services import Services
 from web_fixtures import Site, make_site
 
 
-def streaming_page(free: threading.Event) -> gr.Blocks:
-    """Return a page whose one event streams a word, waits, and streams another; one at a time."""
+def streaming_site(data: Path, free: threading.Event) -> tuple[Site, gr.Blocks]:
+    """Return a site whose page has one event, which streams a word, waits, and streams another; one at a time."""
+    made: list[gr.Blocks] = []
 
     async def speak() -> Any:
         yield "one"
         await asyncio.to_thread(free.wait, 10)
         yield "two"
 
-    with gr.Blocks(analytics_enabled=False) as page:
-        told = gr.Textbox()
-        gr.Button().click(speak, None, told, api_name="speak", concurrency_limit=1)
-    return page
+    def make_page(services: Services) -> gr.Blocks:
+        with gr.Blocks(analytics_enabled=False) as page:
+            gr.State()
+            gr.Button().click(speak, None, gr.Textbox(), api_name="speak", concurrency_limit=1)
+        made.append(page)
+        return page
 
-
-def site_of(data: Path, page: gr.Blocks) -> Site:
-    return make_site(data, pages=(("/", "staff", lambda services: page),))
+    site = make_site(data, pages=(("/", "staff", make_page),))
+    return site, made[0]
 
 
 def messages(client: Any, session: str) -> list[str]:
@@ -48,8 +50,7 @@ def join(client: Any, page: gr.Blocks, session: str) -> None:
 @pytest.mark.timeout(60)
 def test_an_event_that_found_no_room_is_started_when_the_one_before_it_ends(tmp_path: Path) -> None:
     free = threading.Event()
-    page = streaming_page(free)
-    site = site_of(tmp_path, page)
+    site, page = streaming_site(tmp_path, free)
     with site.signed_in() as client:
         for session in ("first", "second"):
             join(client, page, session)
@@ -64,8 +65,7 @@ def test_an_event_that_found_no_room_is_started_when_the_one_before_it_ends(tmp_
 
 
 def test_nobody_looks_for_events_while_none_comes(tmp_path: Path) -> None:
-    page = streaming_page(threading.Event())
-    site_of(tmp_path, page)
+    _, page = streaming_site(tmp_path, threading.Event())
     queue = page._queue
     looks = 0
 
@@ -91,11 +91,11 @@ def test_nobody_looks_for_events_while_none_comes(tmp_path: Path) -> None:
 
 
 def test_a_tab_keeps_its_state_and_describes_no_component(tmp_path: Path) -> None:
-    site = make_site(tmp_path)
-    page = staff_app(site.services)
-    session = LeanSession(page)
-    (state, *_) = [id for id, block in page.blocks.items() if isinstance(block, gr.State)]
-    session[state] = "kept"
-    assert session[state] == "kept"
-    described = state_holder.SessionState.__mro__[1](page) if state_holder.SessionState is LeanSession else session
-    assert len(session.config_values) == 1 < len(described.config_values)
+    _, page = streaming_site(tmp_path, threading.Event())
+    (state,) = [id for id, block in page.blocks.items() if isinstance(block, gr.State)]
+    session = StateHolder()
+    session.set_blocks(page)
+    session["tab"][state] = "kept"
+    assert session["tab"][state] == "kept"
+    assert isinstance(session["tab"], LeanSession)
+    assert set(session["tab"].config_values) <= {state}
