@@ -67,7 +67,7 @@ class PromptQueue(Queue):
 
     def close(self) -> None:
         """Start no more events."""
-        super().close()
+        super().close()  # type: ignore[no-untyped-call]
         self.changed.set()
 
     async def start_processing(self) -> None:
@@ -80,7 +80,7 @@ class PromptQueue(Queue):
                     self._start(*found)
         finally:
             self.stopped = True
-            self._cancel_asyncio_tasks()
+            self._cancel_asyncio_tasks()  # type: ignore[no-untyped-call]
 
     def _start(self, events: list[Event], batch: bool, concurrency_id: str) -> None:
         """Start some events as Gradio's `Queue.start_processing` does."""
