@@ -123,7 +123,7 @@ class VllmEngine:
     ) -> AsyncGenerator[Piece, None]:
         """Yield the pieces of one replica's answer; the first carries the prompt's ids and a token."""
         model = await self._name_on(replica, policy_id)
-        size = replica.pace.chunk_tokens
+        size = replica.pace.chunk_tokens(replica.in_flight + 1)
         body = wire.chat_body(
             model=model, policy_id=policy_id, messages=messages, sampling=sampling, chunk_tokens=size
         )

@@ -1,7 +1,7 @@
 """The connections to vLLM: requests and responses are httpx's, the bytes between them go straight to the C parser.
 
 Each chunk of each answer comes this way, on processors that the model wants: a general client's layers cost
-as much again. Deliberately absent: proxies, redirects, compression, HTTP/2; and holding a server back, as an answer is short.
+as much again. Deliberately absent: proxies, redirects, compression, HTTP/2; and holding a server back: answers are short.
 """
 
 from __future__ import annotations
