@@ -38,7 +38,8 @@ async def while_heard(receive: Receive) -> AsyncGenerator[None, None]:
     assert task is not None
 
     def hang_up(listening: asyncio.Task[None]) -> None:
-        listening.exception()  # what broke off the request says no more than that it did
+        if not listening.cancelled():
+            listening.exception()  # what broke off the request says no more than that it did
         task.cancel()
 
     listening = asyncio.create_task(_gone(receive))
