@@ -10,8 +10,10 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from assistant.admission import Admission, Limits
 from assistant.answering import Prompt, Stream, pieces_of
@@ -96,6 +98,13 @@ class Chat:
         self.release = release
         self.admission = Admission(limits)
         self.shadow = Shadow(store, release, self.admission)
+        self.recording = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recording")
+        """One thread, as only one can write at a time: several would wait for each other and read pages anew."""
+
+    async def stop(self) -> None:
+        """Ask the shadow no more and wait until every answer is recorded."""
+        await self.shadow.stop()
+        await asyncio.to_thread(self.recording.shutdown)
 
     # -- asking ---------------------------------------------------------------------------------------
 
@@ -103,19 +112,24 @@ class Chat:
         self, person: Person, conversation: Conversation, question: str, *, sampling: Sampling | None = None
     ) -> Ask:
         """Return the next question of a conversation, with the turns so far as its messages."""
-        return self._ask_after(person, conversation, conversation.head_turn_id, question, sampling)
+        return self._ask_after(person, conversation.id, conversation.head_turn_id, question, sampling)
+
+    def ask_first(self, person: Person, question: str) -> Ask:
+        """Return the first question of a new conversation, which is kept with the answer."""
+        begins = conversations.new_conversation(person_id=person.id)
+        return replace(self._ask_after(person, begins.id, None, question, None), begins=begins)
 
     def ask_again(self, person: Person, turn_id: str, *, question: str | None = None) -> Ask:
         """Return the question of an earlier turn again (regenerate), or an edited one in its place."""
         turn = conversations.get_turn(self.store, turn_id)
         conversation = self.conversation(person, turn.conversation_id)
         text = turn.messages[-1]["content"] if question is None else question
-        return self._ask_after(person, conversation, turn.parent_turn_id, text, None)
+        return self._ask_after(person, conversation.id, turn.parent_turn_id, text, None)
 
     def _ask_after(
         self,
         person: Person,
-        conversation: Conversation,
+        conversation_id: str,
         parent_turn_id: str | None,
         question: str,
         sampling: Sampling | None,
@@ -126,7 +140,7 @@ class Chat:
             messages.insert(0, {"role": "system", "content": system})
         return Ask(
             person=person,
-            conversation_id=conversation.id,
+            conversation_id=conversation_id,
             parent_turn_id=parent_turn_id,
             messages=check_messages(messages),
             sampling=sampling or Sampling(),
@@ -197,9 +211,8 @@ class Chat:
                 raise
             total_s = time.monotonic() - started
             # Shielded: who leaves now has got the whole answer, and a thread that waits for its turn would be dropped.
-            turn = await asyncio.shield(
-                asyncio.to_thread(self._record, ask, deployment, stream, total_s=total_s)
-            )
+            record = partial(self._record, ask, deployment, stream, total_s=total_s)
+            turn = await asyncio.shield(asyncio.get_running_loop().run_in_executor(self.recording, record))
         try:
             yield turn
         finally:  # whoever asked has the whole answer now

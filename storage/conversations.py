@@ -127,7 +127,7 @@ def record_turn(store: Store, turn: Turn, *, begins: Conversation | None = None)
     """Keep an answer, show it as the head of its conversation and bring the conversation to the top.
 
     Args:
-        begins: the conversation, where this is its first answer and it is not kept yet.
+        begins: the conversation, kept now unless an earlier try at its first answer has kept it.
 
     Raises:
         InvalidField: it refers to something that does not exist or does not belong together.
@@ -136,7 +136,7 @@ def record_turn(store: Store, turn: Turn, *, begins: Conversation | None = None)
     """
     question = _question(turn)
     with store.transaction(turn.person_id) as changes:
-        if begins is not None:
+        if begins is not None and not store.rows("SELECT 1 FROM conversations WHERE id = ?", [begins.id]):
             _keep(changes, begins)
         conversation = _existing(store, turn.conversation_id)
         _check_owner(store, conversation, turn.person_id)

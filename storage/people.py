@@ -159,9 +159,9 @@ def list_tokens(store: Store, person_id: str) -> list[Token]:
 
 def person_of_token(store: Store, token: str) -> Person | None:
     """Return whose token this is, if it still works."""
-    kept = store.all(Token, "sha256 = ? AND revoked_at IS NULL", [_digest(token)])
-    person = get_person(store, kept[0].person_id) if kept else None
-    return None if person is None or person.disabled else person
+    owner = "id = (SELECT person_id FROM tokens WHERE sha256 = ? AND revoked_at IS NULL) AND NOT disabled"
+    found = store.all(Person, owner, [_digest(token)])
+    return found[0] if found else None
 
 
 def get_person(store: Store, person_id: str) -> Person:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -199,10 +198,8 @@ def test_messages_that_cannot_be_answered_are_named(messages: list[Any], named: 
 def test_who_leaves_while_the_whole_answer_is_being_recorded_does_not_lose_it(desk: Desk) -> None:
     async def leave_then() -> None:
         free = threading.Event()
-        threads = ThreadPoolExecutor(max_workers=1)
-        asyncio.get_running_loop().set_default_executor(threads)
-        busy = asyncio.create_task(asyncio.to_thread(free.wait, 10))
-        await asyncio.sleep(0)
+        threads = desk.chat.recording
+        threads.submit(free.wait, 10)
         asking = asyncio.create_task(
             desk.chat.complete(desk.chat.ask(desk.world.staff, desk.conversation, "Hello?"))
         )
@@ -212,8 +209,7 @@ def test_who_leaves_while_the_whole_answer_is_being_recorded_does_not_lose_it(de
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
         free.set()
-        await busy
-        await asyncio.to_thread(lambda: None)  # after the recording, in the one thread there is
+        await desk.chat.stop()
 
     asyncio.run(leave_then())
     (turn,) = desk.world.store.all(Turn)

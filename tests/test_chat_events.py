@@ -10,8 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
+from assistant.engine.errors import EngineBusy, StreamBroken
 from assistant.web.pages import chat_page, staff_app
-from storage.records import Turn
+from storage.records import Conversation, Turn
 from web_fixtures import PASSWORD, Site, make_site, running, wait_until
 
 
@@ -24,8 +25,8 @@ class Tab:
         events = self.client.get("/config").json()["dependencies"]
         self.ids = {event["api_name"]: event["id"] for event in events}
 
-    def send(self, path: str, event: str, *data: Any) -> Any:
-        body = {"data": data, "fn_index": self.ids[event], "session_hash": "tab", "event_data": None}
+    def send(self, path: str, event: str, *data: Any, clicked: Any = None) -> Any:
+        body = {"data": data, "fn_index": self.ids[event], "session_hash": "tab", "event_data": clicked}
         return self.client.post(f"/gradio_api/{path}", json=body).raise_for_status().json()
 
     def ask(self, question: str) -> None:
@@ -61,6 +62,31 @@ def test_the_engine_begins_with_the_question_and_is_asked_once(site: Site, tab: 
     (turn,) = site.store.all(Turn)
     assert turn.id in events  # what can be done with it
     assert len(site.engine.calls) == 1
+
+
+def test_a_conversation_is_kept_with_its_first_answer_and_listed_from_then_on(site: Site, tab: Tab) -> None:
+    site.engine.enqueue([EngineBusy("engine: its queue is full; try again"), "Here it is."])
+    tab.ask("Where is it?")
+    assert "its queue is full" in tab.see_answer()
+    assert site.store.all(Conversation) == []
+    tab.ask("Where is my vase?")  # in the same tab, whose conversation is not there
+    assert "Here it is." in tab.see_answer()
+    (conversation,) = site.store.all(Conversation)
+    listing, title = tab.send("run/predict", "refresh_list", None, "")["data"]
+    assert conversation.title == "Where is my vase?"
+    assert conversation.title in listing
+    assert conversation.title in title
+
+
+def test_a_first_answer_that_broke_is_kept_and_the_next_try_joins_it(site: Site, tab: Tab) -> None:
+    site.engine.enqueue([("Well,", StreamBroken("stream: it broke; ask again")), "Here it is."])
+    tab.ask("Where is it?")
+    assert "it broke" in tab.see_answer()
+    tab.send("run/predict", "ask_again", None, clicked={"act": "retry"})
+    assert "Here it is." in tab.see_answer()
+    broken, whole = site.store.all(Turn)
+    assert (broken.answer, broken.finish_reason, whole.finish_reason) == ("Well,", "error", "stop")
+    assert broken.conversation_id == whole.conversation_id
 
 
 def test_an_answer_that_no_tab_waits_for_is_given_up_and_asked_for_anew(

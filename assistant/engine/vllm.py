@@ -30,7 +30,7 @@ from assistant.engine.errors import (
 )
 from assistant.engine.pace import Pace
 from assistant.engine.protocol import Health, Piece, ProbeResult, Queue, Sampling
-from assistant.engine.vllm_http import connections, posted
+from assistant.engine.vllm_http import Connections, posted
 from storage.errors import InvalidField, KotaeError
 from storage.records import Json
 
@@ -83,13 +83,12 @@ class VllmEngine:
         self._explain = explain
         self._in_float32 = in_float32
         self._replicas = [_Replica(url.rstrip("/").removesuffix("/v1")) for url in urls]
-        self._transport = transport or connections()
+        self._transport = transport or Connections()
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            headers=self._headers | {"Accept-Encoding": "identity"},
             timeout=httpx.Timeout(read_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
             transport=self._transport,
-            trust_env=False,  # a proxy of the environment must not get between us and loopback
         )
 
     # -- answering ------------------------------------------------------------------------------------
@@ -124,7 +123,7 @@ class VllmEngine:
     ) -> AsyncGenerator[Piece, None]:
         """Yield the pieces of one replica's answer; the first carries the prompt's ids and a token."""
         model = await self._name_on(replica, policy_id)
-        size = replica.pace.chunk_tokens
+        size = replica.pace.chunk_tokens(replica.in_flight + 1)
         body = wire.chat_body(
             model=model, policy_id=policy_id, messages=messages, sampling=sampling, chunk_tokens=size
         )
@@ -135,13 +134,14 @@ class VllmEngine:
             async with posted(
                 self._transport,
                 f"{replica.url}/v1/chat/completions",
-                body,
-                headers=httpx.Headers({**self._client.headers, "X-Request-Id": request_id}),
+                wire.encoded(body),
+                headers=self._headers | {"X-Request-Id": request_id, "Content-Type": "application/json"},
                 timeout=self._client.timeout,
             ) as response:
                 await _raise_for_status(response, policy_id=policy_id, url=replica.url)
                 replica.ready = True
-                async for data in wire.sse_data(response.aiter_bytes()):
+                assert isinstance(response.stream, httpx.AsyncByteStream)
+                async for data in wire.sse_data(response.stream):
                     event = wire.parse_event(data)
                     if "error" in event:
                         raise wire.stream_error(event, policy_id=policy_id, url=replica.url, begun=begun)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator
 from typing import Literal
+
+import orjson
 
 from assistant.engine.errors import (
     ContextTooLong,
@@ -79,35 +81,48 @@ def probe_body(*, model: str, policy_id: str, messages: list[Json], max_tokens: 
     return {**body, "stream": False, "logprobs": True, "top_logprobs": 0}
 
 
-async def sse_data(chunks: AsyncIterator[bytes]) -> AsyncIterator[str]:
-    r"""Yield the `data:` of each server-sent event up to `[DONE]`.
+def encoded(body: Json) -> bytes:
+    """Return a request's body as JSON.
+
+    Raises:
+        InvalidField: a text in it cannot be sent.
+    """
+    try:
+        return orjson.dumps(body)
+    except orjson.JSONEncodeError as error:
+        raise InvalidField("messages", str(error), "send text in UTF-8") from error
+
+
+async def sse_data(chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+    r"""Yield the `data:` of each server-sent event up to `[DONE]`; the connection is only free after what comes behind it.
 
     Splits at "\n" only: httpx's own line iterator also splits at U+2028 and U+0085, which JSON leaves
     unescaped and a model may well say.
     """
-    rest = b""
+    rest, is_done = b"", False
     async for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
-            if line.startswith(b"data:"):
-                data = line[5:].strip().decode("utf-8", "replace")
-                if data == "[DONE]":
-                    return
-                yield data
+            if line.startswith(b"data:") and not is_done:
+                data = line[5:].strip()
+                is_done = data == b"[DONE]"
+                if not is_done:
+                    yield data
 
 
-def parse_event(data: str) -> Json:
+def parse_event(data: bytes) -> Json:
     """Return one event of a stream as JSON.
 
     Raises:
         StreamBroken: it is not a JSON object.
     """
+    shown = data[:80].decode("utf-8", "replace")
     try:
-        event = json.loads(data)
+        event = orjson.loads(data)
     except ValueError as error:
-        raise StreamBroken(f"stream: got {data[:80]!r}, which is not JSON; ask again") from error
+        raise StreamBroken(f"stream: got {shown!r}, which is not JSON; ask again") from error
     if not isinstance(event, dict):
-        raise StreamBroken(f"stream: got {data[:80]!r}, which is not an object; ask again")
+        raise StreamBroken(f"stream: got {shown!r}, which is not an object; ask again")
     return event
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # Gradio writes inline scripts and styles and compiles small functions, hence the two `unsafe` words. What
@@ -23,7 +22,8 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
 }
-PRIVATE_TYPES = ("text/html", "application/json", "text/event-stream")
+RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+PRIVATE_TYPES = (b"text/html", b"application/json", b"text/event-stream")
 """What holds somebody's data is not kept by browsers and proxies."""
 
 
@@ -41,11 +41,15 @@ class SecurityHeaders:
 
         async def completed(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
-                    headers.setdefault(name, value)
-                if headers.get("content-type", "").startswith(PRIVATE_TYPES):
-                    headers.setdefault("Cache-Control", "no-store")
+                message["headers"] = [*message["headers"], *missing(dict(message["headers"]))]
             await send(message)
 
         await self.app(scope, receive, completed)
+
+
+def missing(brought: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
+    """Return the headers that a response has to have beside those that it brought."""
+    headers = [header for header in RAW_HEADERS if header[0] not in brought]
+    if brought.get(b"content-type", b"").startswith(PRIVATE_TYPES) and b"cache-control" not in brought:
+        headers.append((b"cache-control", b"no-store"))
+    return headers

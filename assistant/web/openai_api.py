@@ -47,12 +47,10 @@ class OpenAiApi:
     def router(self) -> APIRouter:
         """Return the routes, to be included before the mounts."""
         router = APIRouter(prefix="/v1")
-        for path, handler, method in (
-            ("/chat/completions", self.complete, "POST"),
-            ("/models", self.list_models, "GET"),
-            ("/models/{name}", self.show_model, "GET"),
-        ):
-            router.add_api_route(path, handler, methods=[method], response_model=None)
+        # Starlette's own route: FastAPI would look for what to inject, on the way to each first token.
+        router.add_route("/v1/chat/completions", self.complete, methods=["POST"])
+        router.add_api_route("/models", self.list_models, methods=["GET"], response_model=None)
+        router.add_api_route("/models/{name}", self.show_model, methods=["GET"], response_model=None)
         return router
 
     async def list_models(self, request: Request) -> Json:
@@ -79,9 +77,7 @@ class OpenAiApi:
             turn = await unless_gone(request, self.services.chat.complete(ask))
             return JSONResponse(completion(turn))
         events = self.services.chat.reply(ask)
-        # Until the first event an error is still an HTTP status, which is what clients retry on.
-        first = await unless_gone(request, anext(events))
-        return EventStream(stream_chunks(ask, first, events, include_usage=asked.include_usage))
+        return EventStream(stream_chunks(ask, events, include_usage=asked.include_usage))
 
     def _model(self) -> Json:
         return {"id": MODEL, "object": "model", "created": self.started_at, "owned_by": "kotae"}
@@ -155,9 +151,7 @@ def usage(turn: Turn) -> Json:
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
-async def stream_chunks(
-    ask: Ask, first: Delta | Turn, events: Events, *, include_usage: bool
-) -> AsyncGenerator[bytes, None]:
+async def stream_chunks(ask: Ask, events: Events, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
     """Yield the server-sent events of an answer: role, pieces of text, finish reason, usage when wanted,
     [DONE].
 
@@ -172,8 +166,8 @@ async def stream_chunks(
 
     ready = sse(chunk({"role": "assistant", "content": ""}))  # goes out with what follows: writes cost
     try:
-        async with aclosing(_with_first(first, events)) as all_events:
-            async for event in all_events:
+        async with aclosing(events):
+            async for event in events:
                 if isinstance(event, Delta):
                     yield ready + sse(chunk({"content": event.text[sent:]}))
                     ready, sent = b"", len(event.text)
@@ -182,18 +176,12 @@ async def stream_chunks(
                 if include_usage:
                     ready += sse(_chunk(ask.turn_id, created, [], event.policy_id) | {"usage": usage(event)})
     except Exception as error:
+        if not sent:
+            raise
         if not isinstance(error, KotaeError):
             log.exception("an answer broke off")
         ready += sse(error_body(error))
     yield ready + DONE
-
-
-async def _with_first(first: Delta | Turn, events: Events) -> Events:
-    """Yield `first` and then the others, and close them at the end."""
-    async with aclosing(events) as rest:
-        yield first
-        async for event in rest:
-            yield event
 
 
 def _chunk(id: str, created: int, choices: list[Json], policy_id: str | None) -> Json:

@@ -123,7 +123,7 @@ def _lifespan(services: Services) -> Callable[[FastAPI], Any]:
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task
-            await services.chat.shadow.stop()
+            await services.chat.stop()
             await services.engine.close()
 
     return lifespan

@@ -6,50 +6,70 @@ A closed connection ends the work behind it at once: tokens for nobody would kee
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing, asynccontextmanager
+from typing import TypeVar
 
+import orjson
 from fastapi import Request
 from fastapi.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from assistant.web.errors import ClientGone
 from storage.records import Json
 
 Result = TypeVar("Result")
 DONE = b"data: [DONE]\n\n"
-_COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-"""Kept, as `json.dumps` would make a new one for each token."""
 
 
 def sse(data: Json) -> bytes:
     """Return one server-sent event."""
-    return b"data: " + _COMPACT.encode(data).encode() + b"\n\n"
+    return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+@asynccontextmanager
+async def while_heard(receive: Receive) -> AsyncGenerator[None, None]:
+    """Run the block, which is cancelled when the client closes the connection.
+
+    Raises:
+        ClientGone: it did.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+
+    def hang_up(listening: asyncio.Task[None]) -> None:
+        if not listening.cancelled():
+            listening.exception()  # what broke off the request says no more than that it did
+        task.cancel()
+
+    listening = asyncio.create_task(_gone(receive))
+    listening.add_done_callback(hang_up)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if listening.done() and task.uncancel() == 0:
+            raise ClientGone("connection: closed before the answer was complete") from None
+        raise
+    finally:
+        listening.remove_done_callback(hang_up)
+        listening.cancel()
+
+
+async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
     """Return the result of `work`, which is cancelled when the client closes the connection.
 
     Raises:
         ClientGone: it did.
     """
-    task: asyncio.Task[Result] = asyncio.create_task(work)
-    gone = asyncio.create_task(_gone(request.receive))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone("connection: closed before the answer was complete")
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+    async with while_heard(request.receive):
+        return await work
 
 
 class EventStream(Response):
-    """Sends server-sent events; closes their source as soon as the client has gone."""
+    """Sends server-sent events; closes their source as soon as the client has gone.
+
+    What the source raises before its first event is still answered with an HTTP status, which is what clients retry on.
+    """
 
     media_type = "text/event-stream"
 
@@ -61,28 +81,23 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until they end or nobody listens."""
-        sending = asyncio.create_task(self._send(send))
-        gone = asyncio.create_task(_gone(receive))
+        has_begun = False
         try:
-            await asyncio.wait((sending, gone), return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                sending.result()
+            async with while_heard(receive), aclosing(self.events) as events:
+                async for event in events:
+                    if not has_begun:
+                        await send(self._start())
+                        has_begun = True
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
         except OSError:
             pass  # a server of a newer ASGI version tells by this that the client is gone
-        finally:
-            sending.cancel()
-            gone.cancel()
-            await asyncio.gather(sending, gone, return_exceptions=True)
+        except ClientGone:
+            if not has_begun:
+                raise
 
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with aclosing(self.events) as events:
-            async for event in events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-                await asyncio.sleep(
-                    0
-                )  # events that came in one burst would keep us from hearing that nobody listens
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+    def _start(self) -> Message:
+        return {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
 
 
 async def _gone(receive: Receive) -> None:

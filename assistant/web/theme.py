@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +12,9 @@ import matplotlib
 from fastapi import FastAPI, Request
 from gradio.themes.utils import colors, sizes
 
+from assistant.web.lean_gradio import make_lean
+
 HERE = Path(__file__).parent
-QUEUE_POLL_S, RARE_POLL_S = 0.005, 0.05
-"""Gradio looks each millisecond, for each app, whether an event has come: 5% of a processor while nobody does anything. An
-answer waits for this in the staff's app only."""
 MAX_UPLOAD_BYTES = 1024 * 1024
 """No page asks for files; Gradio's upload route exists all the same."""
 FONTS = ("Inter", "system-ui", "Hiragino Sans", "Noto Sans JP", "Yu Gothic UI", "Meiryo", "sans-serif")
@@ -135,12 +133,7 @@ def mount(
             app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
             **page_look(),
         )
-    queue = blocks._queue
-    queue.sleep_when_free = QUEUE_POLL_S if path == "/" else RARE_POLL_S
-    queue.progress_update_sleep_when_free = 1.0  # no page has a progress bar; it would look each 10 ms
-    # At the end of each queued event Gradio makes a table of the last 10,000 (1 ms of a processor with few, 7 with all) for
-    # a page of statistics that Kotae closes (`guard.CLOSED`).
-    queue.ANALYTICS_MAX_EVENTS, queue.ANAYLTICS_CACHE_FREQUENCY = 1, sys.maxsize
+    make_lean(blocks)
     return mounted
 
 

@@ -6,13 +6,13 @@ History and the current turn are two chatbots: drawing a stream costs as much as
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 
 import gradio as gr
-from anyio import from_thread
 
 from assistant.chat import Ask, Delta
 from assistant.web.pages import chat_session as session
@@ -42,6 +42,8 @@ READERS_AT_ONCE = 64
 UNSEEN_S = 60.0
 """An answer whose tab was closed between its two events is given up after so long."""
 Updates = dict[Any, Any]
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 
 class ChatPage:
@@ -108,57 +110,61 @@ class ChatPage:
 
     # -- asking ---------------------------------------------------------------------------------------
 
-    def ask(self, view: View, question: str, request: gr.Request) -> Updates:
+    async def ask(self, view: View, question: str, request: gr.Request) -> Updates:
         """Put the typed question on screen, unless an answer is still streaming; the stream follows."""
         with self.frame.told():
             person = self.frame.person(request)
             answer = self.answers.get(str(request.session_hash))
             if answer is not None and answer.is_shown:
                 raise toast("", self.words("chat.busy"))
-            view = session.next_question(self.services, person, view, question)
-            return self._asked(request, person, view) | {self.ui.question: ""}
+            view = await _beside(view, session.next_question, self.services, person, view, question)
+            return await self._asked(request, person, view) | {self.ui.question: ""}
 
-    def ask_example(self, view: View, request: gr.Request, event: gr.EventData) -> Updates:
+    async def ask_example(self, view: View, request: gr.Request, event: gr.EventData) -> Updates:
         """Ask the example question that was clicked."""
         with self.frame.told():
             person = self.frame.person(request)
             question = example_questions(self.services, self.words.language)[int(clicked(event)["id"])]
             view = session.next_question(self.services, person, view, question)
-            return self._asked(request, person, view)
+            return await self._asked(request, person, view)
 
-    def ask_again(self, view: View, request: gr.Request, event: gr.EventData) -> Updates:
+    async def ask_again(self, view: View, request: gr.Request, event: gr.EventData) -> Updates:
         """Ask for another answer, or try again after a failure."""
         with self.frame.told():
             person, click = self.frame.person(request), clicked(event)
             if click["act"] == "retry":
-                return self._asked(request, person, session.retried(view))
-            return self._asked(request, person, session.again(self.services, person, view, click["id"]))
+                return await self._asked(request, person, session.retried(view))
+            view = await asyncio.to_thread(session.again, self.services, person, view, click["id"])
+            return await self._asked(request, person, view)
 
-    def edit_live(self, view: View, request: gr.Request, event: gr.EditData) -> Updates:
+    async def edit_live(self, view: View, request: gr.Request, event: gr.EditData) -> Updates:
         """Ask the edited question in the place of the newest."""
         with self.frame.told():
-            return self._edited(request, view, view.live_turn_id, event)
+            return await self._edited(request, view, view.live_turn_id, event)
 
-    def edit_history(self, view: View, request: gr.Request, event: gr.EditData) -> Updates:
+    async def edit_history(self, view: View, request: gr.Request, event: gr.EditData) -> Updates:
         """Ask an edited earlier question; what came after it stays reachable as an alternative."""
         with self.frame.told():
-            return self._edited(request, view, self._history_turn_id(view, event.index), event)
+            return await self._edited(request, view, self._history_turn_id(view, event.index), event)
 
-    def _edited(self, request: gr.Request, view: View, turn_id: str | None, event: gr.EditData) -> Updates:
+    async def _edited(
+        self, request: gr.Request, view: View, turn_id: str | None, event: gr.EditData
+    ) -> Updates:
         person = self.frame.person(request)
         turn = session.own_turn(self.services, person, turn_id)
-        view = session.again(self.services, person, view, turn.id, question=str(event.value))
-        return self._asked(request, person, view)
+        again = partial(session.again, question=str(event.value))
+        view = await asyncio.to_thread(again, self.services, person, view, turn.id)
+        return await self._asked(request, person, view)
 
-    def _asked(self, request: gr.Request, person: Person, view: View) -> Updates:
+    async def _asked(self, request: gr.Request, person: Person, view: View) -> Updates:
         """Let the engine begin and return the updates that show the question.
 
         Until `stream` is called the browser has drawn them and sent its next event, about as long as the engine needs for
-        the first token. This runs in a thread, an answer in the loop.
+        the first token.
         """
         assert view.ask is not None
-        from_thread.run_sync(self._begin, str(request.session_hash), view.ask)
-        return self._screen(person, view)
+        self._begin(str(request.session_hash), view.ask)
+        return await _beside(view, self._screen, person, view)
 
     def _begin(self, tab: str, ask: Ask) -> LiveAnswer[Delta | Turn]:
         self._leave(tab)
@@ -259,7 +265,7 @@ class ChatPage:
 
     # -- conversations --------------------------------------------------------------------------------
 
-    def open_new(self, request: gr.Request) -> Updates:
+    async def open_new(self, request: gr.Request) -> Updates:
         """Show an empty screen; the conversation begins with its first question."""
         self._leave(str(request.session_hash))
         with self.frame.told():
@@ -300,16 +306,17 @@ class ChatPage:
                 return self._screen(person, View())
             return {self.ui.title: look.title_bar(self.words, conversation)}
 
-    def keep_title(self, view: View, title: str, request: gr.Request) -> Updates:
+    async def keep_title(self, view: View, title: str, request: gr.Request) -> Updates:
         """Rename the open conversation."""
         with self.frame.told():
             person = self.frame.person(request)
             conversation = self.services.chat.conversation(person, view.conversation_id or "")
-            conversations.rename_conversation(self.store, conversation.id, title=title, actor=person.id)
-            listing, bar = self.refresh_list(view, "", request)
+            rename = partial(conversations.rename_conversation, title=title, actor=person.id)
+            await asyncio.to_thread(rename, self.store, conversation.id)
+            listing, bar = await self.refresh_list(view, "", request)
             return {self.ui.listing: listing, self.ui.title: bar, self.ui.renaming: ""}
 
-    def refresh_list(self, view: View, query: str, request: gr.Request) -> tuple[str, str]:
+    async def refresh_list(self, view: View, query: str, request: gr.Request) -> tuple[str, str]:
         """Return the list and the title as they are after an answer."""
         with self.frame.told():
             person = self.frame.person(request)
@@ -323,3 +330,12 @@ class ChatPage:
 
     def _bar(self, person: Person, turn: Turn) -> str:
         return answer_bar(self.store, self.words, person, turn)
+
+
+async def _beside(
+    view: View, work: Callable[Given, Result], *args: Given.args, **named: Given.kwargs
+) -> Result:
+    """Return the result of `work`: of a long conversation in a thread, of a new one at once, which is sooner done."""
+    if view.history_turn_ids or view.live_turn_id:
+        return await asyncio.to_thread(work, *args, **named)
+    return work(*args, **named)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from assistant.web.pages import chat_session as session
 from assistant.web.pages import chat_view as look
 from assistant.web.pages.chat_view import View
 from assistant.web.services import Services
@@ -94,9 +95,7 @@ def _live_messages(view: View, live: Turn | None) -> list[Any]:
 
 def title_of(services: Services, words: Words, person: Person, view: View) -> str:
     """Return the title of the open conversation with its buttons."""
-    if view.conversation_id is None:
-        return look.title_bar(words, None)
-    return look.title_bar(words, services.chat.conversation(person, view.conversation_id))
+    return look.title_bar(words, session.current(services, person, view))
 
 
 def _rating(store: Store, person: Person, turn: Turn) -> Rating | None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from assistant.chat import Ask, check_messages
+from assistant.chat import Ask
 from assistant.web.pages.chat_view import SHOWN_TURNS, View
 from assistant.web.services import Services
 from storage import conversations
 from storage.errors import NotFound
-from storage.records import Person, Turn, new_id
+from storage.records import Conversation, Person, Turn, new_id
 from storage.store import Store
 
 
@@ -56,17 +56,27 @@ def asking(store: Store, view: View, ask: Ask) -> View:
     )
 
 
+def current(services: Services, person: Person, view: View) -> Conversation | None:
+    """Return the open conversation; None where none is open, or it waits for its first answer to be kept."""
+    if view.conversation_id is None:
+        return None
+    try:
+        return services.chat.conversation(person, view.conversation_id)
+    except NotFound:
+        if view.ask is None or view.ask.begins is None:
+            raise
+        return None
+
+
 def next_question(services: Services, person: Person, view: View, question: str) -> View:
     """Return the view that asks the next question, in a new conversation when none is open.
 
     Raises:
         InvalidField: the question is empty or too long; nothing was made.
     """
-    if view.conversation_id is None:
-        check_messages([{"role": "user", "content": question}])
-        conversation = services.chat.conversation_for(person, None)
-    else:
-        conversation = services.chat.conversation(person, view.conversation_id)
+    conversation = current(services, person, view)
+    if conversation is None:
+        return asking(services.store, view, services.chat.ask_first(person, question))
     return asking(services.store, view, services.chat.ask(person, conversation, question))
 
 
