@@ -88,7 +88,7 @@ class _Adapted(torch.autograd.Function):
 
 def _product(x: torch.Tensor, layers: Sequence[Linear]) -> torch.Tensor:
     """Return (N, O) the products of x (N, I) with all layers and their adapters, side by side."""
-    if _merges(x) and len(x) > FEW_ROWS:
+    if _merges(x) and len(x) > FEW_ROWS and _downs(layers):
         return torch.mm(x, _effective(layers).T)
     result = x.new_empty(len(x), sum(len(layer.weight) for layer in layers))
     inner = iter(_inner(x, layers))
