@@ -101,9 +101,7 @@ def _empty(base: Base, lengths: Sequence[int], *, room: int) -> PackedCache:
     return PackedCache([], [], unseen, width)
 
 
-def _keep(
-    cache: PackedCache, kv: torch.Tensor, turns: Rotation, spans: Sequence[Span], heads: Heads
-) -> None:
+def _keep(cache: PackedCache, kv: torch.Tensor, turns: Rotation, spans: Sequence[Span], heads: Heads) -> None:
     """Keep the next layer's keys and values (N, 2 * G * E) of the prompts; `spans` are those of the rows, into N."""
     shape = (len(spans), heads.keys, cache.unseen.shape[-1], heads.size)
     parts = kv.split(heads.keys * heads.size, dim=1)
