@@ -104,9 +104,9 @@ def _empty(base: Base, lengths: Sequence[int], *, room: int) -> PackedCache:
 def _keep(cache: PackedCache, kv: torch.Tensor, turns: Rotation, spans: Sequence[Span], heads: Heads) -> None:
     """Keep the next layer's keys and values (N, 2 * G * E) of the prompts; `spans` are those of the rows, into N."""
     shape = (len(spans), heads.keys, cache.unseen.shape[-1], heads.size)
-    parts = kv.split(heads.keys * heads.size, dim=1)
-    keys = rotated(parts[0], turns, heads.keys)  # (G, N, E)
-    values = parts[1].view(len(kv), heads.keys, heads.size).transpose(0, 1)
+    width = heads.keys * heads.size
+    keys = rotated(kv[:, :width], turns, heads.keys)  # (G, N, E)
+    values = kv[:, width:].view(len(kv), heads.keys, heads.size).transpose(0, 1)
     for kept, found in ((cache.keys, keys), (cache.values, values)):
         kept.append(kv.new_zeros(shape))  # what is never read must still be finite: its share is 0
         for row, (start, end) in enumerate(spans):
