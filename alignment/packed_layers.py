@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 
 Slot = torch.Tensor | None
-FEW_ROWS = 64
-"""Up to so many the product with W and that with A and B take less than forming W + scale * B A: one token an answer
-in sampling, or its last one for a score."""
+FEW_ROWS = 128
+"""Up to so many, W and then A and B take less than forming W + scale * B A: one token an answer in sampling, its last one
+for a score. The two meet at 64 to 128 rows in layers of 256 features, and above 512 in layers of 896 (one core)."""
 
 
 class Factors(NamedTuple):
