@@ -25,7 +25,7 @@ from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
 from alignment.batching import Batch, sent
 from alignment.models import Base, backbone
-from alignment.packed_attention import Heads, tree_attention
+from alignment.packed_attention import Heads, Rotation, tree_attention
 from alignment.packed_flash import flash_attention, has_flash, sequences_of
 from alignment.packed_layers import Block, Factors, Linear, adapted, gated_down, normed
 
@@ -67,7 +67,7 @@ def _computes(base: Base, head_size: int) -> bool:
 
 
 def _known(layer: Any, dtype: torch.dtype) -> bool:
-    """Return whether `_layer` does all that this layer does."""
+    """Return whether `layer_states` does all that this layer does."""
     own, mlp = layer.self_attn, layer.mlp
     parts = (layer, own, mlp, mlp.act_fn, layer.input_layernorm, layer.post_attention_layernorm)
     linears = (own.q_proj, own.k_proj, own.v_proj, own.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
@@ -105,16 +105,21 @@ def packed_states(base: Base, batch: Batch, places: torch.Tensor) -> torch.Tenso
     among = torch.zeros(len(kept), dtype=torch.int64).index_copy_(0, read, torch.arange(len(read)))
     kept, positions, read, asked = sent([kept, positions, read, among[number[places]]], base.device)
     x = nn.functional.embedding(batch.input_ids.flatten()[kept], model.embed_tokens.weight)  # (N, D)
-    cosine, sine = (part[0].chunk(2, dim=-1)[0] for part in model.rotary_emb(x, positions.unsqueeze(0)))
-    keys = (cosine.contiguous(), sine.contiguous())
-    mix = _attention(segments, [own for _, own in segments], base.device)
-    run = partial(checkpoint, _layer, use_reentrant=False, preserve_rng_state=False)
-    layer_of = run if base.checkpointing and torch.is_grad_enabled() else _layer
+    keys = rotation_at(model, x, positions)
+    mix = attention_of(segments, [own for _, own in segments], base.device)
+    run = partial(checkpoint, layer_states, use_reentrant=False, preserve_rng_state=False)
+    layer_of = run if base.checkpointing and torch.is_grad_enabled() else layer_states
     for layer in model.layers[:-1]:
         x = layer_of(layer, x, None, partial(mix, turns=(keys, keys)), config)
-    mix = partial(_attention(segments, spans, base.device), turns=((keys[0][read], keys[1][read]), keys))
+    mix = partial(attention_of(segments, spans, base.device), turns=((keys[0][read], keys[1][read]), keys))
     x = layer_of(model.layers[-1], x, read, mix, config)
-    return _norm(model.norm, x)[asked]
+    return normed_by(model.norm, x)[asked]
+
+
+def rotation_at(model: Any, x: torch.Tensor, positions: torch.Tensor) -> Rotation:
+    """Return the rotation at `positions` (N,), in the precision of x (N, D)."""
+    cosine, sine = (part[0].chunk(2, dim=-1)[0] for part in model.rotary_emb(x, positions.unsqueeze(0)))
+    return cosine.contiguous(), sine.contiguous()
 
 
 def _kept(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,7 +137,7 @@ def _kept(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(kept), torch.cat(positions)
 
 
-def _attention(
+def attention_of(
     segments: Sequence[tuple[Span, Span]], spans: Sequence[Span], device: torch.device
 ) -> Callable[..., torch.Tensor]:
     """Return the attention of the queries `spans` of the segments."""
@@ -185,7 +190,7 @@ def _blocks(segments: Sequence[tuple[Span, Span]], spans: Sequence[Span], size: 
     return blocks
 
 
-def _layer(
+def layer_states(
     layer: Any,
     x: torch.Tensor,  # (N, D)
     read: torch.Tensor | None,  # (M,) into N; None: every token
@@ -195,18 +200,19 @@ def _layer(
     """Return (M, D) what the layer makes of the tokens `read`."""
     own, mlp = layer.self_attn, layer.mlp
     heads = Heads(config.num_attention_heads, config.num_key_value_heads, own.head_dim, own.scaling)
-    calm = _norm(layer.input_layernorm, x)
+    calm = normed_by(layer.input_layernorm, x)
     kv = adapted(calm, [_linear(own.k_proj), _linear(own.v_proj)])
     if read is not None:
         x, calm = x[read], calm[read]
     q = adapted(calm, [_linear(own.q_proj)])
     x = adapted(mix(q, kv, heads=heads), [_linear(own.o_proj)], residual=x)
-    calm = _norm(layer.post_attention_layernorm, x)
+    calm = normed_by(layer.post_attention_layernorm, x)
     both = adapted(calm, [_linear(mlp.gate_proj), _linear(mlp.up_proj)])
     return gated_down(both, _linear(mlp.down_proj), residual=x)
 
 
-def _norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
+def normed_by(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return the norm of x (N, D)."""
     return normed(x, norm.weight, norm.variance_epsilon)
 
 

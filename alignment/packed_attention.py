@@ -31,7 +31,7 @@ class Heads(NamedTuple):
     scale: float
 
 
-def _rotated(x: torch.Tensor, rotation: Rotation, heads: int) -> torch.Tensor:
+def rotated(x: torch.Tensor, rotation: Rotation, heads: int) -> torch.Tensor:
     """Return (heads, N, E) x (N, heads * E) rotated by its positions (arXiv 2104.09864)."""
     split = x.view(len(x), heads, -1).transpose(0, 1)
     result = torch.empty(split.shape, dtype=x.dtype, device=x.device)
@@ -76,8 +76,8 @@ class _TreeAttention(torch.autograd.Function):
         """Return (M, H * E)."""
         groups, size = heads.keys, heads.size
         repeats, many = heads.queries // groups, q.shape[0]
-        queries = _rotated(q, turns[0], heads.queries).view(groups, repeats, many, size)
-        keys = _rotated(kv[:, : groups * size], turns[1], groups)
+        queries = rotated(q, turns[0], heads.queries).view(groups, repeats, many, size)
+        keys = rotated(kv[:, : groups * size], turns[1], groups)
         values = kv[:, groups * size :].view(len(kv), groups, size).transpose(0, 1).contiguous()
         result = torch.empty_like(q)
         shaped = result.view(many, groups, repeats, size).permute(1, 2, 0, 3)

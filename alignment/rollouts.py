@@ -14,6 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from alignment.models import Base, active, backbone, head
+from alignment.packed_rollouts import PackedCache, read_prompts, read_tokens, samples_packed
 from alignment.progress import Progress, Silent, stop_if_asked
 from storage.errors import InvalidField
 
@@ -147,6 +148,10 @@ def _prefill(
         rooms=rooms.to(base.device),
         ended=torch.zeros(len(numbers), dtype=torch.bool, device=base.device),
     )
+    if samples_packed(base):
+        own = [prompts[number] for number in numbers]
+        running.cache, hidden = read_prompts(base, own, room=uniforms.shape[1])
+        return running, hidden
     positions = (running.mask.long().cumsum(-1) - 1).clamp_(min=0)
     return running, _forward(base, running, ids.to(base.device), positions)
 
@@ -155,6 +160,8 @@ def _advance(base: Base, running: _Running, tokens: torch.Tensor) -> torch.Tenso
     """Append the chosen tokens (B,) and return the new last hidden states (B, D)."""
     running.mask = torch.cat([running.mask, running.mask.new_ones(len(tokens), 1)], dim=1)
     positions = running.mask.long().sum(-1, keepdim=True) - 1
+    if isinstance(running.cache, PackedCache):
+        return read_tokens(base, running.cache, tokens, positions.squeeze(1))
     return _forward(base, running, tokens.unsqueeze(1), positions)
 
 

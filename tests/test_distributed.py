@@ -176,7 +176,8 @@ def alone(two: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         if two.name == "cut":
-            patch.setattr("alignment.logprobs.packs", lambda base: False)
+            for name in ("logprobs.packs", "rollouts.samples_packed"):
+                patch.setattr(f"alignment.{name}", lambda base: False)
         do_jobs(model, out, Crew())
     return out
 

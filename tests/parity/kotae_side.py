@@ -92,8 +92,11 @@ def train(base: Base, job: Job, losses: Losses) -> dict[str, torch.Tensor]:
         return {}
     config = RewardConfig(**job.settings)
     items = make_items(base, pairs_of(job), [], config, seed=job.seed)
-    fit = reward_training.fit_heads if job.fit_heads else mock.Mock()
-    with mock.patch.object(reward_training, "fit_heads", fit):
+    real = {"fit_heads": reward_training.fit_heads, "last_states": reward_training.last_states}
+    fit = (
+        real if job.fit_heads else {name: mock.Mock() for name in real}
+    )  # the states are read for the fit only
+    with mock.patch.multiple(reward_training, **fit):
         heads, _ = reward_training.train_member_heads(
             base, NAMES["reward"], items, config, seed=job.seed, progress=losses
         )
