@@ -20,7 +20,7 @@ test:  ## lint, types and every test, with real vLLM, SQLite and Chromium
 	@$(MAKE) --no-print-directory -j 2 -k lint all-tests
 
 all-tests:  # beside lint: while tests wait for servers to boot there is a processor for it
-	@$(PY) -m pytest -n 3 --dist loadscope --no-loadscope-reorder $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 test-fast:  ## the tests that need neither vLLM nor a browser
 	@bash .ci/setup --dev

@@ -74,7 +74,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the packed pass take the GPU's attention on a CPU, with the plain kernel."""
     monkeypatch.setattr(packed_flash, "flash_forward", plain)
     monkeypatch.setattr(packed_flash, "flash_backward", plain_backward)
-    monkeypatch.setattr(packed, "_attention", packed._flash)
+    monkeypatch.setattr(packed, "attention_of", packed._flash)
 
 
 @pytest.fixture(scope="module", params=["llama, heads of their own size", "qwen2, grouped heads"])

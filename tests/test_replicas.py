@@ -90,6 +90,8 @@ async def swap_while_one_dies(
     kill_9(doomed)
     await swap
     assert release.served.stable.policy_id == second.id
+    await until(lambda: doomed.state != "ready")  # what is killed ends when it is given a processor
+    await asyncio.sleep(0.2)  # and those who listened to it have heard of that
     cut = list(crowd.failures)
     assert all(isinstance(error, StreamBroken) for error in cut), cut  # what it was saying when it died
     so_far = len(crowd.answers)
