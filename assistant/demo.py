@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 
 from storage import settings
-from storage.errors import KotaeError
+from storage.errors import InvalidField, KotaeError
 from storage.records import Json
 from storage.store import Store
 
@@ -45,6 +45,11 @@ class DemoOptions:
     command: tuple[str, ...]
     questions: tuple[str, ...]
     seed: int
+
+    def __post_init__(self) -> None:
+        """Raise InvalidField for a number of comparisons that nobody can make."""
+        if self.comparisons < 1:
+            raise InvalidField("--comparisons", self.comparisons, "use a whole number above 0")
 
 
 class DemoFailed(KotaeError):

@@ -170,6 +170,7 @@ class _Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's are none of asyncio's classes
 
     def data_received(self, data: bytes) -> None:
+        """Parse what came; bytes that nobody asked for make the connection useless."""
         self._heard_at = self._loop.time()
         try:
             if self._is_complete:
@@ -181,6 +182,7 @@ class _Connection(asyncio.Protocol):
         self._wake()
 
     def connection_lost(self, error: Exception | None) -> None:
+        """End a body that has no length; whatever else is still awaited has failed."""
         lengths = {b"content-length", b"transfer-encoding"}
         if error is None and self._has_head and lengths.isdisjoint(name.lower() for name, _ in self.headers):
             self._is_complete = True  # as HTTP/1.0 ends a body
