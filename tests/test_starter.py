@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 
 from alignment.starter.__main__ import CHECKPOINT, SIZE_LIMIT_BYTES, main
 from alignment.starter.answers import classify_answer, recognise, templates_of
+from alignment.starter.card import training_commands
 from alignment.starter.corpus import (
     CORPUS_FOLDER,
     MANNERS,
@@ -36,13 +39,19 @@ def corpus() -> Corpus:
 
 
 @pytest.fixture(scope="module")
+def first() -> Corpus:
+    """Return the corpus without its growth: a third of the forms, where the number of them does not matter."""
+    return load_corpus(grown=False)
+
+
+@pytest.fixture(scope="module")
 def training(corpus: Corpus) -> Sources:
     return sources(corpus, part="training", rates=NoiseRates())
 
 
 @pytest.fixture(scope="module")
-def tokenizer(corpus: Corpus) -> Any:
-    return train_tokenizer(corpus, seed=1)
+def tokenizer(first: Corpus) -> Any:
+    return train_tokenizer(first, seed=1)
 
 
 def test_corpus_has_every_manner_and_enough_forms_for_each_intent(corpus: Corpus) -> None:
@@ -86,8 +95,7 @@ def test_no_form_is_both_trained_on_and_held_out(corpus: Corpus, training: Sourc
     assert all(unseen.questions.values()), "an intent without held-out forms cannot be measured"
 
 
-def test_growth_adds_forms_and_takes_none_of_the_first_held_out_ones(corpus: Corpus) -> None:
-    first = load_corpus(grown=False)
+def test_growth_adds_forms_and_takes_none_of_the_first_held_out_ones(corpus: Corpus, first: Corpus) -> None:
     assert corpus.groups.keys() == first.groups.keys()
     for name, intent in corpus.intents.items():
         assert set(first.intents[name].questions) <= set(intent.questions)
@@ -100,8 +108,10 @@ def test_growth_adds_forms_and_takes_none_of_the_first_held_out_ones(corpus: Cor
     )
 
 
-def test_trials_keep_the_first_corpus_apart_from_what_was_written_later(corpus: Corpus) -> None:
-    asked = trials(corpus, first=load_corpus(grown=False), seed=1)
+def test_trials_keep_the_first_corpus_apart_from_what_was_written_later(
+    corpus: Corpus, first: Corpus
+) -> None:
+    asked = trials(corpus, first=first, seed=1)
     kinds = Counter(trial.kind for trial in asked)
     assert kinds["unseen forms"] > 400
     assert kinds[f"unseen forms{LATER}"] > 300
@@ -326,7 +336,7 @@ def test_batches_made_ahead_are_those_made_when_asked_for(corpus: Corpus, tokeni
 
 
 @pytest.mark.slow
-def test_interrupted_training_resumes_exactly_and_averages_the_cycles(corpus: Corpus, tmp_path: Path) -> None:
+def test_interrupted_training_resumes_exactly_and_averages_the_cycles(first: Corpus, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
@@ -342,18 +352,64 @@ def test_interrupted_training_resumes_exactly_and_averages_the_cycles(corpus: Co
         group_layer=1,
         examples=ExampleOptions(chunk_dialogues=60, batch_tokens=1024),
     )
-    train(corpus, options=options, out=tmp_path / "whole")
-    train(corpus, options=options, out=tmp_path / "parts", stop_after=2)
-    first = torch.load(tmp_path / "parts" / "training.pt")["model"]
-    train(corpus, options=options, out=tmp_path / "parts", resume=True)
+    train(first, options=options, out=tmp_path / "whole")
+    train(first, options=options, out=tmp_path / "parts", stop_after=2)
+    half_way = torch.load(tmp_path / "parts" / "training.pt")["model"]
+    train(first, options=options, out=tmp_path / "parts", resume=True)
     whole, parts = (torch.load(tmp_path / name / "training.pt")["model"] for name in ("whole", "parts"))
     for name, value in whole.items():
         assert torch.equal(value, parts[name]), name
     name = "model.layers.0.self_attn.q_proj.weight"
     for made in ("whole", "parts"):
         kept = load_file(tmp_path / made / "model" / "model.safetensors")
-        torch.testing.assert_close(kept[name].float(), (first[name] + whole[name]) / 2, rtol=2**-8, atol=0)
+        torch.testing.assert_close(kept[name].float(), (half_way[name] + whole[name]) / 2, rtol=2**-8, atol=0)
         assert not torch.equal(kept[name].float(), whole[name])
+
+
+@pytest.mark.slow
+def test_a_finished_model_is_continued_with_its_own_tokenizer(
+    corpus: Corpus, first: Corpus, tmp_path: Path
+) -> None:
+    import torch
+
+    from alignment.starter.continuing import start_tokenizer, take_weights
+    from alignment.starter.examples import ExampleOptions
+    from alignment.starter.training import Shape, TrainingOptions, new_model, train
+
+    shape = Shape(hidden=64, layers=1, heads=1, key_value_heads=1, feed_forward=64)
+    examples = ExampleOptions(chunk_dialogues=60, batch_tokens=1024)
+    options = TrainingOptions(
+        steps=2, restarts=(), shape=shape, threads=1, group_layer=1, examples=examples, sharpness=2.0
+    )
+    start = train(first, options=options, out=tmp_path / "first")
+    taken = new_model(shape, tokenizer=start_tokenizer(start))
+    take_weights(taken, start)
+    trained = torch.load(tmp_path / "first" / "training.pt")["model"]
+    for name, value in taken.state_dict().items():
+        torch.testing.assert_close(value, trained[name], rtol=2**-8, atol=1e-6)  # stored in bf16
+
+    last = train(corpus, options=options, out=tmp_path / "last", start=start)
+    assert (last / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
+    written = json.loads((last / "training.json").read_text())
+    assert written["start"]["training"] == json.loads((start / "training.json").read_text())
+    commands = training_commands(written).splitlines()
+    assert commands[0].startswith("python -m alignment.starter train --seed 1 --steps 2 ")
+    assert commands[1].startswith("python -m alignment.starter train --start-from data/starter-start/model ")
+
+    wide = new_model(replace(shape, hidden=128), tokenizer=start_tokenizer(start))
+    with pytest.raises(
+        ValueError, match=r"start-from: .* has shape \[2048, 64\] where \[2048, 128\] is trained"
+    ):
+        take_weights(wide, start)
+
+
+def test_continuing_a_folder_without_a_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["train", "--start-from", str(tmp_path), "--out", str(tmp_path / "out"), "--threads", "1"]) == 2
+    )
+    assert f"start-from: {tmp_path} has no tokenizer.json; name the folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["train", "measure", "export"])
