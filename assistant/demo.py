@@ -33,6 +33,7 @@ CURT_WORDS = 10
 AT_ONCE = 8
 STAFF = ("Aiko", "Bernd", "Chiara", "Dorota")
 START_TIMEOUT_S = 300.0
+PASSED, REFUSED, NOT_ENOUGH_DATA = 0, 3, 4  # exit codes of `align`: the contract's, as any caller knows them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,7 @@ def run_demo(options: DemoOptions) -> int:
             _wait_for_runs(options)
             print("Now one alignment run:", flush=True)
             code = subprocess.call([*options.command, "align", "--data", str(options.data)])
-        print(f"\nThe evidence is at {url}/operator: sign in as an operator or administrator and decide.")
+        print(f"\n{what_now(code, url)}", flush=True)
         if started is not None:
             print("The assistant goes on running; Ctrl-C ends it.", flush=True)
             started.wait()
@@ -88,6 +89,16 @@ def run_demo(options: DemoOptions) -> int:
         if started is not None and started.poll() is None:
             started.terminate()
             started.wait(60)
+
+
+def what_now(code: int, url: str) -> str:
+    """Return where to look after a run that ended with this exit code."""
+    page = f"{url}/operator: sign in as an operator or administrator"
+    if code in (PASSED, REFUSED):
+        return f"The evidence is at {page} and decide."
+    if code == NOT_ENOUGH_DATA:
+        return f"No candidate came of it; the comparisons stay. Run `demo` again for more, or see {page}."
+    return f"The run did not end well; what it said is above and under Runs at {page}."
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import app
-from assistant.demo import _schedule_paused
+from assistant.demo import _schedule_paused, what_now
 from storage import settings
 from storage.store import Store
 
@@ -37,3 +37,13 @@ def test_the_schedule_pauses_and_is_as_before_also_after_a_failure(
     with pytest.raises(RuntimeError):
         fail_while_paused()
     assert settings.get(store, "schedule") == {"paused": False, **before}
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(0, "and decide"), (3, "and decide"), (4, "No candidate came of it"), (1, "did not end well")],
+)
+def test_only_a_run_that_made_a_candidate_is_said_to_have_evidence(code: int, words: str) -> None:
+    said = what_now(code, "http://host")
+    assert words in said
+    assert "http://host/operator" in said
