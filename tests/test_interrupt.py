@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ LONG: dict[str, dict[str, Any]] = {
         },
     },
 }
+Weights = dict[str, torch.Tensor]
 pytestmark = pytest.mark.slow
 
 
@@ -60,6 +63,14 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_comparisons(made, AutoTokenizer.from_pretrained(model), PAIRS)
     made.store.close()
     return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def left_alone(filled: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Weights]:
+    """Return, by method, the weights of a long run that nothing interrupts."""
+    return cache(
+        lambda method: copied(filled, tmp_path_factory.mktemp(method) / "data", **LONG[method]).finish()
+    )
 
 
 @dataclass(slots=True)
@@ -80,7 +91,7 @@ class Site:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
-    def finish(self) -> dict[str, torch.Tensor]:
+    def finish(self) -> Weights:
         """Run to the end, and return the candidate's weights."""
         ended(self.start(), 0)
         made = self.store.all(Policy, "run_id = ?", [self.last().id])
@@ -128,9 +139,9 @@ def first_step(site: Site, curve: str) -> int:
 
 @pytest.mark.parametrize(("method", "curve"), [("dpo", "dpo/loss"), ("ppo", "objective/score")])
 def test_interrupted_then_killed_it_goes_on_to_the_same_weights(
-    filled: Path, tmp_path: Path, method: str, curve: str
+    filled: Path, left_alone: Callable[[str], Weights], tmp_path: Path, method: str, curve: str
 ) -> None:
-    whole = copied(filled, tmp_path / "whole", **LONG[method]).finish()
+    whole = left_alone(method)
     site = copied(filled, tmp_path / "broken", **LONG[method])
 
     child = site.start()
@@ -159,14 +170,14 @@ def test_interrupted_then_killed_it_goes_on_to_the_same_weights(
 
 @pytest.mark.parametrize("launcher", [LAUNCHER, ACCELERATE])
 def test_several_processes_make_the_adapter_of_one_also_after_a_signal(
-    filled: Path, tmp_path: Path, launcher: str
+    filled: Path, left_alone: Callable[[str], Weights], tmp_path: Path, launcher: str
 ) -> None:
     """Stopped by SIGTERM, the whole family ends; started again, it goes on and agrees with one process.
 
     The gradients are the same sums in another order. Adam divides them by their own size, so over many steps what is
     near zero moves differently; the tolerance is a hundredth of the largest weight's way.
     """
-    whole = copied(filled, tmp_path / "one", **LONG["dpo"]).finish()
+    whole = left_alone("dpo")
     site = copied(filled, tmp_path / "two", launcher=launcher, **LONG["dpo"])
     child = site.start()
     site.wait_for(child, "dpo", step=2)

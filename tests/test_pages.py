@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from assistant.web.pages import candidate_view, charts, chat_view, runs_page, runs_view, settings_page
+from assistant.web.pages.candidates_page import CandidatesPage, first_to_decide
 from assistant.web.pages.chat_page import ChatPage
 from assistant.web.pages.chat_view import View
 from assistant.web.pages.frame import Frame, header_html, page_path
@@ -156,6 +157,21 @@ def test_a_screen_gives_each_output_a_value_so_that_gradio_rebuilds_no_component
     updates = page._screen(site.people["staff"], View())
     assert updates.keys() == {page.view, *page.ui.screen}
     assert not [value for value in updates.values() if isinstance(value, gr.blocks.Block)]
+
+
+def test_before_the_first_candidate_the_page_says_how_one_comes(tmp_path: Path) -> None:
+    site = make_site(tmp_path)
+
+    async def build() -> CandidatesPage:
+        page = CandidatesPage(Frame(site.services, ENGLISH, "operator", "operator"))
+        with gr.Blocks() as blocks, gr.Tab("Candidates") as tab:
+            page.build(blocks, tab)
+        return page
+
+    page = asyncio.run(build())
+    shown = page._shown(first_to_decide(site.store))
+    assert ENGLISH("candidates.none_text") in shown[page.verdict]
+    assert shown[page.selected] == ""
 
 
 # -- the pace of a stream ---------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from assistant.web.pages.charts import Interval, curve, intervals
-from assistant.web.pages.html import badge, difference, empty, icon, moment, table, when
+from assistant.web.pages.html import badge, difference, icon, moment, table, when
 from assistant.web.words import Words
 from storage.records import Approval, Evaluation, Json, Policy, Snapshot
 
@@ -33,8 +33,6 @@ def candidate_list(
     now: float,
 ) -> str:
     """Return the policies, newest first, each with its standing."""
-    if not candidates:
-        return empty(words("candidates.none"), words("candidates.none_text"))
     return "".join(
         f'<button type="button" class="k-item" data-act="open" data-id="{escape(policy.id)}"'
         f"{' aria-current=true' if policy.id == current else ''}><b>{escape(policy.id)}</b>"

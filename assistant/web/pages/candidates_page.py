@@ -9,7 +9,7 @@ import gradio as gr
 from assistant import release
 from assistant.web.pages import candidate_view as look
 from assistant.web.pages.frame import Frame, clickable, clicked, markup
-from assistant.web.pages.html import note
+from assistant.web.pages.html import empty, note
 from storage import people, policies, runs
 from storage.errors import InvalidField
 from storage.records import Json, Policy, now
@@ -161,7 +161,8 @@ class CandidatesPage:
         listing = look.candidate_list(words, standings, current=policy_id, now=now())
         if not policy_id:
             closed = {self.decision: gr.Column(visible=False), self.evidence: gr.Column(visible=False)}
-            return closed | {self.selected: "", self.listing: listing, self.verdict: ""}
+            nothing = empty(words("candidates.none"), words("candidates.none_text"))
+            return closed | {self.selected: "", self.listing: listing, self.verdict: nothing}
         return self._evidence(store.get(Policy, policy_id)) | {
             self.selected: policy_id,
             self.listing: listing,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from assistant.chat import Pair
-from assistant.web.pages.html import badge, button, icon, note
+from assistant.web.pages.html import badge, button, empty, note
 from assistant.web.words import Words
 from storage.conversations import question_of
 from storage.records import Comparison, Turn
@@ -79,7 +79,4 @@ def strengths(words: Words, chosen: int | None) -> str:
 
 def start(words: Words) -> str:
     """Return what the page is for, while there is no question."""
-    return (
-        f'<div class="k-empty">{icon("left")}{icon("right")}<h3>{escape(words("compare.title"))}</h3>'
-        f"<p>{escape(words('compare.text'))}</p></div>"
-    )
+    return empty(words("compare.title"), words("compare.text"))
