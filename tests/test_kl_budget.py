@@ -169,10 +169,20 @@ def thumbs_of(pairs: Sequence[Pair]) -> list[Thumb]:
     ]
 
 
+def led_back(base: Base, method: str, **options: Any) -> tuple[PolicyResult, Recorder]:
+    """Train a policy that is beyond the budget on what leads back, measured on 24 other prompts.
+
+    On 8 the first step's way back is within what sampling another token here and there makes of it.
+    """
+    unseen = [pair.prompt_ids for pair in make_pairs(24, seed=9)]
+    far = {"kl_base_budget_nats": 0.1, "kl_prompts": 24, "epochs": 2, "unseen": unseen}
+    return trained(base, method, labels(back=True), **{**far, **options})
+
+
 def trained(base: Base, method: str, pairs: Sequence[Pair], **options: Any) -> tuple[PolicyResult, Recorder]:
     """Train with a measurement at every step."""
-    settings = {name: options.pop(name) for name in list(options) if name in COMMON}
-    settings |= {"kl_every": 1, "kl_prompts": 8, "learning_rate": 2e-3, "epochs": 3}
+    asked = {name: options.pop(name) for name in list(options) if name in COMMON}
+    settings = {"kl_every": 1, "kl_prompts": 8, "learning_rate": 2e-3, "epochs": 3, **asked}
     curves = Recorder()
     options = {"seed": 3, "progress": curves, **options}
     if method == "dpo":
@@ -231,10 +241,10 @@ def test_the_kl_is_measured_on_prompts_that_the_policy_does_not_learn_from(
 def test_a_round_that_begins_beyond_the_budget_learns_what_leads_back(
     model: Path, served: Path, method: str
 ) -> None:
-    result, curves = trained(later_round(model, served), method, labels(back=True), kl_base_budget_nats=0.1)
+    result, curves = led_back(later_round(model, served), method, epochs=3 if method == "dpo" else 2)
     far, own = curve(curves, f"{method}/kl_from_base_nats"), curve(curves, f"{method}/kl_per_response_nats")
     assert result.stopped_because is None
-    assert min(far) < 0.25  # it began at 0.5
+    assert min(far) < 0.3  # it began at 0.56
     assert own[-1] > 0.2
     assert "already" in result.held
     assert "0.1 (" in result.held
@@ -257,13 +267,12 @@ def test_an_interrupted_later_round_resumes_to_the_same_weights_and_words(
     model: Path, served: Path, tmp_path: Path
 ) -> None:
     """What it began with was measured before the interruption, and the limit is still that."""
-    file, budgets = tmp_path / "dpo.pt", {"kl_base_budget_nats": 0.1}
+    file = tmp_path / "dpo.pt"
     bases = [later_round(model, served) for _ in range(3)]
-    whole, _ = trained(bases[0], "dpo", labels(back=True), **budgets)
-    stop = StopAfter("dpo", 2)
-    with pytest.raises(Interrupted, match="after 2 of 6"):
-        trained(bases[1], "dpo", labels(back=True), checkpoint=file, progress=stop, **budgets)
-    resumed, _ = trained(bases[2], "dpo", labels(back=True), checkpoint=file, **budgets)
+    whole, _ = led_back(bases[0], "dpo")
+    with pytest.raises(Interrupted, match="after 2 of 4"):
+        led_back(bases[1], "dpo", checkpoint=file, progress=StopAfter("dpo", 2))
+    resumed, _ = led_back(bases[2], "dpo", checkpoint=file)
     assert resumed == whole
     assert "already" in whole.held
     expected, weights = (adapter_parameters(bases[at], "policy") for at in (0, 2))
