@@ -1,9 +1,7 @@
-"""Run by test_memory: trains one step on a random model and prints how much resident memory grew, in bytes."""
+"""What test_memory runs in a process of its own: one training step, and how much resident memory grew by it."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import torch
@@ -27,19 +25,16 @@ def step(base: object, tokens: int, *, share: bool, row: int) -> None:
         completion_sums(token_logprobs(base, batch), batch).sum().backward()  # type: ignore[arg-type,no-untyped-call]
 
 
-def main(folder: str, dtype: str, tokens: str, rows: str, checkpointing: str, row: str) -> None:
+def growth(folder: Path, *, dtype: str, tokens: int, rows: str, checkpointing: bool, row: int) -> int:
+    """Train one step on a model; return the growth in bytes."""
     torch.set_num_threads(1)
-    base = load_base(folder, device="cpu", dtype=dtype)
+    base = load_base(str(folder), device="cpu", dtype=dtype)
     add_adapter(base, "policy", LoraSpec(), seed=0)
-    base.checkpointing = checkpointing == "True"
+    base.checkpointing = checkpointing
     base.share_prefixes = rows == "packed"
     assert packs(base) == (rows == "packed")
     step(base, 64, share=True, row=64)  # what is made once is there before the measurement
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = read("VmRSS")
-    step(base, int(tokens), share=rows != "padded", row=int(row))
-    print(json.dumps(read("VmHWM") - before))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    step(base, tokens, share=rows != "padded", row=row)
+    return read("VmHWM") - before
