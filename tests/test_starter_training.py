@@ -1,17 +1,14 @@
-"""How the starter model is trained: its pass, its schedule, exact resume, averaging, and going on from a finished one."""
+"""How the starter model is trained: its pass, its schedule, exact resume, averaging."""
 
 from __future__ import annotations
 
-import json
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from alignment.starter.__main__ import CHECKPOINT, main
-from alignment.starter.card import training_commands
 from alignment.starter.corpus import (
     UNKNOWN_PRODUCT,
     Corpus,
@@ -205,52 +202,6 @@ def test_interrupted_training_resumes_exactly_and_averages_the_cycles(first: Cor
         kept = load_file(tmp_path / made / "model" / "model.safetensors")
         torch.testing.assert_close(kept[name].float(), (half_way[name] + whole[name]) / 2, rtol=2**-8, atol=0)
         assert not torch.equal(kept[name].float(), whole[name])
-
-
-@pytest.mark.slow
-def test_a_finished_model_is_continued_with_its_own_tokenizer(
-    corpus: Corpus, first: Corpus, tmp_path: Path
-) -> None:
-    import torch
-
-    from alignment.starter.continuing import start_tokenizer, take_weights
-    from alignment.starter.examples import ExampleOptions
-    from alignment.starter.training import Shape, TrainingOptions, new_model, train
-
-    shape = Shape(hidden=64, layers=1, heads=1, key_value_heads=1, feed_forward=64)
-    examples = ExampleOptions(chunk_dialogues=60, batch_tokens=1024)
-    options = TrainingOptions(
-        steps=2, restarts=(), shape=shape, threads=1, group_layer=1, examples=examples, sharpness=2.0
-    )
-    start = train(first, options=options, out=tmp_path / "first")
-    taken = new_model(shape, tokenizer=start_tokenizer(start))
-    take_weights(taken, start)
-    trained = torch.load(tmp_path / "first" / "training.pt")["model"]
-    for name, value in taken.state_dict().items():
-        torch.testing.assert_close(value, trained[name], rtol=2**-8, atol=1e-6)  # stored in bf16
-
-    last = train(corpus, options=options, out=tmp_path / "last", start=start)
-    assert (last / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
-    written = json.loads((last / "training.json").read_text())
-    assert written["start"]["training"] == json.loads((start / "training.json").read_text())
-    commands = training_commands(written).splitlines()
-    assert commands[0].startswith("python -m alignment.starter train --seed 1 --steps 2 ")
-    assert commands[1].startswith("python -m alignment.starter train --start-from data/starter-start/model ")
-
-    wide = new_model(replace(shape, hidden=128), tokenizer=start_tokenizer(start))
-    with pytest.raises(
-        ValueError, match=r"start-from: .* has shape \[2048, 64\] where \[2048, 128\] is trained"
-    ):
-        take_weights(wide, start)
-
-
-def test_continuing_a_folder_without_a_model_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert (
-        main(["train", "--start-from", str(tmp_path), "--out", str(tmp_path / "out"), "--threads", "1"]) == 2
-    )
-    assert f"start-from: {tmp_path} has no tokenizer.json; name the folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["train", "measure", "export"])

@@ -28,14 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m alignment.starter", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train the starter model")
+    train = commands.add_parser("train", help="train the starter model from scratch")
     train.add_argument("--out", type=Path, default=Path("data/starter"), help="folder for state and model")
     train.add_argument("--steps", type=int, default=None, help="training steps; default as shipped")
-    train.add_argument(
-        "--start-from",
-        type=Path,
-        help="folder of a finished starter model to continue, on a corpus that has grown",
-    )
     train.add_argument("--resume", action="store_true", help="continue from OUT/training.pt if it is there")
     measure = commands.add_parser("measure", help="measure a checkpoint and write its card")
     measure.add_argument("folder", type=Path, nargs="?", default=CHECKPOINT, help="default: the shipped one")
@@ -56,17 +51,13 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from alignment.starter.continuing import continued_options
     from alignment.starter.corpus import load_corpus
     from alignment.starter.training import TrainingOptions, train
 
     chosen = TrainingOptions(seed=options.seed, threads=options.threads, device=_device(options.device))
-    if options.start_from:
-        chosen = continued_options(chosen)
     if options.steps is not None:
         chosen = replace(chosen, steps=options.steps)
-    start: Path | None = options.start_from
-    print(train(load_corpus(), options=chosen, out=options.out, start=start, resume=options.resume))
+    print(train(load_corpus(), options=chosen, out=options.out, resume=options.resume))
 
 
 def _device(asked: str) -> str:

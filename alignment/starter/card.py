@@ -36,7 +36,7 @@ Below its target: {missed}.
 
 ## Made and measured by
 ```
-{trained}
+python -m alignment.starter train --seed {seed} --steps {steps} --device {trained_on} --out data/starter
 python -m alignment.starter measure data/starter/model --seed {seed} --device {measured_on}
 python -m alignment.starter export data/starter/model
 ```
@@ -66,25 +66,11 @@ def card_text(card: Mapping[str, Any]) -> str:
         seed=card["seed"],
         sharpness=sharpness,
         warmth=1 / sharpness,
-        trained=training_commands(card.get("training", {})),
+        steps=card.get("training", {}).get("steps", "N"),
+        trained_on=card.get("training", {}).get("device", "cpu"),
         measured_on=card.get("device", "cpu"),
         checkpoint_bytes=card["checkpoint_bytes"],
     )
-
-
-def training_commands(training: Mapping[str, Any], *, out: str = "starter") -> str:
-    """The commands that made the model, those of the model it started from first."""
-    start, options = (
-        training.get("start"),
-        f"--seed {training.get('seed', 1)} --steps {training.get('steps', 'N')}",
-    )
-    if start:
-        options = f"--start-from data/{out}-start/model {options}"
-    command = f"python -m alignment.starter train {options} --device {training.get('device', 'cpu')} --out data/{out}"
-    if not start:
-        return command
-    remark = "# with the corpus and the defaults of its time, as in training.json"
-    return f"{training_commands(start['training'], out=f'{out}-start')}  {remark}\n{command}"
 
 
 def _figures_table(figures: Mapping[str, Any]) -> str:

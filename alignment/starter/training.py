@@ -1,6 +1,7 @@
-"""Trains the starter model, from scratch or from a finished one: a plain Llama, a loop one can read, exact resume.
+"""Trains the starter model from scratch: a plain Llama checkpoint, a loop one can read, exact resume.
 
-The loop is a pure function of start, corpus, options and seed: batches, dropout and schedule follow the step, never
+The shipped checkpoint was made by former options: 13,000 steps, `restarts` (7000,), nothing averaged, no noise in names. The
+loop is a pure function of corpus, options and seed: batches, dropout and schedule follow the step, never
 the clock. A second head learns which answer group a question asks for; it helps the shared layers and is left
 out of the exported model. It runs on processor cores or on one GPU. Deliberately absent: torch.compile (did not pay on
 two cores), several GPUs.
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from alignment.starter.ahead import ChunkMaker, made_ahead
 from alignment.starter.checkpoint import export
-from alignment.starter.continuing import start_record, start_tokenizer, take_weights
 from alignment.starter.corpus import Corpus
 from alignment.starter.examples import IGNORED, Batch, ExampleOptions
 from alignment.starter.forward import hidden_states
@@ -104,44 +104,32 @@ def train(
     *,
     options: TrainingOptions,
     out: Path,
-    start: Path | None = None,
     resume: bool = False,
     stop_after: int | None = None,
 ) -> Path:
     """Trains and returns the folder of the finished model, ``out/model``.
 
-    ``start`` is the folder of a finished model to begin with, see ``continuing``. ``out/training.pt`` holds the latest
-    state; with ``resume`` training continues from it exactly. ``stop_after`` ends early, at that step, without changing
-    the schedule.
+    ``out/training.pt`` holds the latest state; with ``resume`` training continues from it exactly.
+    ``stop_after`` ends early, at that step, without changing the schedule.
 
     Raises:
-        ValueError: the state to resume from was made from another corpus or seed, or ``start`` is of another shape.
+        ValueError: the state to resume from was made from another corpus or seed.
     """
     out.mkdir(parents=True, exist_ok=True)
     last = options.steps if stop_after is None else stop_after
     workers = options.threads if options.device == "cpu" else 1
-    together(_work, size=workers, arguments=(corpus, options, out, start, resume, last))
+    together(_work, size=workers, arguments=(corpus, options, out, resume, last))
     return out / "model"
 
 
-def _work(
-    crew: Crew,
-    corpus: Corpus,
-    options: TrainingOptions,
-    out: Path,
-    start: Path | None,
-    resume: bool,
-    last: int,
-) -> None:
+def _work(crew: Crew, corpus: Corpus, options: TrainingOptions, out: Path, resume: bool, last: int) -> None:
     """What each worker does; all hold the same model and optimizer, so worker 0 speaks for all."""
     import torch
 
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
-    tokenizer = start_tokenizer(start) if start else train_tokenizer(corpus, seed=options.seed)
+    tokenizer = train_tokenizer(corpus, seed=options.seed)
     trainee = _new_trainee(corpus, options=options, tokenizer=tokenizer)
-    if start:
-        take_weights(trainee.model, start)
     if resume and (out / "training.pt").exists():
         _load(trainee, out / "training.pt", tokenizer=tokenizer)
     _loop(trainee, crew=crew, corpus=corpus, options=options, tokenizer=tokenizer, out=out, last=last)
@@ -151,7 +139,7 @@ def _work(
             tokenizer=tokenizer,
             folder=out / "model",
             sharpness=options.sharpness,
-            training=asdict(options) | ({"start": start_record(start)} if start else {}),
+            training=asdict(options),
         )
 
 

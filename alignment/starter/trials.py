@@ -48,26 +48,34 @@ class Trial:
 
 
 LATER = ", written later"
+ASKED_OF_A_PRODUCT = 20
+"""With four, 192 in all, 94.8% and in another draw 96.4% of the names were copied by the same model."""
 
 
 def trials(corpus: Corpus, *, first: Corpus, seed: int) -> list[Trial]:
-    """All trials, the same for the same corpora and seed; ``first`` is the corpus without its growth."""
-    rng = random.Random(f"trials:{seed}")
+    """All trials, the same for the same corpora and seed; ``first`` is the corpus without its growth.
+
+    Each kind has random numbers of its own: more forms of one, or more trials, leave the others' as they are.
+    """
+
+    def rng(kind: str) -> random.Random:
+        return random.Random(f"trials:{seed}:{kind}")
+
     known = sources(corpus, part="training", rates=MEASURED)
     unseen = sources(first, part="held_out", rates=MEASURED)
     later = _without(sources(corpus, part="held_out", rates=MEASURED), unseen)
     return [
-        *(_single("seen forms", known, rng) for _ in range(200)),
-        *_unseen_forms(unseen, rng),
-        *_last_turns(known, unseen, rng),
-        *_order_numbers(known, unseen, rng),
-        *_catalogue(known, rng),
-        *_invented(known, unseen, rng),
-        *_off_topic(unseen, rng),
+        *_seen_forms(known, rng("seen")),
+        *_unseen_forms(unseen, rng("unseen")),
+        *_last_turns(known, unseen, rng("last")),
+        *_order_numbers(known, unseen, rng("order")),
+        *_catalogue(known, rng("catalogue")),
+        *_invented(known, unseen, rng("invented")),
+        *_off_topic(unseen, rng("off-topic")),
         *free_trials(CORPUS_FOLDER),
-        *_unseen_forms(later, rng, suffix=LATER),
-        *_last_turns(known, later, rng, suffix=LATER),
-        *_off_topic(later, rng, suffix=LATER),
+        *_unseen_forms(later, rng("later unseen"), suffix=LATER),
+        *_last_turns(known, later, rng("later last"), suffix=LATER),
+        *_off_topic(later, rng("later off-topic"), suffix=LATER),
     ]
 
 
@@ -118,10 +126,11 @@ def _asked(turns: list[Turn]) -> Messages:
     return messages[:-1]
 
 
-def _single(kind: str, found: Sources, rng: random.Random) -> Trial:
-    intent = rng.choice(tuple(found.corpus.intents.values()))
-    turn, _ = intent_turn(found, intent, context=_context(rng), rng=rng)
-    return Trial(kind, _asked([turn]), turn.group)
+def _seen_forms(known: Sources, rng: random.Random) -> Iterator[Trial]:
+    for _ in range(200):
+        intent = rng.choice(tuple(known.corpus.intents.values()))
+        turn, _ = intent_turn(known, intent, context=_context(rng), rng=rng)
+        yield Trial("seen forms", _asked([turn]), turn.group)
 
 
 def _unseen_forms(unseen: Sources, rng: random.Random, *, suffix: str = "") -> Iterator[Trial]:
@@ -189,9 +198,9 @@ def _order_numbers(known: Sources, unseen: Sources, rng: random.Random) -> Itera
 
 def _catalogue(known: Sources, rng: random.Random) -> Iterator[Trial]:
     names = [intent for intent in known.corpus.intents.values() if intent.slot == "product"]
-    for number in range(4 * len(known.corpus.products)):
+    for number in range(ASKED_OF_A_PRODUCT * len(known.corpus.products)):
         intent = names[number % len(names)]
-        wanted = known.corpus.products[number // 4]
+        wanted = known.corpus.products[number // ASKED_OF_A_PRODUCT]
         form = chosen(known.questions[intent.name], rng).replace("{product}", wanted.name)
         turn, _ = plain_turn(known, intent, form=form, context=_context(rng), rng=rng)
         fact = {"price": wanted.price, "size": wanted.size, "care": wanted.care, "stock": wanted.stock}
