@@ -139,7 +139,7 @@ def ppo(base: Base, crew: Crew) -> PpoResult:
         entropy_every=1,
     )
     prompts = [pair.prompt_ids for pair in make_pairs(7)]
-    # Half of the answers end. If none did, all would score the same, and whitening would make advantages of rounding.
+    # Many of the answers end. If none did, all would score the same, and whitening would make advantages of rounding.
     ends = frozenset(range(0, base.model.config.vocab_size, 8))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base, "stop_ids", ends)
