@@ -244,7 +244,7 @@ def test_a_round_that_begins_beyond_the_budget_learns_what_leads_back(
     result, curves = led_back(later_round(model, served), method, epochs=3 if method == "dpo" else 2)
     far, own = curve(curves, f"{method}/kl_from_base_nats"), curve(curves, f"{method}/kl_per_response_nats")
     assert result.stopped_because is None
-    assert min(far) < 0.3  # it began at 0.56
+    assert min(far) < 0.25  # it began at 0.56
     assert own[-1] > 0.2
     assert "already" in result.held
     assert "0.1 (" in result.held

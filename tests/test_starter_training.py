@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from alignment.starter.__main__ import CHECKPOINT, main
+from alignment.starter.__main__ import main
 from alignment.starter.corpus import (
     UNKNOWN_PRODUCT,
     Corpus,
@@ -17,8 +17,6 @@ from alignment.starter.corpus import (
 from alignment.starter.dialogues import Context, Sources, dialogue, product_turn, sources
 from alignment.starter.noise import NoiseRates
 from alignment.starter.tokenizer import DialogueEncoder, train_tokenizer
-
-shipped = pytest.mark.skipif(not CHECKPOINT.exists(), reason="the starter checkpoint is not in this checkout")
 
 
 @pytest.fixture(scope="module")
