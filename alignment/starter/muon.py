@@ -28,26 +28,33 @@ class Muon:
         """One update from the gradients, which are cleared; the workers share the orthogonalising."""
         import torch
 
+        # Each `_foreach` is one launch on a GPU, which waits for launches more than for arithmetic.
         with torch.no_grad():
-            updates = [self._momentum_update(at) for at in range(len(self.matrices))]
+            updates = self._momentum_updates()
             for places in self._same_shape():
                 mine = places[crew.rank :: crew.size]
                 done = list(orthogonal(torch.stack([updates[at] for at in mine]))) if mine else []
-                for at in places:
-                    updates[at].zero_()
+                if crew.size > 1:
+                    torch._foreach_zero_([updates[at] for at in places])
                 for at, update in zip(mine, done, strict=True):
-                    updates[at].copy_(update)
+                    updates[at] = update
             crew.summed(updates)
-            for matrix, update in zip(self.matrices, updates, strict=True):
-                scale = rate * max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
-                matrix.mul_(1 - rate * weight_decay).add_(update, alpha=-scale)
+            torch._foreach_mul_(self.matrices, 1 - rate * weight_decay)
+            for places in self._same_shape():
+                rows, columns = self.matrices[places[0]].shape
+                scale = rate * max(1.0, rows / columns) ** 0.5
+                torch._foreach_add_(
+                    [self.matrices[at] for at in places], [updates[at] for at in places], alpha=-scale
+                )
 
-    def _momentum_update(self, at: int) -> torch.Tensor:
-        gradient, momentum = self.matrices[at].grad, self.momenta[at]
-        momentum.lerp_(gradient, 1 - MOMENTUM)
-        self.matrices[at].grad = None
-        update: torch.Tensor = gradient.lerp(momentum, MOMENTUM)  # Nesterov
-        return update
+    def _momentum_updates(self) -> list[torch.Tensor]:
+        import torch
+
+        gradients = [matrix.grad for matrix in self.matrices]
+        torch._foreach_lerp_(self.momenta, gradients, 1 - MOMENTUM)
+        for matrix in self.matrices:
+            matrix.grad = None
+        return list(torch._foreach_lerp(gradients, self.momenta, MOMENTUM))  # Nesterov
 
     def _same_shape(self) -> list[list[int]]:
         by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
