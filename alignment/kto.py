@@ -15,7 +15,7 @@ Equal to TRL 1.16's KTOTrainer on the same ids, weights and order, as long as an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,8 +28,16 @@ from alignment.distributed import ALONE, Crew
 from alignment.kl_budget import where_measured
 from alignment.kto_losses import balanced_weights, reference_point, thumb_losses
 from alignment.labels import Thumb
-from alignment.logprobs import Row, completion_logprobs, completion_sums, shares, token_logprobs
+from alignment.logprobs import (
+    Row,
+    completion_logprobs,
+    completion_sums,
+    logprobs_beside,
+    shares,
+    token_logprobs,
+)
 from alignment.models import Base, active, has_adapter
+from alignment.packed import packs
 from alignment.policy_training import Method, PolicyResult, train_policy
 from alignment.progress import Progress
 from alignment.reference_cache import ReferenceCache, reference_logprobs
@@ -40,6 +48,12 @@ from storage.errors import InvalidField
 __all__ = ["KtoConfig", "KtoResult", "thumb_batches", "train_kto"]
 
 KtoResult = PolicyResult
+Scored = tuple[list[int], torch.Tensor]
+"""Places among a step's thumbs, and the policy's log-probs of their answers in nats."""
+EQUAL_NATS = 1e-4
+"""What float32 may leave between the sums of one answer in two passes: before the first step a policy is on neither side."""
+CPU_SHARE = 0.25
+"""Of what fits into memory, what a step's activations may take on a CPU, whose memory others need too."""
 FEWEST_IN_A_BATCH = 3
 """On average: so that rounding leaves no batch of one, whose only mismatched row would be its own answer."""
 
@@ -181,8 +195,9 @@ def _prepare(
         base, rows + mismatched, cache=cache, batch_tokens=config.batch_tokens, progress=progress, crew=crew
     )
     progress.step(1)
-    sums = torch.tensor([float(values.sum(dtype="float64")) for values in scored], device=base.device)
-    weights = torch.tensor([thumb.weight for thumb in thumbs], device=base.device)
+    wide = torch.promote_types(base.dtype, torch.float32)
+    weights = torch.tensor([thumb.weight for thumb in thumbs], dtype=wide, device=base.device)
+    sums = weights.new_tensor([float(values.sum(dtype="float64")) for values in scored])
     ups = torch.tensor([thumb.up for thumb in thumbs], device=base.device)
     return _Data(
         rows=rows,
@@ -216,17 +231,21 @@ def _gradients(
     z0 comes first, from all mismatched rows, because every answer's gradient depends on it. Every micro-batch
     divides by the whole batch's weight, so the split changes nothing.
     """
-    point = _point(base, data, numbers, config, crew)
+    joined = _fits_at_once(base, data, numbers, config)
+    point = None if joined else _point(base, data, numbers, config, crew)
     everyone = torch.tensor(numbers, device=base.device)  # (I,)
     lengths = torch.tensor([len(data.rows[number][1]) for number in numbers], device=base.device)
-    ratios = torch.zeros(len(numbers), device=base.device)
-    total_loss = torch.zeros((), device=base.device)
+    ratios = data.weights.new_zeros(len(numbers))
+    total_loss = data.weights.new_zeros(())
     total = data.weights[everyone].sum()
     with active(base, "policy", trainable=True):
-        layouts = list(_layouts(base, [data.rows[number] for number in numbers], config))
-        for places, batch in crew.share(layouts):
+        passes: Iterable[Scored]
+        if point is None:
+            point, passes = _joined(base, data, numbers, config, crew)
+        else:
+            passes = _answers(base, data, numbers, config, crew)
+        for places, policy in passes:
             own = everyone[places]
-            policy = completion_sums(token_logprobs(base, batch), batch)
             losses = thumb_losses(
                 policy,
                 data.reference[own],
@@ -253,11 +272,59 @@ def _gradients(
 def _point(base: Base, data: _Data, numbers: Sequence[int], config: KtoConfig, crew: Crew) -> torch.Tensor:
     """Return z0 of the batch, in nats."""
     if config.loss != "kto":
-        return torch.zeros((), device=base.device)
+        return data.weights.new_zeros(())
     rows = [data.mismatched[number] for number in numbers]
     scored = completion_logprobs(base, rows, adapter="policy", batch_tokens=config.batch_tokens, crew=crew)
-    policy = torch.tensor([math.fsum(values) for values in scored], device=base.device)
+    policy = data.weights.new_tensor([math.fsum(values) for values in scored])
     return reference_point(policy, data.mismatched_reference[list(numbers)])
+
+
+def _answers(
+    base: Base, data: _Data, numbers: Sequence[int], config: KtoConfig, crew: Crew
+) -> Iterator[Scored]:
+    """Score this process's answers, a micro-batch at a time."""
+    layouts = list(_layouts(base, [data.rows[number] for number in numbers], config))
+    for places, batch in crew.share(layouts):
+        yield places, completion_sums(token_logprobs(base, batch), batch)
+
+
+def _fits_at_once(base: Base, data: _Data, numbers: Sequence[int], config: KtoConfig) -> bool:
+    """Return whether z0 can come from the answers' own pass: one that knows how, and keeps a whole step's activations."""
+    if config.loss != "kto" or not packs(base):
+        return False
+    tokens = sum(
+        len(prompt) + len(answer)
+        for number in numbers
+        for prompt, answer in (data.rows[number], ((), data.mismatched[number][1]))
+    )
+    return tokens <= base.most_tokens * (1 if base.device.type == "cuda" else CPU_SHARE)
+
+
+def _joined(
+    base: Base, data: _Data, numbers: Sequence[int], config: KtoConfig, crew: Crew
+) -> tuple[torch.Tensor, list[Scored]]:
+    """Return z0 and this process's answers scored, each prompt read once for its answer and the mismatched one.
+
+    No gradient can be formed before z0 is known, so the activations of the whole step are kept until then.
+    """
+    trees, groups = group_by_prompt([data.rows[number] for number in numbers])
+    strangers = [[data.mismatched[numbers[place]][1] for place in places] for places in groups]
+    both = [
+        make_tree(tree.prompt, (*tree.completions, *more))
+        for tree, more in zip(trees, strangers, strict=True)
+    ]
+    plans = micro_batches(both, budget_tokens=base.budget(config.batch_tokens), share=True)
+    policy = data.weights.new_zeros(len(numbers))
+    passes: list[Scored] = []
+    for plan in crew.share(plans):
+        batch = collate([both[i] for i in plan], share=True, pad_id=base.pad_id, device=base.device)
+        sums = completion_sums(logprobs_beside(base, batch, [len(groups[i]) for i in plan]), batch)
+        halves = [part.chunk(2) for part in torch.split(sums, [2 * len(groups[i]) for i in plan])]
+        places = [place for i in plan for place in groups[i]]
+        passes.append((places, torch.cat([own for own, _ in halves])))
+        policy[places] = torch.cat([stranger for _, stranger in halves]).detach()
+    crew.sum(policy)
+    return reference_point(policy, data.mismatched_reference[list(numbers)]), passes
 
 
 def _layouts(base: Base, rows: Sequence[Row], config: KtoConfig) -> Iterator[tuple[list[int], Batch]]:
@@ -280,7 +347,7 @@ def _moved(
 ) -> tuple[dict[str, float], Change | None]:
     """Return the curves of (I,) log-ratios in nats, those of a class only when the batch has it."""
     above = torch.where(ups, ratios - point, point - ratios)
-    right = (above > 0).float() + 0.5 * (above == 0).float()
+    right = (above > EQUAL_NATS).float() + 0.5 * (above.abs() <= EQUAL_NATS).float()
     curves = {"kto/accuracy": float(right.mean())}
     if bool((~ups).any()):
         curves["kto/down_nats"] = float(ratios[~ups].mean())

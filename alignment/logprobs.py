@@ -6,11 +6,20 @@ Letters: B rows, T tokens, V vocabulary, D hidden size, N completion tokens, C c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 
-from alignment.batching import Batch, Tree, collate, group_by_prompt, micro_batches, pays_to_share
+from alignment.batching import (
+    Batch,
+    Tree,
+    collate,
+    group_by_prompt,
+    micro_batches,
+    pays_to_share,
+    sent,
+)
 from alignment.distributed import ALONE, Crew
 from alignment.models import Base, active, backbone, checkpointed, head
 from alignment.packed import packed_states, packs
@@ -123,6 +132,30 @@ def token_logprobs(base: Base, batch: Batch, *, temperature: float = 1.0) -> tor
     hidden = states_at(base, batch, batch.predictors)
     layer = head(base)
     return head_logprobs(hidden, layer.weight, batch.targets, bias=layer.bias, temperature=temperature)
+
+
+def logprobs_beside(base: Base, batch: Batch, learnt: Sequence[int]) -> torch.Tensor:
+    """Return (N,) log-probs in nats as `token_logprobs` does, for models that `packed.packs` knows.
+
+    Args:
+        learnt: of each row, how many of its completions, the first ones, get a gradient; the others cost none.
+    """
+    free = torch.tensor(
+        [
+            number > count
+            for ends, count in zip(batch.bounds, learnt, strict=True)
+            for number, (start, stop) in enumerate(pairwise(ends), start=1)
+            for _ in range(start, stop)
+        ]
+    )  # (N,)
+    order, count = free.int().argsort(stable=True), int((~free).sum())
+    order, back = sent([order, order.argsort()], base.device)
+    hidden = packed_states(base, batch, batch.predictors, learnt=learnt)[order]
+    targets, layer = batch.targets[order], head(base)
+    own = head_logprobs(hidden[:count], layer.weight, targets[:count], bias=layer.bias)
+    with torch.no_grad():
+        others = head_logprobs(hidden[count:].detach(), layer.weight, targets[count:], bias=layer.bias)
+    return torch.cat([own, others])[back]
 
 
 def completion_sums(values: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -41,6 +41,61 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 BLOCK_TOKENS = 128
 """Queries of a block: half of a block's last square is computed for nothing, and each block costs some calls."""
 Span = tuple[int, int]
+
+
+class Segment(NamedTuple):
+    """A prompt or a completion, as spans of packed tokens."""
+
+    prompt: Span
+    """What it sees beside its own, empty for a prompt."""
+    own: Span
+    free: bool
+    """Whether it gets no gradient."""
+
+
+class _Part(NamedTuple):
+    """The tokens that go through the layers together, from `start` of the packed ones on."""
+
+    start: int
+    tokens: int
+    segments: list[tuple[Span, Span]]
+    spans: list[Span]
+    """Of each segment what is read."""
+    read: torch.Tensor
+    """The same, (M,) into the part's own tokens, on the CPU."""
+
+
+class _Ways:
+    """How a part's queries find their keys in a layer, and in the last one, where only what is read asks."""
+
+    def __init__(self, part: _Part, turns: Rotation, read: torch.Tensor, device: torch.device) -> None:
+        """Plan both; `turns` (N, E / 2) are of all packed tokens, `read` is the part's on the device."""
+        end = part.start + part.tokens
+        keys = (turns[0][:end], turns[1][:end])
+        own = (turns[0][part.start : end], turns[1][part.start : end])
+        last = (own[0][read], own[1][read])
+        whole = [span for _, span in part.segments]
+        self._ways = [
+            partial(attention_of(part.segments, spans, device), turns=(asking, keys))
+            for spans, asking in ((whole, own), (part.spans, last))
+            if part.segments
+        ]
+
+    def attention(
+        self,
+        last: bool,
+        *,
+        noting: list[torch.Tensor] | None = None,
+        seeing: torch.Tensor | None = None,
+    ) -> Callable[..., torch.Tensor]:
+        """Return the attention of a layer: it notes keys and values, or sees those that were noted before its own."""
+
+        def attend(q: torch.Tensor, kv: torch.Tensor, *, heads: Heads) -> torch.Tensor:
+            if noting is not None:
+                noting.append(kv.detach())
+            return self._ways[last](q, kv if seeing is None else torch.cat([seeing, kv]), heads=heads)
+
+        return attend
 
 
 def packs(base: Base) -> bool:
@@ -89,52 +144,48 @@ def _read_whole(part: Any, dtype: torch.dtype) -> bool:
     )
 
 
-def packed_states(base: Base, batch: Batch, places: torch.Tensor) -> torch.Tensor:
+def packed_states(
+    base: Base, batch: Batch, places: torch.Tensor, *, learnt: Sequence[int] | None = None
+) -> torch.Tensor:
     """Return (len(places), D) last hidden states at `places`, int64 into B*T, under the adapter that is on.
 
     Everything is planned on the CPU, from the batch's bounds and `places`, and sent before the first layer.
+
+    Args:
+        learnt: of each row, how many of its completions, the first ones, may get a gradient. The others see the
+            same prompt, keep nothing for the backward pass and take no part in it. None: all may.
     """
     model, config = backbone(base), base.model.config
-    segments = _segments(batch.bounds)
-    kept, positions = _kept(batch)
-    number = torch.zeros(batch.segments.numel(), dtype=torch.int64).index_copy_(
-        0, kept, torch.arange(len(kept))
+    segments, sources, positions = _segments(batch, learnt)
+    number = torch.zeros(batch.segments.numel(), dtype=torch.int64)
+    number[sources] = torch.arange(len(sources))
+    first, beside = _parts(segments, number[places].tolist())
+    read = torch.cat([first.read, beside.read + first.tokens])  # (M,) into N
+    among = torch.zeros(len(sources), dtype=torch.int64).index_copy_(0, read, torch.arange(len(read)))
+    tokens, own, others, positions, asked = sent(
+        [sources, first.read, beside.read, positions, among[number[places]]], base.device
     )
-    spans = _read_spans(segments, number[places].tolist())
-    read = torch.cat([torch.arange(*span) for span in spans if span[0] < span[1]])  # (M,) into N
-    among = torch.zeros(len(kept), dtype=torch.int64).index_copy_(0, read, torch.arange(len(read)))
-    kept, positions, read, asked = sent([kept, positions, read, among[number[places]]], base.device)
-    x = nn.functional.embedding(batch.input_ids.flatten()[kept], model.embed_tokens.weight)  # (N, D)
-    keys = rotation_at(model, x, positions)
-    mix = attention_of(segments, [own for _, own in segments], base.device)
+    x = nn.functional.embedding(batch.input_ids.flatten()[tokens], model.embed_tokens.weight)  # (N, D)
+    turns = rotation_at(model, x, positions)
+    ways = _Ways(first, turns, own, base.device), _Ways(beside, turns, others, base.device)
+    x, y = x[: first.tokens], x[first.tokens :]
     run = partial(checkpoint, layer_states, use_reentrant=False, preserve_rng_state=False)
     layer_of = run if base.checkpointing and torch.is_grad_enabled() else layer_states
-    for layer in model.layers[:-1]:
-        x = layer_of(layer, x, None, partial(mix, turns=(keys, keys)), config)
-    mix = partial(attention_of(segments, spans, base.device), turns=((keys[0][read], keys[1][read]), keys))
-    x = layer_of(model.layers[-1], x, read, mix, config)
-    return normed_by(model.norm, x)[asked]
+    for layer in model.layers:
+        last = layer is model.layers[-1]
+        seen: list[torch.Tensor] | None = [] if len(y) else None
+        x = layer_of(layer, x, own if last else None, ways[0].attention(last, noting=seen), config)
+        if seen:
+            with torch.no_grad():
+                attention = ways[1].attention(last, seeing=seen.pop())
+                y = layer_states(layer, y, others if last else None, attention, config)
+    return normed_by(model.norm, torch.cat([x, y]) if len(y) else x)[asked]
 
 
 def rotation_at(model: Any, x: torch.Tensor, positions: torch.Tensor) -> Rotation:
     """Return the rotation at `positions` (N,), in the precision of x (N, D)."""
     cosine, sine = (part[0].chunk(2, dim=-1)[0] for part in model.rotary_emb(x, positions.unsqueeze(0)))
     return cosine.contiguous(), sine.contiguous()
-
-
-def _kept(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (N,) which of B*T are tokens, and their positions: those of an answer go on after its prompt."""
-    width = batch.input_ids.shape[1]
-    kept = [torch.arange(row * width, row * width + ends[-1]) for row, ends in enumerate(batch.bounds)]
-    positions = [
-        part
-        for ends in batch.bounds
-        for part in (
-            torch.arange(ends[0]),
-            *(torch.arange(ends[0], ends[0] + stop - start) for start, stop in pairwise(ends)),
-        )
-    ]
-    return torch.cat(kept), torch.cat(positions)
 
 
 def attention_of(
@@ -153,16 +204,54 @@ def _flash(
     return partial(flash_attention, sequences=sequences_of(_blocks(segments, spans, whole), device))
 
 
-def _segments(bounds: Sequence[Sequence[int]]) -> list[tuple[Span, Span]]:
-    """Return, for each prompt and completion in turn, the packed tokens of the prompt it sees and its own."""
-    found: list[tuple[Span, Span]] = []
-    start = 0
-    for ends in bounds:
-        prompt = (start, start + ends[0])
-        found.append(((start, start), prompt))
-        found += [(prompt, (start + one, start + other)) for one, other in pairwise(ends)]
-        start += ends[-1]
-    return found
+def _segments(batch: Batch, learnt: Sequence[int] | None) -> tuple[list[Segment], torch.Tensor, torch.Tensor]:
+    """Return the prompts and completions in the order they are packed in, and of each packed token its place and position.
+
+    Those without gradient come last. A token's place is into B*T; positions of a completion go on after its prompt.
+    """
+    width = batch.input_ids.shape[1]
+    parts = [
+        (learnt is not None and number > learnt[row], row, number, span)
+        for row, ends in enumerate(batch.bounds)
+        for number, span in enumerate(pairwise((0, *ends)))
+    ]
+    parts.sort(key=lambda part: part[0])  # stable
+    found, places, positions = [], [], []
+    prompts: dict[int, Span] = {}
+    at = 0
+    for free, row, number, (start, stop) in parts:
+        own = (at, at + stop - start)
+        prompt = prompts[row] if number else (at, at)
+        prompts.setdefault(row, own)
+        found.append(Segment(prompt, own, free))
+        begin = batch.bounds[row][0] if number else 0
+        places.append(torch.arange(row * width + start, row * width + stop))
+        positions.append(torch.arange(begin, begin + stop - start))
+        at = own[1]
+    return found, torch.cat(places), torch.cat(positions)
+
+
+def _parts(segments: Sequence[Segment], places: Sequence[int]) -> tuple[_Part, _Part]:
+    """Return what goes through the layers with a gradient and what goes beside it, and what of each is read."""
+    spans = _read_spans([(prompt, own) for prompt, own, _ in segments], places)
+    found, start = [], 0
+    for free in (False, True):
+        chosen = [
+            (segment, span) for segment, span in zip(segments, spans, strict=True) if segment.free == free
+        ]
+        count = sum(own[1] - own[0] for (_, own, _), _ in chosen)
+        wanted = [torch.arange(*span) - start for _, span in chosen if span[0] < span[1]]
+        found.append(
+            _Part(
+                start=start,
+                tokens=count,
+                segments=[(segment.prompt, segment.own) for segment, _ in chosen],
+                spans=[span for _, span in chosen],
+                read=torch.cat(wanted) if wanted else torch.zeros(0, dtype=torch.int64),
+            )
+        )
+        start += count
+    return found[0], found[1]
 
 
 def _read_spans(segments: Sequence[tuple[Span, Span]], places: Sequence[int]) -> list[Span]:

@@ -15,7 +15,7 @@ import torch
 
 from alignment import packed_attention
 from alignment.batching import Batch, Tree, collate, make_tree
-from alignment.logprobs import hidden_states, token_logprobs
+from alignment.logprobs import hidden_states, logprobs_beside, token_logprobs
 from alignment.models import (
     Base,
     LoraSpec,
@@ -207,6 +207,28 @@ def test_log_probs_and_their_gradients_are_those_of_padded_rows_in_the_models_ow
         return logits.log_softmax(-1)[rows.predictors].gather(1, rows.targets.unsqueeze(1)).squeeze(1)
 
     assert_equal_passes(base, trees, adapter, [lambda: token_logprobs(base, trees), plain])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("trees", "learnt"), [(TREES, [1, 0, 2]), (LONG, [1, 1]), (TREES, [2, 1, 4])])
+def test_completions_beside_are_scored_alike_and_get_no_gradient(
+    base: Base, trees: list[Tree], learnt: list[int], checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "checkpointing", checkpointing)
+    batch = laid_out(base, trees, share=True)
+    kinds = [
+        number < count
+        for tree, count in zip(trees, learnt, strict=True)
+        for number in range(len(tree.completions))
+    ]
+    learns = torch.tensor(kinds)[batch.owners]
+
+    def all_together() -> torch.Tensor:
+        values = token_logprobs(base, batch)
+        return torch.where(learns, values, values.detach())
+
+    both = [lambda: logprobs_beside(base, batch, learnt), all_together]
+    assert_equal_passes(base, batch, "policy", both)
 
 
 def test_switching_adapters_switches_the_pass(base: Base) -> None:

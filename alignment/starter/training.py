@@ -54,9 +54,9 @@ class TrainingOptions:
     restarts: tuple[int, ...] = (7000, 13000)
     """Steps at which the learning rate, having fallen to zero, starts again (as in arXiv 1608.03983)."""
     averaged: int = 2
-    """Cycles whose last weights are averaged into the model (SWA: Izmailov et al. 2018, arXiv 1803.05407). Tried after 13,000
-    steps of a former corpus, with two third cycles of 2,000 and 3,000: of 1,488 questions in forms written later 74.4%
-    were right at first, 75.3 and 76.1% after a third cycle, 75.8 and 76.4% with the mean of both ends."""
+    """Cycles whose last weights are averaged into the model (SWA: Izmailov et al. 2018, arXiv 1803.05407). Tried after
+    13,000 steps of a former corpus, with two third cycles of 2,000 and 3,000: of 1,488 questions in forms written later
+    74.4% were right at first, 75.3 and 76.1% after a third cycle, 75.8 and 76.4% with the mean of both ends."""
     seed: int = 1
     device: str = "cpu"  # or "cuda"
     threads: int = (
