@@ -23,6 +23,7 @@ from storage import feedback, runs, settings
 from storage.errors import InvalidField
 from storage.people import SYSTEM
 from storage.records import Json, RunTrigger, now
+from storage.runs import NextRun
 from storage.store import Store
 
 POLL_S = 10
@@ -193,37 +194,37 @@ class Scheduler:
             self._launch(trigger)
         return trigger
 
-    def next_text(self) -> str:
-        """Return one sentence on what starts the next run."""
+    def next_run(self) -> NextRun:
+        """Return what starts the next run."""
         try:
             schedule = self._schedule()
         except InvalidField as error:
-            return f"No run will start by itself: {error}."
+            return NextRun(kind="broken", problem=str(error))
         running = runs.running(self._store)
         if running is not None:
-            return f"A run has been under way since {self._when(running.started_at)}."
+            return NextRun(kind="running", when=self._when(running.started_at))
         if schedule.paused:
-            return "Scheduled runs are paused."
-        reasons = [text for text in (self._cron_text(schedule), self._labels_text(schedule)) if text]
-        if not reasons:
-            return "No run will start by itself: the schedule has neither times nor a number of labels."
-        return f"The next run starts {' or '.join(reasons)}."
+            return NextRun(kind="paused")
+        fire, missing = self._next_fire(schedule), self._missing_labels(schedule)
+        if fire is None:
+            return NextRun(kind="never") if missing is None else NextRun(kind="labels", labels=missing)
+        if missing is None:
+            return NextRun(kind="time", when=self._when(fire))
+        return NextRun(kind="time_or_labels", when=self._when(fire), labels=missing)
 
-    def _cron_text(self, schedule: Schedule) -> str:
+    def _next_fire(self, schedule: Schedule) -> float | None:
+        """Return when the next cron time comes, now at the earliest."""
         if not schedule.cron:
-            return ""
+            return None
         reference = cron_reference(self._state(schedule), self._last_run())
         fire = next_cron_time(schedule.cron, after=reference, zone=self._zone)
-        if fire is None:
-            return ""
-        return "within seconds" if fire <= now() else f"on {self._when(fire)}"
+        return None if fire is None else max(fire, now())
 
-    def _labels_text(self, schedule: Schedule) -> str:
+    def _missing_labels(self, schedule: Schedule) -> int | None:
         if not schedule.after_labels:
-            return ""
+            return None
         since = max(self._last_run(), self._state(schedule).launched_at)
-        missing = schedule.after_labels - feedback.count_labels(self._store, since=since)
-        return "within seconds" if missing <= 0 else f"after {missing} more label{'s' if missing > 1 else ''}"
+        return max(0, schedule.after_labels - feedback.count_labels(self._store, since=since))
 
     def _when(self, at: float) -> str:
         return datetime.fromtimestamp(at, self._zone).strftime("%Y-%m-%d %H:%M %Z")

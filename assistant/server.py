@@ -39,6 +39,7 @@ from storage.errors import Busy, InvalidField
 from storage.failures import record_failure
 from storage.lock import DataLock
 from storage.records import Person, Policy, RunTrigger
+from storage.runs import NextRun
 from storage.store import Store
 
 log = logging.getLogger("kotae")
@@ -88,8 +89,8 @@ class Scheduler(Protocol):
     def stop(self) -> None:
         """Stop watching; a run that is going on continues."""
 
-    def next_text(self) -> str:
-        """Say in one sentence when the next run starts."""
+    def next_run(self) -> NextRun:
+        """Return what starts the next run."""
 
 
 MakeScheduler = Callable[[Store, Callable[[RunTrigger], None]], Scheduler]
@@ -197,7 +198,7 @@ async def _serve(
             release=release,
             chat=Chat(store, engine, release, limits=options.limits),
             launch_run=launcher.launch,
-            schedule_text=scheduler.next_text,
+            next_run=scheduler.next_run,
             model_name=Path(base.base_path).name,
         )
         web = build_app(services, secure_cookies=options.behind_https)

@@ -12,8 +12,9 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from storage.digests import sha256_of
 from storage.errors import Busy, Conflict, InvalidField
@@ -25,6 +26,23 @@ PROGRESS_KEYS = ("stage", "step", "steps", "message", "fraction", "eta_s")
 START_TIME_TOLERANCE_S = 2.0
 """The kernel derives a start time from the wall clock, which time servers may nudge."""
 DIED = "the process died without saying why (killed, out of memory, or the machine stopped)"
+
+
+NextRunKind = Literal["time", "labels", "time_or_labels", "running", "paused", "never", "broken"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextRun:
+    """What starts the next run by itself, if anything does."""
+
+    kind: NextRunKind
+    """running: one is under way; never: the schedule is empty; broken: it cannot be read."""
+    when: str = ""
+    """Of "time": when it comes, in the machine's time zone; of "running": since when."""
+    labels: int = 0
+    """Of "labels": how many new ones must still come."""
+    problem: str = ""
+    """Of "broken"."""
 
 
 def open_run(store: Store, run: Run) -> None:

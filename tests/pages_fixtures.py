@@ -17,6 +17,7 @@ from assistant.web.services import Services
 from chat_fixtures import make_real_desk
 from storage import adapters, conversations, feedback, people, policies, runs
 from storage.records import Evaluation, Json, Person, Policy, RunTrigger, Snapshot, Turn, new_id, now
+from storage.runs import NextRun
 from storage_fixtures import World, make_run
 from tiny_models import make_adapter
 from web_fixtures import PASSWORD, Site
@@ -130,7 +131,7 @@ def make_pages_site(folder: Path, *, delay_s: float = 0.0) -> Site:
         release=desk.release,
         chat=desk.chat,
         launch_run=lambda trigger, person: started.append((trigger, person)),
-        schedule_text=lambda: "The next run starts at 03:00, or after 37 more labels.",
+        next_run=lambda: NextRun(kind="time_or_labels", when="2026-11-27 03:00 CET", labels=37),
         model_name="Kotae starter",
     )
     team = {"admin": desk.world.admin, "staff": desk.world.staff, "other": desk.world.other}

@@ -23,10 +23,11 @@ from assistant.web.pages.chat_view import View
 from assistant.web.pages.frame import Frame, header_html, page_path
 from assistant.web.pages.html import difference, merged_difference, when
 from assistant.web.pages.streaming import UPDATE_INTERVAL_S, UPDATES_PER_S, LiveAnswer, interval_for
-from assistant.web.words import LANGUAGES, Words
+from assistant.web.words import LANGUAGES, Language, Words
 from storage import conversations, feedback
 from storage.errors import InvalidField
 from storage.records import Person
+from storage.runs import NextRun
 from storage.tallies import likings
 from storage_fixtures import make_run, make_turn, make_world, start_conversation
 from web_fixtures import make_site
@@ -326,6 +327,28 @@ def test_satisfaction_counts_the_last_thumb_of_each_person_and_no_retracted_ones
 def test_a_schedule_that_cannot_be_kept_names_the_field(cron: str, labels: int | None) -> None:
     with pytest.raises(InvalidField, match=r"^(cron|labels): "):
         runs_page.checked_schedule(cron, labels)
+
+
+@pytest.mark.parametrize("language", ["en", "ja"])
+@pytest.mark.parametrize(
+    ("coming", "shown"),
+    [
+        (NextRun(kind="time", when="Friday"), ["Friday"]),
+        (NextRun(kind="labels", labels=0), ["0"]),
+        (NextRun(kind="time_or_labels", when="Friday", labels=37), ["Friday", "37"]),
+        (NextRun(kind="running", when="Friday"), ["Friday"]),
+        (NextRun(kind="paused"), []),
+        (NextRun(kind="never"), []),
+        (NextRun(kind="broken", problem="cron: 'x'"), ["cron: 'x'"]),
+    ],
+)
+def test_what_starts_the_next_run_is_said_in_both_languages(
+    language: Language, coming: NextRun, shown: list[str]
+) -> None:
+    text = runs_view.next_run_text(Words(language), coming)
+    assert all(part in text for part in shown)
+    assert "{" not in text
+    assert (language == "en") == text.isascii()
 
 
 def test_a_schedule_is_kept_as_numbers() -> None:

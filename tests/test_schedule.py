@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from storage import runs, settings
 from storage.errors import InvalidField
 from storage.people import SYSTEM
 from storage.records import RunTrigger
+from storage.runs import NextRun
 from storage.store import Store
 
 MONDAY_3AM = datetime(2026, 11, 23, 3, 0, tzinfo=UTC).timestamp()
@@ -142,7 +144,8 @@ def test_nothing_starts_while_a_run_is_alive(store: Store) -> None:
     runs.open_run(store, new_run(AlignmentConfig(), trigger="manual"))
     scheduler = Scheduler(store, pytest.fail)
     assert scheduler.tick() is None
-    assert scheduler.next_text().startswith("A run has been under way since ")
+    assert scheduler.next_run().kind == "running"
+    assert scheduler.next_run().when.startswith("2")
 
 
 def test_a_run_whose_process_died_is_marked_failed_and_does_not_block(store: Store) -> None:
@@ -187,19 +190,22 @@ def test_the_job_looks_by_itself_and_stops(store: Store) -> None:
     assert launched == ["cron"]
 
 
-def test_next_text_is_one_sentence(store: Store) -> None:
+def test_what_starts_the_next_run_is_known(store: Store) -> None:
     scheduler = Scheduler(store, pytest.fail)
     put(store, after_labels=3)
-    assert scheduler.next_text() == "The next run starts after 3 more labels."
+    assert scheduler.next_run() == NextRun(kind="labels", labels=3)
     put(store, cron="0 3 * * *", after_labels=1)
-    assert scheduler.next_text().startswith("The next run starts on 2")
-    assert scheduler.next_text().endswith(" or after 1 more label.")
+    both = scheduler.next_run()
+    assert (both.kind, both.labels) == ("time_or_labels", 1)
+    assert re.match(r"20\d\d-\d\d-\d\d 03:00 ", both.when)
     put(store, paused=True, cron="0 3 * * *")
-    assert scheduler.next_text() == "Scheduled runs are paused."
+    assert scheduler.next_run() == NextRun(kind="paused")
     put(store)
-    assert scheduler.next_text().startswith("No run will start by itself")
+    assert scheduler.next_run() == NextRun(kind="never")
     put(store, cron="whenever")
-    assert "schedule.cron" in scheduler.next_text()
+    broken = scheduler.next_run()
+    assert broken.kind == "broken"
+    assert "schedule.cron" in broken.problem
 
 
 def test_ending_a_pause_does_not_make_up_for_the_paused_nights(store: Store) -> None:

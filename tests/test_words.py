@@ -12,6 +12,7 @@ import pytest
 from assistant.web.words import LANGUAGES, WORDS_FILE, Words, default_questions, default_reasons
 from storage.policies import Standing
 from storage.records import Choice, Decision, FinishReason, Role, RunStatus, RunTrigger
+from storage.runs import NextRunKind
 
 PAGES = Path(__file__).parent.parent / "assistant" / "web" / "pages"
 LITERALS = {
@@ -22,6 +23,7 @@ LITERALS = {
     "choice": Choice,
     "decision": Decision,
     "finish": FinishReason,
+    "next_run": NextRunKind,
 }
 """Families of words and the values that storage may hold."""
 

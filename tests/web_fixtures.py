@@ -26,6 +26,7 @@ from assistant.web.services import Services
 from running_server import free_port
 from storage import deployments, people, policies
 from storage.records import Person, Policy, Role
+from storage.runs import NextRun
 from storage.store import Store
 from storage_fixtures import World, add_candidate, approve, deploy
 
@@ -95,7 +96,7 @@ def make_site(data: Path, *, pages: Pages = (), secure_cookies: bool = False) ->
         release=release,
         chat=Chat(store, engine, release),
         launch_run=lambda trigger, person: None,
-        schedule_text=lambda: "no run is planned",
+        next_run=lambda: NextRun(kind="never"),
         model_name="fake",
     )
     names: dict[str, Role] = {

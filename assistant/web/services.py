@@ -9,6 +9,7 @@ from assistant.chat import Chat
 from assistant.engine.protocol import Engine
 from assistant.release import Release
 from storage.records import Person, RunTrigger
+from storage.runs import NextRun
 from storage.store import Store
 
 
@@ -16,7 +17,7 @@ from storage.store import Store
 class Services:
     """Everything a page may call. `launch_run` starts an alignment run in a process of its own and returns at once.
 
-    `launch_run` raises Busy when a run is going on. `schedule_text` says in one sentence when the next run starts.
+    `launch_run` raises Busy when a run is going on. `next_run` says what starts the next one.
     """
 
     store: Store
@@ -24,6 +25,6 @@ class Services:
     release: Release
     chat: Chat
     launch_run: Callable[[RunTrigger, Person], None]
-    schedule_text: Callable[[], str]
+    next_run: Callable[[], NextRun]
     model_name: str
     """What to call the base model on the pages, e.g. "Kotae starter"."""

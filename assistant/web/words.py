@@ -26,10 +26,10 @@ class Words:
         text: str = _table()["words"][key][self.language]
         return text.format(**values) if values else text
 
-    def of(self, family: str, member: str) -> str:
+    def of(self, family: str, member: str, **values: Any) -> str:
         """Return the word for one member of a family (a status, a role); an unknown one stands as it is."""
-        texts = _table()["words"].get(f"{family}.{member}")
-        return str(texts[self.language]) if texts else member.replace("_", " ").replace("/", " · ")
+        known = f"{family}.{member}" in _table()["words"]
+        return self(f"{family}.{member}", **values) if known else member.replace("_", " ").replace("/", " · ")
 
 
 def default_reasons() -> list[Json]:

@@ -11,7 +11,7 @@ from apscheduler.triggers.cron import CronTrigger
 from assistant.web.pages.candidate_view import curves
 from assistant.web.pages.frame import Frame, clickable, clicked, markup
 from assistant.web.pages.html import note
-from assistant.web.pages.runs_view import run_detail, run_list, running_html
+from assistant.web.pages.runs_view import next_run_text, run_detail, run_list, running_html
 from storage import runs, settings
 from storage.errors import InvalidField
 from storage.records import Json, Run, now
@@ -122,7 +122,7 @@ class RunsPage:
         is_paused = schedule_of(store)["paused"]
         return {
             self.running: running_html(words, runs.running(store), now()),
-            self.when: f'<p class="k-hint">{escape(self.services.schedule_text())}</p>',
+            self.when: f'<p class="k-hint">{escape(next_run_text(words, self.services.next_run()))}</p>',
             self.pause: gr.Button(words("runs.resume") if is_paused else words("runs.pause")),
             self.listing: run_list(words, listed, current=run.id if run else "", now=now()),
             self.detail: run_detail(words, run) if run else "",

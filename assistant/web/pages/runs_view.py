@@ -9,6 +9,7 @@ from typing import Any
 from assistant.web.pages.html import HOUR_S, MINUTE_S, badge, empty, moment, when
 from assistant.web.words import Words
 from storage.records import Json, Run
+from storage.runs import NextRun
 
 STATUS_KINDS = {"passed": "good", "running": "live", "failed": "bad", "refused": "bad"}
 MEBIBYTE = 1024 * 1024
@@ -56,6 +57,12 @@ def _fraction(progress: Json) -> float:
         steps = progress.get("steps") or 0
         fraction = progress.get("step", 0) / steps if steps else 0.0
     return min(1.0, max(0.0, float(fraction)))
+
+
+def next_run_text(words: Words, coming: NextRun) -> str:
+    """Return one sentence on what starts the next run."""
+    facts = {"when": coming.when, "labels": coming.labels, "problem": coming.problem}
+    return words.of("next_run", coming.kind, **facts)
 
 
 def run_list(words: Words, runs: Sequence[Run], *, current: str, now: float) -> str:
