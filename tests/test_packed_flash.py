@@ -12,7 +12,7 @@ import torch
 
 from alignment import packed, packed_flash
 from alignment.batching import collate, make_tree
-from alignment.logprobs import hidden_states, token_logprobs
+from alignment.logprobs import hidden_states, logprobs_beside, token_logprobs
 from alignment.models import Base, active, adapter_parameters, add_adapter, load_base
 from alignment.packed import packed_states, packs
 from alignment.packed_flash import Sequences, flash_backward, flash_forward, has_flash
@@ -94,6 +94,18 @@ def test_states_and_gradients_are_the_models_own(
     where = getattr(batch, places)
     both = [lambda: packed_states(base, batch, where), lambda: hidden_states(base, batch)[where]]
     assert_equal_passes(base, batch, "policy", both)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_completions_beside_are_scored_alike_and_get_no_gradient(base: Base) -> None:
+    batch = laid_out(base, LONG, share=True)
+    learns = torch.tensor([True, False, True, False])[batch.owners]
+
+    def all_together() -> torch.Tensor:
+        values = token_logprobs(base, batch)
+        return torch.where(learns, values, values.detach())
+
+    assert_equal_passes(base, batch, "policy", [lambda: logprobs_beside(base, batch, [1, 1]), all_together])
 
 
 @pytest.mark.usefixtures("stand_in")
