@@ -74,21 +74,18 @@ def draw(content: Json, path: Path) -> None:
     from matplotlib.figure import Figure
 
     shown = cases(content)
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
-    plot = figure.subplots()
-    for offset, (name, label) in enumerate(
-        [("cpu_s", "CPU seconds"), ("memory_growth_mb", "memory of the training")]
-    ):
+    panels = (("cpu_s", "CPU seconds"), ("memory_growth_mb", "memory of the training"))
+    for plot, (name, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         found = [ratios(content, case, name) for case in shown]
-        places = [place + 0.4 * offset for place in range(len(shown))]
-        plot.bar(places, [statistics.median(values) for values in found], width=0.36, label=label)
-        for place, values in zip(places, found, strict=True):
-            plot.plot([place] * len(values), values, "k.", markersize=4)
-    plot.axhline(1, color="grey", linewidth=0.8)
-    plot.set_xticks([place + 0.2 for place in range(len(shown))], [" ".join(case) for case in shown])
-    plot.set_ylabel("TRL / Kotae")
-    plot.legend()
+        plot.barh(range(len(shown)), [statistics.median(values) for values in found], height=0.7)
+        for place, values in enumerate(found):
+            plot.plot(values, [place] * len(values), "k.", markersize=4)
+        plot.axvline(1, color="grey", linewidth=0.8)
+        plot.set_yticks(range(len(shown)), [" ".join(case) for case in shown])
+        plot.invert_yaxis()
+        plot.set(xlabel="TRL / Kotae", title=title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
