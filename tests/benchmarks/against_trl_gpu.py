@@ -131,7 +131,7 @@ def search(asked: argparse.Namespace, made: dict[Case, Job], folder: Path) -> di
         "precompute": [{"precompute": True}],
         "liger": [{"liger": asked.device != "cpu"}],
     }
-    # On an H200 precomputed reference log-probs took 2.5 to 4 times as long for every ratio.
+    # On an H200 precomputed reference log-probs took 2.4 to 2.9 times as long.
     start = {"micro_batch": min(asked.micro_batches), "sort": True, "precompute": False}
     peer = {**start, "choices": [groups[name] for name in asked.search]}
     steps = asked.search_steps
