@@ -43,7 +43,7 @@ BLOCK_TOKENS = 128
 Span = tuple[int, int]
 
 
-class Segment(NamedTuple):
+class _Segment(NamedTuple):
     """A prompt or a completion, as spans of packed tokens."""
 
     prompt: Span
@@ -204,7 +204,9 @@ def _flash(
     return partial(flash_attention, sequences=sequences_of(_blocks(segments, spans, whole), device))
 
 
-def _segments(batch: Batch, learnt: Sequence[int] | None) -> tuple[list[Segment], torch.Tensor, torch.Tensor]:
+def _segments(
+    batch: Batch, learnt: Sequence[int] | None
+) -> tuple[list[_Segment], torch.Tensor, torch.Tensor]:
     """Return the prompts and completions in the order they are packed in, and of each packed token its place and position.
 
     Those without gradient come last. A token's place is into B*T; positions of a completion go on after its prompt.
@@ -223,7 +225,7 @@ def _segments(batch: Batch, learnt: Sequence[int] | None) -> tuple[list[Segment]
         own = (at, at + stop - start)
         prompt = prompts[row] if number else (at, at)
         prompts.setdefault(row, own)
-        found.append(Segment(prompt, own, free))
+        found.append(_Segment(prompt, own, free))
         begin = batch.bounds[row][0] if number else 0
         places.append(torch.arange(row * width + start, row * width + stop))
         positions.append(torch.arange(begin, begin + stop - start))
@@ -231,7 +233,7 @@ def _segments(batch: Batch, learnt: Sequence[int] | None) -> tuple[list[Segment]
     return found, torch.cat(places), torch.cat(positions)
 
 
-def _parts(segments: Sequence[Segment], places: Sequence[int]) -> tuple[_Part, _Part]:
+def _parts(segments: Sequence[_Segment], places: Sequence[int]) -> tuple[_Part, _Part]:
     """Return what goes through the layers with a gradient and what goes beside it, and what of each is read."""
     spans = _read_spans([(prompt, own) for prompt, own, _ in segments], places)
     found, start = [], 0
