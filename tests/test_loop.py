@@ -18,7 +18,7 @@ from storage.store import Store
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
-AT_ONCE = 16
+AT_ONCE = 32
 COMPARISONS = 400
 FRESH = 400
 
