@@ -35,9 +35,6 @@ print(os.environ.get("OMP_PLACES"), os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
 """
 
 
-@pytest.mark.skipif(
-    (os.cpu_count() or 1) > 2, reason="on more cores: one thread less than there are, and their numbers"
-)
 def test_the_engine_process_starts_with_the_openmp_that_vllm_would_give_its_worker() -> None:
     theirs = {
         name: value
@@ -48,9 +45,11 @@ def test_the_engine_process_starts_with_the_openmp_that_vllm_would_give_its_work
         [sys.executable, "-c", STARTS], capture_output=True, text=True, check=False, env=theirs
     )
     assert done.returncode == 0, done.stderr
-    # bound to core 0 as asked, and nothing set where vLLM starts workers of its own; then one thread of nobody's choice
-    wanted = ["1 {0}", "None None", "1 None", "1 None", "None 0"]
-    assert done.stdout.splitlines()[-5:] == wanted
+    *bound, one, other, after = done.stdout.splitlines()[-5:]
+    # Bound to core 0 as asked, and nothing set where vLLM starts workers of its own.
+    assert (bound, after) == (["1 {0}", "None None"], "None 0")
+    # A thread of nobody's choice; on more cores one less than there are, and their numbers.
+    assert (os.cpu_count() or 1) > 2 or (one, other) == ("1 None", "1 None")
 
 
 PRIORITIES = """
