@@ -34,7 +34,7 @@ ACCELERATE = (
     "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 --num_machines 1 --main_process_port 0"
 )
 LONG: dict[str, dict[str, Any]] = {
-    "dpo": {"method": "dpo", "dpo": {**SMALL["dpo"], "epochs": 60}},
+    "dpo": {"method": "dpo", "dpo": {**SMALL["dpo"], "epochs": 30}},
     "ppo": {
         "method": "ppo",
         "ppo": {
