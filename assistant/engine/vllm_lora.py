@@ -42,7 +42,9 @@ def groups_of(slots: torch.Tensor) -> Groups:
     first = int(slots[0])
     if bool((slots == first).all()):
         return ((first, None),) if first >= 0 else ()
-    return tuple((slot, (slots == slot).nonzero().flatten()) for slot in sorted(set(slots.tolist())) if slot >= 0)
+    return tuple(
+        (slot, (slots == slot).nonzero().flatten()) for slot in sorted(set(slots.tolist())) if slot >= 0
+    )
 
 
 def add_products(
