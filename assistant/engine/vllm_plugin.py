@@ -34,7 +34,7 @@ def keep_the_model_in_the_engine_process() -> None:
 
     start = CoreEngineProcManager.__init__
     if not hasattr(start, "__wrapped__"):
-        CoreEngineProcManager.__init__ = _with_openmp(start)  # type: ignore[method-assign]
+        CoreEngineProcManager.__init__ = _with_openmp(start)
 
 
 def _with_openmp(start: Any) -> Any:

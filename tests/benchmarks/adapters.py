@@ -95,7 +95,8 @@ def wait_ready(url: str) -> None:
             if httpx.get(f"{url}/health").status_code == 200:
                 return
         except httpx.HTTPError:
-            time.sleep(0.5)
+            pass
+        time.sleep(0.5)
     raise SystemExit(f"{url} is not ready after {BOOT_TIMEOUT_S} s")
 
 
