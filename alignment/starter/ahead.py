@@ -1,4 +1,4 @@
-"""Batches made ahead by other processes: one core makes 25 to 50 a second, a GPU trains on more than that.
+"""Batches made ahead by other processes: one core makes 25 a second, a GPU trains on more than that.
 
 A chunk's batches follow its number and the seed alone, so nothing depends on who makes them or when.
 """
