@@ -141,7 +141,9 @@ def tell_administrator(store: Store, url: str) -> None:
 
 
 def check_port_free(host: str, port: int) -> None:
-    """Raise InvalidField when somebody listens there already."""
+    """Raise InvalidField when there is no such port, or somebody listens there already."""
+    if not 0 <= port < 65_536:
+        raise InvalidField("--port", port, "use one from 1 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

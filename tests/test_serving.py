@@ -309,6 +309,13 @@ def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
     assert "nowhere" in done.stderr
 
 
+def test_a_port_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    done = run_app("serve", "--port", "99999", data=tmp_path / "data")
+    assert done.returncode == 2
+    assert "--port: got 99999; use one from 1 to 65535" in done.stderr
+    assert not (tmp_path / "data").exists()
+
+
 def test_bad_input_is_named_and_changes_nothing(server: Server) -> None:
     store = Store(server.data)
     before = len(store.all(Turn)), len(feedback.comparisons(store)), len(feedback.ratings(store))
