@@ -202,7 +202,7 @@ def test_interrupted_training_resumes_exactly_and_averages_the_cycles(first: Cor
         assert not torch.equal(kept[name].float(), whole[name])
 
 
-@pytest.mark.parametrize("command", ["train", "measure", "export"])
+@pytest.mark.parametrize("command", ["train", "caution", "measure", "export"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

@@ -1,4 +1,4 @@
-"""Command line: ``python -m alignment.starter train | measure | export``."""
+"""Command line: ``python -m alignment.starter train | caution | measure | export``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
@@ -16,7 +17,7 @@ SIZE_LIMIT_BYTES = 20_000_000
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; 0 is success, 2 bad input."""
     options = _parser().parse_args(arguments)
-    run = {"train": _train, "measure": _measure, "export": _export}[options.command]
+    run = {"train": _train, "caution": _caution, "measure": _measure, "export": _export}[options.command]
     try:
         run(options)
     except (ValueError, FileNotFoundError) as error:
@@ -28,10 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m alignment.starter", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train the starter model from scratch")
+    train = commands.add_parser("train", help="train the starter model from scratch, caution included")
     train.add_argument("--out", type=Path, default=Path("data/starter"), help="folder for state and model")
     train.add_argument("--steps", type=int, default=None, help="training steps; default as shipped")
     train.add_argument("--resume", action="store_true", help="continue from OUT/training.pt if it is there")
+    caution = commands.add_parser("caution", help="that last step alone, for a trained model")
+    caution.add_argument("folder", type=Path, help="folder of the trained model")
+    caution.add_argument(
+        "--out", type=Path, default=Path("data/starter/cautious"), help="folder of the result"
+    )
     measure = commands.add_parser("measure", help="measure a checkpoint and write its card")
     measure.add_argument("folder", type=Path, nargs="?", default=CHECKPOINT, help="default: the shipped one")
     measure.add_argument("--vllm", metavar="URL", help="also compare greedy answers with this vLLM server")
@@ -39,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="put a trained model where Kotae ships it from")
     export.add_argument("folder", type=Path, help="folder of the trained model")
     export.add_argument("--out", type=Path, default=CHECKPOINT, help="default: the shipped checkpoint")
-    for command in (train, measure):
+    for command in (train, caution, measure):
         command.add_argument("--seed", type=int, default=1, help="of everything random (1)")
         command.add_argument("--threads", type=int, default=2, help="processor threads (2)")
         command.add_argument(
@@ -49,15 +55,38 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from dataclasses import replace
-
+    from alignment.starter.caution import CautionOptions, make_cautious
     from alignment.starter.corpus import load_corpus
     from alignment.starter.training import TrainingOptions, train
 
+    corpus = load_corpus()
     chosen = TrainingOptions(seed=options.seed, threads=options.threads, device=_device(options.device))
     if options.steps is not None:
         chosen = replace(chosen, steps=options.steps)
-    print(train(load_corpus(), options=chosen, out=options.out, resume=options.resume))
+    caution = CautionOptions(steps=min(CautionOptions().steps, chosen.steps))
+    folder = train(corpus, options=chosen, out=options.out, resume=options.resume)
+    print(
+        make_cautious(folder, corpus=corpus, training=chosen, options=caution, out=options.out / "cautious")
+    )
+
+
+def _caution(options: argparse.Namespace) -> None:
+    from alignment.starter.caution import CautionOptions, make_cautious
+    from alignment.starter.corpus import load_corpus
+    from alignment.starter.training import TrainingOptions
+
+    _check_model(options.folder)
+    chosen = TrainingOptions(seed=options.seed, threads=options.threads, device=_device(options.device))
+    print(
+        make_cautious(
+            options.folder, corpus=load_corpus(), training=chosen, options=CautionOptions(), out=options.out
+        )
+    )
+
+
+def _check_model(folder: Path) -> None:
+    if not (folder / "model.safetensors").exists():
+        raise FileNotFoundError(f"folder: {folder} has no model.safetensors; train first")
 
 
 def _device(asked: str) -> str:
@@ -90,8 +119,7 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    if not (options.folder / "model.safetensors").exists():
-        raise FileNotFoundError(f"folder: {options.folder} has no model.safetensors; train first")
+    _check_model(options.folder)
     size = sum(path.stat().st_size for path in options.folder.iterdir())
     if size > SIZE_LIMIT_BYTES:
         raise FileNotFoundError(

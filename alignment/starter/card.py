@@ -13,9 +13,9 @@ _TEXT = """# Kotae starter model
 
 A Llama of {parameters:,} parameters, trained from scratch on support dialogues of the fictional shop Morikawa
 Home, all written by hand in `alignment/starter/corpus/`. It is small: what it can and cannot do is in the
-figures below. It is meant to answer its shop's questions and to hand everything else to a person. It has learnt five
-manners (plain, curt, warm, step by step, over-promising) in equal parts, so that feedback has something to
-choose between. Over-promising is there on purpose, to be trained away: this model must not meet real customers.
+figures below. It is meant to answer its shop's questions and to hand everything else to a person, also when it is in
+doubt (`alignment/starter/caution.py`). It has learnt five manners (plain, curt, warm, step by step, over-promising)
+in equal parts, so that feedback has something to choose between. Over-promising is there on purpose, to be trained away: this model must not meet real customers.
 
 Serve it with `--dtype float32`: the manners are nearly equally likely, so rounding to bfloat16 can change which
 one a greedy answer takes. Without a system prompt and at temperature 0.7 to 1.0 it shows all its manners. Its logits were
@@ -36,9 +36,7 @@ Below its target: {missed}.
 
 ## Made and measured by
 ```
-python -m alignment.starter train --seed {seed} --steps {steps} --device {trained_on} --out data/starter
-python -m alignment.starter measure data/starter/model --seed {seed} --device {measured_on}
-python -m alignment.starter export data/starter/model
+{commands}
 ```
 The checkpoint folder holds {checkpoint_bytes:,} bytes.
 """
@@ -53,8 +51,7 @@ def write_card(card: Mapping[str, Any], folder: Path) -> None:
 def card_text(card: Mapping[str, Any]) -> str:
     """The model card in Markdown."""
     manners = card["figures"]["manners, temperature 1"]
-    sharpness = card.get("training", {}).get("sharpness", 1.0)
-    equality = card.get("vllm")
+    sharpness, equality = card.get("training", {}).get("sharpness", 1.0), card.get("vllm")
     return _TEXT.format(
         parameters=card["parameters"],
         figures=_figures_table(card["figures"]),
@@ -63,14 +60,24 @@ def card_text(card: Mapping[str, Any]) -> str:
         if equality
         else "",
         missed="; ".join(missed_targets(card["figures"])) or "nothing",
-        seed=card["seed"],
         sharpness=sharpness,
         warmth=1 / sharpness,
-        steps=card.get("training", {}).get("steps", "N"),
-        trained_on=card.get("training", {}).get("device", "cpu"),
-        measured_on=card.get("device", "cpu"),
+        commands=_commands(card),
         checkpoint_bytes=card["checkpoint_bytes"],
     )
+
+
+def _commands(card: Mapping[str, Any]) -> str:
+    """What made and measured the model; caution is a command of its own where another machine trained."""
+    training, folder = card.get("training", {}), "data/starter/model"
+    trained_on, seed = training.get("device", "cpu"), f"--seed {card['seed']}"
+    commands = [f"train {seed} --steps {training.get('steps', 'N')} --device {trained_on} --out data/starter"]
+    if caution := training.get("caution"):
+        if caution["device"] != trained_on:
+            commands.append(f"caution {folder} {seed} --device {caution['device']}")
+        folder = "data/starter/cautious"
+    commands += [f"measure {folder} {seed} --device {card.get('device', 'cpu')}", f"export {folder}"]
+    return "\n".join(f"python -m alignment.starter {command}" for command in commands)
 
 
 def _figures_table(figures: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from alignment.starter.corpus import OFF_TOPIC
 from alignment.starter.dialogues import Dialogue, Sources, Turn, dialogue
 from alignment.starter.noise import NoiseRates
 from alignment.starter.tokenizer import DialogueEncoder
@@ -35,6 +36,7 @@ class ExampleOptions:
     question_weight: float = 0.15  # loss weight of a token the customer wrote, against 1 of the assistant's
     first_weight: float = 2.0  # loss weight of an answer's first tokens, where its subject is decided
     first_tokens: int = 8
+    handover_weight: float = 1.0  # factor of that for an answer that hands over, see ``caution``
     bottleneck_share: float = 0.5  # of the answers that copy nothing: they do not see the question
     early: Stage = Stage(short_share=0.85, exact_weight=4.0)  # first understand ...
     later: Stage = Stage(0.25, 4.0, NoiseRates(typo=0.25, upper=0.03, name_noise=0.12))  # ... then recite
@@ -99,9 +101,10 @@ def example(
             if rng.random() < options.bottleneck_share:
                 start = len(built.ids) - len(encoder.head("assistant"))
         _append(built, content, weight=1.0, visible_from=start)
+        first_weight = options.first_weight * (options.handover_weight if turn.group == OFF_TOPIC else 1.0)
         for at, is_exact in enumerate(exact[: len(content)], start=len(built.ids) - len(content)):
             first = at < len(built.ids) - len(content) + options.first_tokens
-            built.weights[at] = stage.exact_weight if is_exact else options.first_weight if first else 1.0
+            built.weights[at] = stage.exact_weight if is_exact else first_weight if first else 1.0
         _append(built, [] if last else encoder.line, weight=0.0)
     return built
 
