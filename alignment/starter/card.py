@@ -15,7 +15,8 @@ A Llama of {parameters:,} parameters, trained from scratch on support dialogues 
 Home, all written by hand in `alignment/starter/corpus/`. It is small: what it can and cannot do is in the
 figures below. It is meant to answer its shop's questions and to hand everything else to a person, also when it is in
 doubt (`alignment/starter/caution.py`). It has learnt five manners (plain, curt, warm, step by step, over-promising)
-in equal parts, so that feedback has something to choose between. Over-promising is there on purpose, to be trained away: this model must not meet real customers.
+in equal parts, so that feedback has something to choose between. Over-promising is there on purpose, to be trained away:
+this model must not meet real customers.
 
 Serve it with `--dtype float32`: the manners are nearly equally likely, so rounding to bfloat16 can change which
 one a greedy answer takes. Without a system prompt and at temperature 0.7 to 1.0 it shows all its manners. Its logits were
