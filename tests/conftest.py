@@ -21,6 +21,9 @@ from tiny_models import make_tiny_model
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
+    from alignment.starter.corpus import Corpus
+    from alignment.starter.dialogues import Sources
+
 
 class ByFile(LoadScopeScheduling):
     """Gives whole files to the workers of `make test`; those that share the one server go to one of them.
@@ -93,3 +96,33 @@ def filled(tmp_path: Path, model: Path) -> Iterator[Filled]:
     made = open_store(tmp_path / "data", model)
     yield made
     made.store.close()
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Corpus:
+    from alignment.starter.corpus import load_corpus
+
+    return load_corpus()
+
+
+@pytest.fixture(scope="session")
+def first_corpus() -> Corpus:
+    """Return the corpus without its growth: a third of the forms, where the number of them does not matter."""
+    from alignment.starter.corpus import load_corpus
+
+    return load_corpus(grown=False)
+
+
+@pytest.fixture(scope="session")
+def training_part(corpus: Corpus) -> Sources:
+    from alignment.starter.dialogues import sources
+    from alignment.starter.noise import NoiseRates
+
+    return sources(corpus, part="training", rates=NoiseRates())
+
+
+@pytest.fixture(scope="session")
+def starter_tokenizer(first_corpus: Corpus) -> Any:
+    from alignment.starter.tokenizer import train_tokenizer
+
+    return train_tokenizer(first_corpus, seed=1)

@@ -47,6 +47,7 @@ class Crowd:
     answers: list[tuple[str, str]] = field(default_factory=list)
     """(policy, text)"""
     failures: list[Exception] = field(default_factory=list)
+    pause_s: float = 0.1
     stopped: bool = False
 
     async def ask(self, number: int) -> None:
@@ -57,7 +58,7 @@ class Crowd:
                     self.answers.append((deployment.policy_id, text_of(pieces)))
                 except Exception as error:
                     self.failures.append(error)
-            await asyncio.sleep(0.1)  # a server that starts beside them needs its share of the machine
+            await asyncio.sleep(self.pause_s)
 
 
 def kill_9(server: VllmProcess) -> None:
@@ -98,7 +99,9 @@ async def swap_while_one_dies(
     await until(lambda: len(crowd.answers) > so_far + 32)
     assert crowd.failures == cut
 
+    crowd.pause_s = 1.0  # a server that starts beside them needs its share of the machine
     await until(lambda: doomed.state == "ready")
+    crowd.pause_s = 0.1
     assert (await engine.health()).detail == "2 of 2 replicas answer"
     recorder.asked.clear()
     so_far = len(crowd.answers)

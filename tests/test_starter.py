@@ -23,31 +23,10 @@ from alignment.starter.dialogues import Sources, dialogue, filled, sources
 from alignment.starter.forms import expand, is_held_out
 from alignment.starter.noise import NoiseRates, add_typos, change_case, replace_synonyms, synonym_table
 from alignment.starter.slots import invented_name, is_held_out_number, order_number
-from alignment.starter.tokenizer import DialogueEncoder, chat_tokenizer, train_tokenizer
+from alignment.starter.tokenizer import DialogueEncoder, chat_tokenizer
 from alignment.starter.trials import LATER, trials
 
 shipped = pytest.mark.skipif(not CHECKPOINT.exists(), reason="the starter checkpoint is not in this checkout")
-
-
-@pytest.fixture(scope="module")
-def corpus() -> Corpus:
-    return load_corpus()
-
-
-@pytest.fixture(scope="module")
-def first() -> Corpus:
-    """Return the corpus without its growth: a third of the forms, where the number of them does not matter."""
-    return load_corpus(grown=False)
-
-
-@pytest.fixture(scope="module")
-def training(corpus: Corpus) -> Sources:
-    return sources(corpus, part="training", rates=NoiseRates())
-
-
-@pytest.fixture(scope="module")
-def tokenizer(first: Corpus) -> Any:
-    return train_tokenizer(first, seed=1)
 
 
 def test_corpus_has_every_manner_and_enough_forms_for_each_intent(corpus: Corpus) -> None:
@@ -70,13 +49,13 @@ def test_a_broken_corpus_file_is_reported_with_file_field_and_fix(tmp_path: Path
         load_corpus(folder)
 
 
-def test_assembly_is_deterministic_and_follows_the_seed(training: Sources) -> None:
-    first = [dialogue(training, seed=1, number=number) for number in range(50)]
-    assert first == [dialogue(training, seed=1, number=number) for number in range(50)]
-    assert first != [dialogue(training, seed=2, number=number) for number in range(50)]
+def test_assembly_is_deterministic_and_follows_the_seed(training_part: Sources) -> None:
+    first = [dialogue(training_part, seed=1, number=number) for number in range(50)]
+    assert first == [dialogue(training_part, seed=1, number=number) for number in range(50)]
+    assert first != [dialogue(training_part, seed=2, number=number) for number in range(50)]
 
 
-def test_no_form_is_both_trained_on_and_held_out(corpus: Corpus, training: Sources) -> None:
+def test_no_form_is_both_trained_on_and_held_out(corpus: Corpus, training_part: Sources) -> None:
     unseen = sources(corpus, part="held_out", rates=NoiseRates())
 
     def forms(found: Sources) -> set[str]:
@@ -84,30 +63,32 @@ def test_no_form_is_both_trained_on_and_held_out(corpus: Corpus, training: Sourc
         lists = [*(forms for table in tables for forms in table.values())]
         return {form for forms in [*lists, found.subjects, found.frames, found.standalone] for form in forms}
 
-    assert not forms(training) & forms(unseen)
-    share = len(forms(unseen)) / (len(forms(unseen)) + len(forms(training)))
+    assert not forms(training_part) & forms(unseen)
+    share = len(forms(unseen)) / (len(forms(unseen)) + len(forms(training_part)))
     assert 0.12 < share < 0.18  # 15% are wanted
     assert all(is_held_out(form) for form in forms(unseen))
     assert all(unseen.questions.values()), "an intent without held-out forms cannot be measured"
 
 
-def test_growth_adds_forms_and_takes_none_of_the_first_held_out_ones(corpus: Corpus, first: Corpus) -> None:
-    assert corpus.groups.keys() == first.groups.keys()
+def test_growth_adds_forms_and_takes_none_of_the_first_held_out_ones(
+    corpus: Corpus, first_corpus: Corpus
+) -> None:
+    assert corpus.groups.keys() == first_corpus.groups.keys()
     for name, intent in corpus.intents.items():
-        assert set(first.intents[name].questions) <= set(intent.questions)
-    measured = sources(first, part="held_out", rates=NoiseRates())
+        assert set(first_corpus.intents[name].questions) <= set(intent.questions)
+    measured = sources(first_corpus, part="held_out", rates=NoiseRates())
     trained = sources(corpus, part="training", rates=NoiseRates())
     for name, forms in measured.questions.items():
         assert not set(forms) & set(trained.questions[name])
     assert sum(map(len, trained.questions.values())) > 1.3 * sum(
-        len(first.intents[name].questions) for name in first.intents
+        len(first_corpus.intents[name].questions) for name in first_corpus.intents
     )
 
 
 def test_trials_keep_the_first_corpus_apart_from_what_was_written_later(
-    corpus: Corpus, first: Corpus
+    corpus: Corpus, first_corpus: Corpus
 ) -> None:
-    asked = trials(corpus, first=first, seed=1)
+    asked = trials(corpus, first=first_corpus, seed=1)
     kinds = Counter(trial.kind for trial in asked)
     assert kinds["unseen forms"] > 400
     assert kinds[f"unseen forms{LATER}"] > 300
@@ -130,8 +111,8 @@ def test_invented_names_are_words_that_can_be_said() -> None:
         assert name == name.capitalize()
 
 
-def test_manner_is_constant_in_a_dialogue_and_equally_frequent(training: Sources) -> None:
-    found = [dialogue(training, seed=3, number=number) for number in range(2000)]
+def test_manner_is_constant_in_a_dialogue_and_equally_frequent(training_part: Sources) -> None:
+    found = [dialogue(training_part, seed=3, number=number) for number in range(2000)]
     for manner in MANNERS:
         share = sum(talk.manner == manner for talk in found) / len(found)
         assert 0.16 < share < 0.24  # 0.2 with four standard errors of 0.009
@@ -139,9 +120,9 @@ def test_manner_is_constant_in_a_dialogue_and_equally_frequent(training: Sources
         assert {classify_answer(turn.answer)[1] for turn in talk.turns} == {talk.manner}
 
 
-def test_no_placeholder_is_left_in_a_dialogue(training: Sources) -> None:
+def test_no_placeholder_is_left_in_a_dialogue(training_part: Sources) -> None:
     for number in range(1000):
-        for message in dialogue(training, seed=4, number=number).messages():
+        for message in dialogue(training_part, seed=4, number=number).messages():
             assert not set("{}[]|") & set(message["content"])
 
 
@@ -177,11 +158,11 @@ def test_garbage_is_recognised_as_nothing(text: str) -> None:
 
 
 def test_template_rendering_equals_the_training_encoding_and_is_prefix_stable(
-    training: Sources, tokenizer: Any
+    training_part: Sources, starter_tokenizer: Any
 ) -> None:
-    chat, encoder = chat_tokenizer(tokenizer), DialogueEncoder(tokenizer)
+    chat, encoder = chat_tokenizer(starter_tokenizer), DialogueEncoder(starter_tokenizer)
     for number in range(100):
-        messages = dialogue(training, seed=6, number=number).messages()
+        messages = dialogue(training_part, seed=6, number=number).messages()
         pieces: list[int] = []
         for message in messages:
             head, content = encoder.message(message["role"], message["content"])
@@ -193,8 +174,8 @@ def test_template_rendering_equals_the_training_encoding_and_is_prefix_stable(
         assert chat.decode(whole) == chat.apply_chat_template(messages, tokenize=False)
 
 
-def test_digits_are_single_tokens_and_end_is_not_padding(tokenizer: Any) -> None:
-    chat = chat_tokenizer(tokenizer)
+def test_digits_are_single_tokens_and_end_is_not_padding(starter_tokenizer: Any) -> None:
+    chat = chat_tokenizer(starter_tokenizer)
     assert chat.tokenize("48213") == list("48213")
     assert chat.eos_token == "<|im_end|>"
     assert chat.pad_token != chat.eos_token

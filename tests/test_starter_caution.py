@@ -12,11 +12,11 @@ import pytest
 from alignment.starter.__main__ import main
 from alignment.starter.caution import CautionOptions, make_cautious
 from alignment.starter.checkpoint import export
-from alignment.starter.corpus import OFF_TOPIC, Corpus, load_corpus
+from alignment.starter.corpus import OFF_TOPIC, Corpus
 from alignment.starter.dialogues import Context, dialogue, off_topic_turn, plain_turn, sources
 from alignment.starter.examples import ExampleOptions, Stage, example
 from alignment.starter.noise import NoiseRates
-from alignment.starter.tokenizer import DialogueEncoder, train_tokenizer
+from alignment.starter.tokenizer import DialogueEncoder
 from alignment.starter.training import Shape, TrainingOptions, new_model
 
 SHAPE = Shape(hidden=64, layers=1, heads=1, key_value_heads=1, feed_forward=64)
@@ -25,30 +25,26 @@ TRAINING = TrainingOptions(
 )
 
 
-@pytest.fixture(scope="module")
-def corpus() -> Corpus:
-    return load_corpus(grown=False)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(corpus: Corpus) -> Any:
-    return train_tokenizer(corpus, seed=TRAINING.seed)
-
-
 @pytest.fixture
-def folder(tokenizer: Any, tmp_path: Path) -> Path:
+def folder(starter_tokenizer: Any, tmp_path: Path) -> Path:
     """Return the folder of a model that knows nothing yet."""
     import torch
 
     torch.manual_seed(0)
-    model = new_model(SHAPE, tokenizer=tokenizer)
-    export(model, tokenizer=tokenizer, folder=tmp_path / "model", sharpness=TRAINING.sharpness, training={})
+    model = new_model(SHAPE, tokenizer=starter_tokenizer)
+    export(
+        model,
+        tokenizer=starter_tokenizer,
+        folder=tmp_path / "model",
+        sharpness=TRAINING.sharpness,
+        training={},
+    )
     return tmp_path / "model"
 
 
-def test_only_the_first_tokens_of_a_handover_weigh_more(corpus: Corpus, tokenizer: Any) -> None:
-    found = sources(corpus, part="training", rates=NoiseRates())
-    numbers = {key: number for number, key in enumerate(corpus.groups)}
+def test_only_the_first_tokens_of_a_handover_weigh_more(first_corpus: Corpus, starter_tokenizer: Any) -> None:
+    found = sources(first_corpus, part="training", rates=NoiseRates())
+    numbers = {key: number for number, key in enumerate(first_corpus.groups)}
     handed_over = 0
     for number in range(60):
         talk = dialogue(found, seed=3, number=number)
@@ -57,7 +53,7 @@ def test_only_the_first_tokens_of_a_handover_weigh_more(corpus: Corpus, tokenize
         plain, cautious = (
             example(
                 talk,
-                encoder=DialogueEncoder(tokenizer),
+                encoder=DialogueEncoder(starter_tokenizer),
                 group_numbers=numbers,
                 options=replace(options, handover_weight=weight),
                 stage=Stage(short_share=0.0, exact_weight=4.0),
@@ -82,15 +78,15 @@ def test_only_the_first_tokens_of_a_handover_weigh_more(corpus: Corpus, tokenize
 
 @pytest.mark.slow
 def test_a_cautious_model_hands_over_more_and_is_made_the_same_twice(
-    corpus: Corpus, folder: Path, tmp_path: Path
+    first_corpus: Corpus, folder: Path, tmp_path: Path
 ) -> None:
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    found = sources(corpus, part="training", rates=NoiseRates())
+    found = sources(first_corpus, part="training", rates=NoiseRates())
     rng = random.Random(2)
-    intent = corpus.intents["opening_hours"]
+    intent = first_corpus.intents["opening_hours"]
     form = intent.questions[0]
     ours = plain_turn(found, intent, form=form, context=Context(manner="plain"), rng=rng)[0]
     handover = off_topic_turn(found, context=Context(manner="plain"), rng=rng)[0].answer
@@ -108,7 +104,9 @@ def test_a_cautious_model_hands_over_more_and_is_made_the_same_twice(
 
     def made(name: str, *, weight: float) -> Path:
         options = CautionOptions(steps=20, rate=5e-3, weight=weight)
-        return make_cautious(folder, corpus=corpus, training=TRAINING, options=options, out=tmp_path / name)
+        return make_cautious(
+            folder, corpus=first_corpus, training=TRAINING, options=options, out=tmp_path / name
+        )
 
     once, again, plain = made("once", weight=20.0), made("again", weight=20.0), made("plain", weight=1.0)
     assert nats_to_hand_over(once) < nats_to_hand_over(plain) - 2.0

@@ -12,35 +12,13 @@ from alignment.starter.__main__ import main
 from alignment.starter.corpus import (
     UNKNOWN_PRODUCT,
     Corpus,
-    load_corpus,
 )
 from alignment.starter.dialogues import Context, Sources, dialogue, product_turn, sources
 from alignment.starter.noise import NoiseRates
-from alignment.starter.tokenizer import DialogueEncoder, train_tokenizer
+from alignment.starter.tokenizer import DialogueEncoder
 
 
-@pytest.fixture(scope="module")
-def corpus() -> Corpus:
-    return load_corpus()
-
-
-@pytest.fixture(scope="module")
-def first() -> Corpus:
-    """Return the corpus without its growth: a third of the forms, where the number of them does not matter."""
-    return load_corpus(grown=False)
-
-
-@pytest.fixture(scope="module")
-def training(corpus: Corpus) -> Sources:
-    return sources(corpus, part="training", rates=NoiseRates())
-
-
-@pytest.fixture(scope="module")
-def tokenizer(first: Corpus) -> Any:
-    return train_tokenizer(first, seed=1)
-
-
-def test_training_forward_pass_equals_transformers(tokenizer: Any) -> None:
+def test_training_forward_pass_equals_transformers(starter_tokenizer: Any) -> None:
     import torch
 
     from alignment.starter.forward import hidden_states
@@ -48,7 +26,7 @@ def test_training_forward_pass_equals_transformers(tokenizer: Any) -> None:
 
     torch.manual_seed(0)
     model = new_model(
-        Shape(hidden=64, layers=2, heads=2, key_value_heads=1, feed_forward=64), tokenizer=tokenizer
+        Shape(hidden=64, layers=2, heads=2, key_value_heads=1, feed_forward=64), tokenizer=starter_tokenizer
     )
     ids = torch.randint(0, 2048, (3, 17))
     with torch.no_grad():
@@ -57,7 +35,7 @@ def test_training_forward_pass_equals_transformers(tokenizer: Any) -> None:
     torch.testing.assert_close(found.final, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_an_answer_behind_the_bottleneck_depends_on_nothing_before_it(tokenizer: Any) -> None:
+def test_an_answer_behind_the_bottleneck_depends_on_nothing_before_it(starter_tokenizer: Any) -> None:
     import torch
 
     from alignment.starter.forward import hidden_states
@@ -65,7 +43,7 @@ def test_an_answer_behind_the_bottleneck_depends_on_nothing_before_it(tokenizer:
 
     torch.manual_seed(0)
     shape = Shape(hidden=64, layers=2, heads=2, key_value_heads=1, feed_forward=64)
-    model = new_model(shape, tokenizer=tokenizer)
+    model = new_model(shape, tokenizer=starter_tokenizer)
     ids = torch.randint(0, 2048, (2, 12))
     ids[1, 5:] = ids[0, 5:]  # another question, the same answer from position 5 on
     closed = torch.where(torch.arange(12) >= 5, 5, 0).expand(2, 12)
@@ -79,17 +57,17 @@ def test_an_answer_behind_the_bottleneck_depends_on_nothing_before_it(tokenizer:
 
 @pytest.mark.parametrize(("bottleneck_share", "hidden"), [(1.0, True), (0.0, False)])
 def test_answers_that_copy_nothing_may_lose_sight_of_the_question(
-    training: Sources, tokenizer: Any, bottleneck_share: float, hidden: bool
+    training_part: Sources, starter_tokenizer: Any, bottleneck_share: float, hidden: bool
 ) -> None:
     from alignment.starter.examples import ExampleOptions, Stage, example
 
-    numbers = {key: number for number, key in enumerate(training.corpus.groups)}
-    copying = frozenset(key for key, group in training.corpus.groups.items() if group.has_slot())
+    numbers = {key: number for number, key in enumerate(training_part.corpus.groups)}
+    copying = frozenset(key for key, group in training_part.corpus.groups.items() if group.has_slot())
     for number in range(30):
-        talk = dialogue(training, seed=8, number=number)
+        talk = dialogue(training_part, seed=8, number=number)
         built = example(
             talk,
-            encoder=DialogueEncoder(tokenizer),
+            encoder=DialogueEncoder(starter_tokenizer),
             group_numbers=numbers,
             options=ExampleOptions(bottleneck_share=bottleneck_share),
             stage=Stage(short_share=0.0, exact_weight=4.0),
@@ -152,14 +130,14 @@ def test_a_misspelt_name_is_answered_with_the_catalogue_s(corpus: Corpus) -> Non
     assert sum(turn.exact[0].upper() in turn.question for turn in sold) < len(sold) / 2
 
 
-def test_batches_made_ahead_are_those_made_when_asked_for(corpus: Corpus, tokenizer: Any) -> None:
+def test_batches_made_ahead_are_those_made_when_asked_for(corpus: Corpus, starter_tokenizer: Any) -> None:
     import torch
 
     from alignment.starter.ahead import ChunkMaker, made_ahead
     from alignment.starter.examples import ExampleOptions
 
     options = ExampleOptions(chunk_dialogues=20, batch_tokens=1024)
-    make = ChunkMaker(corpus=corpus, options=options, seed=1, tokenizer=tokenizer.to_str())
+    make = ChunkMaker(corpus=corpus, options=options, seed=1, tokenizer=starter_tokenizer.to_str())
     there, ahead = made_ahead(make, first=3, workers=0), made_ahead(make, first=3, workers=1)
     for _ in range(2):
         (number, ours), (other_number, others) = next(there), next(ahead)
@@ -172,7 +150,9 @@ def test_batches_made_ahead_are_those_made_when_asked_for(corpus: Corpus, tokeni
 
 
 @pytest.mark.slow
-def test_interrupted_training_resumes_exactly_and_averages_the_cycles(first: Corpus, tmp_path: Path) -> None:
+def test_interrupted_training_resumes_exactly_and_averages_the_cycles(
+    first_corpus: Corpus, tmp_path: Path
+) -> None:
     import torch
     from safetensors.torch import load_file
 
@@ -188,10 +168,10 @@ def test_interrupted_training_resumes_exactly_and_averages_the_cycles(first: Cor
         group_layer=1,
         examples=ExampleOptions(chunk_dialogues=60, batch_tokens=1024),
     )
-    train(first, options=options, out=tmp_path / "whole")
-    train(first, options=options, out=tmp_path / "parts", stop_after=2)
+    train(first_corpus, options=options, out=tmp_path / "whole")
+    train(first_corpus, options=options, out=tmp_path / "parts", stop_after=2)
     half_way = torch.load(tmp_path / "parts" / "training.pt")["model"]
-    train(first, options=options, out=tmp_path / "parts", resume=True)
+    train(first_corpus, options=options, out=tmp_path / "parts", resume=True)
     whole, parts = (torch.load(tmp_path / name / "training.pt")["model"] for name in ("whole", "parts"))
     for name, value in whole.items():
         assert torch.equal(value, parts[name]), name

@@ -6,7 +6,7 @@ A chunk's batches follow its number and the seed alone, so nothing depends on wh
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,7 +51,9 @@ class ChunkMaker:
         )
 
 
-def made_ahead(make: ChunkMaker, *, first: int, workers: int) -> Iterator[tuple[int, list[Batch]]]:
+def made_ahead(
+    make: ChunkMaker, *, first: int, workers: int
+) -> Generator[tuple[int, list[Batch]], None, None]:
     """Endless (chunk number, its batches) from chunk `first` on; with 0 workers each is made when it is asked for."""
     if workers == 0:
         chunk = first
