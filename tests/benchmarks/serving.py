@@ -38,7 +38,7 @@ from storage import people as staff
 from storage.store import Store
 
 MAX_TOKENS = 64
-PROBES = 60
+PROBES = 200
 """Questions one after the other, for the time that the gateway adds."""
 ANSWER = {
     "temperature": 0,

@@ -30,7 +30,7 @@ from alignment.rollouts import Rollout, sample
 from alignment.starter.answers import classify_answer
 from alignment.starter.corpus import OFF_TOPIC
 from alignment.starter.customers import Question, questions
-from storage.digests import base_digest
+from storage.digests import base_digest, sha256_of
 
 ROOT = Path(__file__).parents[2]
 STARTER = ROOT / "alignment" / "starter" / "checkpoint"
@@ -75,7 +75,8 @@ def reference_answers(
     if round_number or setting.folder is None:
         return sample(base, prompts, adapter="reference", **options)
     named = "-".join(f"{name}-{value}" for name, value in options.items())
-    file = setting.folder / f"first-{base_digest(str(STARTER))[:8]}-{len(prompts)}-{named}.json"
+    asked_for = sha256_of([list(prompt) for prompt in prompts])[:8]  # another seed has other questions
+    file = setting.folder / f"first-{base_digest(str(STARTER))[:8]}-{asked_for}-{named}.json"
     if not file.exists():
         whole = file.with_suffix(f".{os.getpid()}")  # another process may look for the file meanwhile
         whole.write_text(json.dumps([asdict(one) for one in sample(base, prompts, adapter=None, **options)]))
