@@ -113,6 +113,8 @@ def test_a_cautious_model_hands_over_more_and_is_made_the_same_twice(
     kept, repeated = (load_file(each / "model.safetensors") for each in (once, again))
     for name, value in kept.items():
         assert torch.equal(value, repeated[name]), name
+    with pytest.raises(ValueError, match="holds a cautious model; give the one it was made from"):
+        make_cautious(once, corpus=first_corpus, training=TRAINING, options=CautionOptions(), out=tmp_path)
 
 
 def test_a_model_of_another_tokenizer_is_refused(

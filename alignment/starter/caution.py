@@ -41,8 +41,13 @@ def make_cautious(
     Seed, device, workers, batches and sharpness are those of ``training``; it repeats exactly.
 
     Raises:
-        ValueError: the folder's tokenizer was made from another corpus or seed.
+        ValueError: the folder's model is cautious already, or was made from another corpus or seed.
+        FileNotFoundError: the folder lacks the options of its training.
     """
+    made = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
+    if "caution" in made:
+        raise ValueError(f"folder: {folder} holds a cautious model; give the one it was made from")
+    made["caution"] = asdict(options) | {"device": training.device}
     tokenizer = train_tokenizer(corpus, seed=training.seed)
     if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"folder: {folder} was made from another corpus or seed; train it again")
@@ -53,12 +58,18 @@ def make_cautious(
         tokenizer=tokenizer.to_str(),
     )
     workers = training.threads if training.device == "cpu" else 1
-    together(_work, size=workers, arguments=(folder, make, training, options, out))
+    together(_work, size=workers, arguments=(folder, make, training, options, out, made))
     return out
 
 
 def _work(
-    crew: Crew, folder: Path, make: ChunkMaker, training: TrainingOptions, options: CautionOptions, out: Path
+    crew: Crew,
+    folder: Path,
+    make: ChunkMaker,
+    training: TrainingOptions,
+    options: CautionOptions,
+    out: Path,
+    made: dict[str, Any],
 ) -> None:
     import torch
     from tokenizers import Tokenizer
@@ -71,8 +82,6 @@ def _work(
     model = model.to(training.device).train()
     _loop(model, make, crew=crew, training=training, options=options)
     if crew.rank == 0:
-        made = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
-        made["caution"] = asdict(options) | {"device": training.device}
         tokenizer = Tokenizer.from_str(make.tokenizer)
         export(model.cpu(), tokenizer=tokenizer, folder=out, sharpness=training.sharpness, training=made)
 
