@@ -286,12 +286,7 @@ def parser() -> argparse.ArgumentParser:
     _command(audits, "verify", audit_command)
     one = _command(commands, "demo", demo)
     one.add_argument("--port", type=int, default=7860, help="of the assistant; started if none answers there")
-    one.add_argument(
-        "--comparisons",
-        type=int,
-        default=400,
-        help="how many the simulated staff make (400); about 330 give the 200 pairs that a run needs",
-    )
+    one.add_argument("--comparisons", type=int, default=400, help="to be made (400); a run needs about 330")
     one.add_argument("--seed", type=int, default=0)
     return top
 

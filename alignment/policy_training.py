@@ -122,6 +122,8 @@ def train_policy(
         stopped_because = "a weight of the adapter is not finite"
     if stopped_because is not None:
         restore_weights(training.parameters, training.good)
+    if training.hold.limits() and (stopped_because or training.state.step % config.kl_every):
+        training.hold.hold(training.state.step)  # not measured since these weights were reached
     return PolicyResult(
         metrics=_means(training.state.curves),
         steps=training.state.step,

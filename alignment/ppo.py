@@ -167,8 +167,9 @@ def _trained(training: Training, progress: Progress) -> str | None:
     except Interrupted:
         save(training)  # nothing of a step has changed before its last question to `progress`
         raise
-    if stopped_because is not None:
+    if stopped_because is not None:  # what was still good may be beyond the budget all the same
         restore_weights(training.learner.policy_parameters, training.good)
+        training.state.curves |= _held(training, training.state.curves)
     return stopped_because
 
 
@@ -277,7 +278,7 @@ def _held(training: Training, curves: Curves) -> Curves:
     """
     hold, budget = training.hold, training.learner.config.kl_base_budget_nats
     first = hold.began_from_base is None
-    if budget == 0 or (first and curves["objective/kl_from_start_nats"] <= budget):
+    if budget == 0 or (first and curves.get("objective/kl_from_start_nats", 0.0) <= budget):
         return {}
     kl, _ = hold.hold(training.state.step)
     return {"ppo/kl_per_response_nats": kl.from_reference, "ppo/kl_from_base_nats": kl.from_base}

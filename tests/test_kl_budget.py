@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from alignment import kl_hold
+from alignment import kl_hold, policy_training
 from alignment.dpo import DpoConfig, train_dpo
 from alignment.kl_budget import LONGEST_ANSWER_TOKENS, Kl, Limits, kl_per_response, where_measured
 from alignment.kto import KtoConfig, train_kto
@@ -129,6 +129,30 @@ def test_kto_ends_within_its_budget_and_without_a_fault(model: Path) -> None:
     assert result.stopped_because is None
     assert result.steps == len(spent) < 16
     assert all(kl <= 0.05 for kl in spent)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_what_was_learnt_after_the_last_measurement_is_held_too(
+    model: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    if stopped:
+        watch = lambda window, config: "broken" if len(window) == 4 else None  # noqa: E731
+        monkeypatch.setattr(policy_training, "displacement", watch)
+    config = replace(DPO, kl_every=100, displacement_raises=0)
+    pairs = make_pairs(16)
+    prompts = where_measured((), [pair.prompt_ids for pair in pairs], count=48)
+
+    def spent(budget_nats: float) -> tuple[float, PolicyResult]:
+        base = base_with_policy(model)
+        bounded = replace(config, kl_budget_nats=budget_nats)
+        result = train_dpo(base, pairs, bounded, seed=3, progress=Silent())
+        assert bool(result.stopped_because) is stopped
+        return kl_per_response(base, prompts, seed=result.steps).from_reference, result
+
+    free, _ = spent(0.0)
+    held, result = spent(free / 2)
+    assert result.moved
+    assert 0 < held <= free / 2
 
 
 def test_one_leap_beyond_both_limits_is_told_by_the_one_it_ends_at() -> None:

@@ -118,6 +118,24 @@ def test_a_round_that_leads_outwards_from_beyond_the_budget_leaves_the_policy_as
     assert result.held.startswith("No candidate was made")
 
 
+def test_a_later_round_that_must_stop_is_held_within_the_budget_too(
+    model: Path, served: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ppo, "minibatch_epochs", outwards)
+    looks = iter([None, None, "answers are broken"] * 2)
+    monkeypatch.setattr(ppo, "why_stop", lambda *_: next(looks))
+    free, _, base, began = trained(model, served, LATER)
+    gone = from_base(base)
+    assert free.stopped_because == "answers are broken"
+    assert gone > began  # one step outwards was still good
+    most = (began + gone) / 2
+    bounded, _, base, _ = trained(model, served, replace(LATER, kl_base_budget_nats=most))
+    assert bounded.stopped_because == "answers are broken"
+    assert bounded.moved
+    assert began < from_base(base) <= most
+    assert bounded.metrics["ppo/kl_from_base_nats"] == pytest.approx(from_base(base), rel=1e-5)
+
+
 def test_an_interrupted_later_round_resumes_to_the_same_weights_and_words(
     model: Path, served: Path, tmp_path: Path
 ) -> None:
