@@ -31,8 +31,8 @@ class CautionOptions:
     steps: int = 200
     rate: float = 2e-4  # of AdamW, for all weights; up over the first tenth, then linear to zero
     weight: float = 4.0
-    """Of the first tokens of a handover, against 1: one in five is enough to hand over. Read off the probabilities on the held-out
-    forms of both corpora, so that their figures in the card have seen this one number."""
+    """Of the first tokens of a handover, against 1: one in five is enough to hand over. Read off the probabilities on the
+    held-out forms of both corpora, so that their figures in the card have seen this one number."""
 
 
 def make_cautious(
