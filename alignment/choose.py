@@ -20,6 +20,7 @@ from alignment.shortfalls import (
     too_few_for_ppo,
     too_few_thumbs,
     too_little,
+    too_noisy,
     too_one_sided,
     too_shifted,
     too_weak,
@@ -46,8 +47,8 @@ class Choice:
     rule: str
     reason: str
     warnings: tuple[str, ...] = ()
-    noisy_labels: bool = False
-    """Labels flip often enough for a loss that allows for it (cDPO)."""
+    noisy_labels: str = ""
+    """Why DPO should learn from answers that a fit to all labels ranks, not from the labels; "" where it need not."""
     waits_for_reward_model: bool = False
     """Undecided: train a reward model on the policy's part of the labels and choose again with its evidence."""
     corrections_only: bool = False
@@ -112,8 +113,7 @@ class _Look:
             rule=rule,
             reason=reason,
             warnings=_warnings(method, data, config, ignored=ignored),
-            noisy_labels=method == "dpo"
-            and config.noisy_flip_rate_min <= data.flip_rate <= config.noisy_flip_rate_max,
+            noisy_labels=too_noisy(data, config) if method == "dpo" else "",
             corrections_only=method == "dpo" and corrections_only(data, config),
         )
 
@@ -227,6 +227,8 @@ def _warnings(
     told = [*data.rater_warnings, *(f"Trained although: {text}" for text in ignored)]
     if method == "dpo" and data.pairs < config.full_pairs:
         told.append(_few("pairs", data.pairs, config.full_pairs))
+    if method == "dpo" and (noisy := too_noisy(data, config)):
+        told.append(noisy)
     if method == "kto" and data.thumbs < config.full_thumbs:
         told.append(_few("thumbs", data.thumbs, config.full_thumbs))
     if data.agreement is None:

@@ -48,6 +48,8 @@ class DataStatistics:
     """By person's name; 0 for who is left out."""
     rater_warnings: tuple[str, ...] = ()
     """A sentence for each rater who contradicts the others."""
+    turned_share: Estimate | None = None
+    """Share of the pairs turned round, as a fit to the other labels tells; None with too few raters to ask."""
 
     @property
     def labels(self) -> int:
@@ -116,6 +118,7 @@ def statistics_of(
         rater_reliability={names.get(r, r): one for r, one in notes.get("rater_reliability", {}).items()},
         rater_weights={names.get(r, r): weight for r, weight in notes.get("rater_weights", {}).items()},
         rater_warnings=tuple(notes.get("rater_warnings", ())),
+        turned_share=notes.get("turned_share"),
     )
 
 

@@ -20,7 +20,8 @@ STRENGTH_MARGINS = {1: 1 / 3, 2: 2 / 3, 3: 1.0}
 """Margin of slightly, clearly and much better (Llama 2, arXiv 2307.09288, table 27, "small")."""
 FOREIGN_THUMBS_WEIGHT = 0.5
 """Weight of a pair made of two people's thumbs: their thresholds may differ."""
-Source = Literal["comparison", "correction", "ratings"]
+Source = Literal["comparison", "correction", "ratings", "ranked"]
+"""Who says which answer is better: people, or (ranked) a fit to what they said (`alignment.ranked_pairs`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

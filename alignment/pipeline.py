@@ -189,7 +189,7 @@ def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, mete
     if choice.method is None:
         return _not_enough(work.run, choice, statistics)
     # 6. the candidate
-    work = replace(work, config=_adapted(work.config, choice, statistics))
+    work = replace(work, config=_adapted(work.config, choice))
     trained = stages.update_policy(work, choice.method, scorer)
     check_stop(work.progress)
     if trained.held and not trained.moved:
@@ -259,11 +259,11 @@ def _keep_choice(store: Store, run: Run, folder: Path, statistics: DataStatistic
     runs.record_metrics(store, run.id, step=0, metrics=numbers)
 
 
-def _adapted(config: AlignmentConfig, choice: Choice, statistics: DataStatistics) -> AlignmentConfig:
-    """Use cDPO with the measured flip rate where labels are noisy, and the supervised term where all are corrections."""
+def _adapted(config: AlignmentConfig, choice: Choice) -> AlignmentConfig:
+    """Take ranked answers where labels are noisy, and the supervised term where all are corrections."""
     dpo = config.dpo
-    if choice.noisy_labels and dpo.loss == "dpo":
-        dpo = replace(dpo, loss="cdpo", flip_rate=min(0.45, statistics.flip_rate))
+    if dpo.pairs_from == "auto":
+        dpo = replace(dpo, pairs_from="ranked" if choice.noisy_labels else "labels")
     if choice.corrections_only:
         dpo = replace(dpo, nll_weight=max(dpo.nll_weight, config.choice.corrections_nll_weight))
     return replace(config, dpo=dpo)

@@ -20,6 +20,8 @@ from alignment.intervals import Estimate, Floats
 
 PRIOR_VOTES = 8.0
 """A rater's reliability is pulled to everybody's by as much as this many votes: a few unlucky ones change little."""
+OUTLIER_SHARE = 0.02
+"""Of people, those of whom nothing is known beforehand: they may always be wrong."""
 USUAL_BOUNDS = (0.55, 0.98)
 """Everybody's reliability is held in here: better than a coin, and never beyond doubt."""
 EM_STEPS = 100
@@ -117,22 +119,34 @@ def reliabilities(votes: Sequence[Vote]) -> Reliability:
     return Reliability(raters=found, usual=usual)
 
 
-def calibration(leads: Floats) -> float:
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What labels say about the log-odds that a model gave them."""
+
+    factor: float
+    """On the log-odds, so that they are neither too sure nor too soft."""
+    turned: Estimate
+    """Share of the labels that were turned round, with its 95% profile-likelihood interval."""
+
+
+def calibration(leads: Floats) -> Calibration:
     """Return the factor on `leads` (N,) that makes e + (1 - 2e) sigmoid(lead) fit best; e is the share of labels turned.
 
     Where even the surest leads are contradicted, labels are wrong, and softer leads would hide it. A model that knows
-    little looks alike from afar, so e is the smallest that the labels do not rule out (profile likelihood, 95%).
+    little looks alike from afar, so the factor's e is the smallest that the labels do not rule out.
 
     Args:
         leads: log-odds of each label by a model that did not see it.
     """
     if not len(leads):
-        return 1.0
+        return Calibration(1.0, Estimate(value=0.0, low=0.0, high=float(FLIP_RATES[-1]), n=0))
     chance = _sigmoid(leads[None, :] / TEMPERATURES[:, None])  # (T, N)
     fits = np.stack([np.log(e + (1 - 2 * e) * chance).sum(axis=1) for e in FLIP_RATES])  # (E, T)
     best = fits.max(axis=1)
-    least = int(np.argmax(best >= best.max() - PROFILE_95))
-    return 1.0 / float(TEMPERATURES[int(fits[least].argmax())])
+    likely = np.flatnonzero(best >= best.max() - PROFILE_95)
+    least, most, value = (float(FLIP_RATES[at]) for at in (likely[0], likely[-1], best.argmax()))
+    factor = 1.0 / float(TEMPERATURES[int(fits[likely[0]].argmax())])
+    return Calibration(factor, Estimate(value=value, low=least, high=most, n=len(leads)))
 
 
 def _table(votes: Sequence[Vote]) -> _Votes:
@@ -158,11 +172,21 @@ def _posterior(table: _Votes, row: int, reliable: Floats, usual: float) -> Estim
         table.value[mine] * table.evidence(silent)[table.item[mine]]
     )  # (n,) that a vote is right
     logs = np.log(np.outer(GRID, chance) + np.outer(1 - GRID, 1 - chance)).sum(axis=1)  # (G,)
-    logs += (PRIOR_VOTES * usual - 1) * np.log(GRID) + (PRIOR_VOTES * (1 - usual) - 1) * np.log(1 - GRID)
-    mass = np.exp(logs - logs.max())
+    mass = np.exp(logs - logs.max()) * _prior(usual)
     mass /= mass.sum()
     low, high = GRID[np.searchsorted(np.cumsum(mass), [0.025, 0.975])]
     return Estimate(value=float(mass @ GRID), low=float(low), high=float(high), n=int(mine.sum()))
+
+
+def _prior(usual: float) -> Floats:
+    """Return (G,): like everybody, by `PRIOR_VOTES`, but for `OUTLIER_SHARE` of people, who may be anything.
+
+    Without them eight votes at a usual 97% leave nothing for who is always wrong, and 18 labels would not show it.
+    """
+    like_all = (PRIOR_VOTES * usual - 1) * np.log(GRID) + (PRIOR_VOTES * (1 - usual) - 1) * np.log(1 - GRID)
+    mass = np.exp(like_all - like_all.max())
+    result: Floats = (1 - OUTLIER_SHARE) * mass / mass.sum() + OUTLIER_SHARE / len(GRID)
+    return result
 
 
 def _sigmoid(x: Floats) -> Floats:
@@ -178,7 +202,8 @@ def reliability_weights(raters: Sequence[str], known: Reliability) -> dict[str, 
     """
     found, usual, weights = known.raters, known.usual, {}
     for rater in raters:
-        relative = (2 * found[rater].value - 1) / (2 * usual - 1) if rater in found else 1.0
+        unknown = (1 - OUTLIER_SHARE) * (2 * usual - 1)  # 2a - 1 of somebody without a label
+        relative = (2 * found[rater].value - 1) / unknown if rater in found else 1.0
         weights[rater] = min(max(relative, LOWEST_WEIGHT), HIGHEST_WEIGHT)
     wrong = contrary(found)
     share = sum(found[rater].n for rater in wrong) / max(1, sum(one.n for one in found.values()))

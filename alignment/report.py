@@ -214,9 +214,10 @@ def _recipe(card: Card) -> str:
             f"{kto.loss}, beta {kto.beta}, learning rate {kto.learning_rate}, at most {kto.epochs} epochs of "
             f"{kto.batch_thumbs} thumbs a step, LoRA rank {kto.lora.rank}"
         )
+    ranked = f", {dpo.ranked_answers} own answers to a question ranked by a fit to all labels"
     return (
         f"{dpo.loss}, beta {dpo.beta}, learning rate {dpo.learning_rate}, at most {dpo.epochs} epochs of "
-        f"{dpo.batch_pairs} pairs a step, LoRA rank {dpo.lora.rank}"
+        f"{dpo.batch_pairs} pairs a step, LoRA rank {dpo.lora.rank}{ranked if dpo.pairs_from == 'ranked' else ''}"
     )
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from alignment.batching import Tree, make_tree
-from alignment.intervals import Floats
+from alignment.intervals import Estimate, Floats
 from alignment.models import Base
 from alignment.preferences import Pair, Preferences, Thumb, weighted
 from alignment.progress import Progress, stop_if_asked
@@ -61,12 +61,14 @@ def weighed_by_others(
         progress=progress,
     )
     for _ in range(ROUNDS):
-        found = weighted(labels, _out_of_fold_leads(fits, found.notes["rater_weights"]))
-    return found
+        leads, turned = _out_of_fold_leads(fits, found.notes["rater_weights"])
+        found = weighted(labels, leads)
+    return replace(found, notes={**found.notes, "turned_share": turned})
 
 
-def _out_of_fold_leads(fits: _Fits, factors: Mapping[str, float]) -> dict[str, float]:
-    """Return by id the log-odds that a label is right, from a fit to others' labels of other prompts, calibrated.
+def _out_of_fold_leads(fits: _Fits, factors: Mapping[str, float]) -> tuple[dict[str, float], Estimate | None]:
+    """Return by id the log-odds that a label is right, from a fit to others' labels of other prompts, calibrated; and the
+    share of the pairs that are turned round, None without pairs.
 
     A thumb is compared with its rater's own leniency: somebody who likes nearly everything is not wrong each time.
 
@@ -94,14 +96,18 @@ def _out_of_fold_leads(fits: _Fits, factors: Mapping[str, float]) -> dict[str, f
             fit = fits.fit(others, factors) if inside else None
             if fit is not None:
                 leads[inside] = fits.leads(fit, inside)
+    found = []
     for part in (slice(0, len(fits.pairs)), slice(len(fits.pairs), None)):
         known = [
             lead
             for lead, label in zip(leads[part], labels[part], strict=True)
             if factors[label.rater] and not (isinstance(label, Pair) and label.tie)
         ]
-        leads[part] *= calibration(np.array(known))
-    return {label.id: float(lead) for label, lead in zip(labels, leads, strict=True)}
+        found.append(calibration(np.array(known)))
+        leads[part] *= found[-1].factor
+    of_pairs = found[0].turned
+    by_id = {label.id: float(lead) for label, lead in zip(labels, leads, strict=True)}
+    return by_id, of_pairs if of_pairs.n else None
 
 
 def left_out_rater_metrics(

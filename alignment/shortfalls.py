@@ -145,3 +145,18 @@ def too_shifted(data: DataStatistics, config: ChoiceConfig) -> str:
             f"{config.effective_sample_share_min:.0%}): collect fresh A/B answers from the policy served now."
         )
     return ""
+
+
+def too_noisy(data: DataStatistics, config: ChoiceConfig) -> str:
+    """Return what says that many labels are turned round, else ""."""
+    if corrections_only(data, config):
+        return ""
+    turned = data.turned_share
+    if turned and turned.high >= config.turned_share_high_min and turned.value >= config.turned_share_min:
+        return (
+            f"As a fit to the other labels tells, {turned.value:.0%} of the pairs are turned round ({turned.low:.0%} to "
+            f"{turned.high:.0%})."
+        )
+    if data.flip_rate >= config.noisy_flip_rate_min:
+        return f"People choose alike so seldom that {data.flip_rate:.0%} of their choices must be wrong."
+    return ""

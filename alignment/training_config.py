@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 DpoLoss = Literal["dpo", "cdpo", "robust", "ipo"]
+PairsFrom = Literal["auto", "labels", "ranked"]
 KtoLoss = Literal["kto", "apo_zero_unpaired"]
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -137,6 +138,16 @@ class DpoConfig(FixedAnswersConfig):
     2403.00409), ipo (arXiv 2310.12036, length-normalised)."""
     flip_rate: float = 0.0
     """Assumed share of wrong labels, used by cdpo and robust; at most 0.45."""
+    pairs_from: PairsFrom = "auto"
+    """labels: the pairs that people made. ranked: the best and the worst of the served policy's own answers, by a fit to all
+    labels (`alignment.ranked_pairs`). auto: ranked where many labels may be turned (choice.turned_share_high_min,
+    choice.noisy_flip_rate_min)."""
+    ranked_answers: int = 4
+    """Answers to each question that are ranked (iterative DPO of arXiv 2405.07863: best and worst of 8)."""
+    ranked_temperature: float = 0.7
+    """They are sampled at, the chat page's default."""
+    ranked_prompts: int = 1000
+    """Most questions that are answered for it; those with a label of any kind count."""
     batch_pairs: int = 16
     """Pairs an optimiser step."""
     margin_weight: float = 0.5

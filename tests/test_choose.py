@@ -10,7 +10,7 @@ import pytest
 
 from alignment.choose import Choice, DataStatistics, Method, RewardEvidence, choose_method, reward_evidence
 from alignment.config import ChoiceConfig
-from alignment.intervals import wilson
+from alignment.intervals import Estimate, wilson
 from storage.errors import InvalidField
 
 RULES = ChoiceConfig()
@@ -55,7 +55,7 @@ def test_four_hundred_comparisons_of_one_person_train_with_warnings() -> None:
     assert choice.method == "dpo"
     assert any("400 pairs, fewer than the 500" in warning for warning in choice.warnings)
     assert any(warning.startswith("Agreement is unknown") for warning in choice.warnings)
-    assert choice.noisy_labels is False
+    assert choice.noisy_labels == ""
 
 
 @pytest.mark.parametrize(
@@ -106,11 +106,30 @@ def test_flip_rate_follows_from_agreement() -> None:
     assert replace(GOOD, agreement=None).flip_rate == 0.0
 
 
-def test_labels_that_flip_often_ask_for_a_loss_that_allows_for_it() -> None:
-    noisy = replace(GOOD, agreement=wilson(680, 1000))
-    assert choose_method(noisy, RULES, wanted="auto").noisy_labels
+def test_people_who_seldom_choose_alike_make_noisy_labels() -> None:
+    noisy = choose_method(replace(GOOD, agreement=wilson(660, 1000)), RULES, wanted="auto")
+    assert noisy.noisy_labels == "People choose alike so seldom that 22% of their choices must be wrong."
+    assert noisy.noisy_labels in noisy.warnings
     clean = replace(GOOD, agreement=wilson(950, 1000))
     assert not choose_method(clean, RULES, wanted="auto").noisy_labels
+
+
+@pytest.mark.parametrize(
+    ("likeliest", "high", "noisy"),
+    [
+        (0.3, 0.4, True),
+        (0.12, 0.2, False),  # one malicious rater of ten
+        (0.0, 0.02, False),
+        (0.0, 0.45, False),  # a fit that knows nothing
+    ],
+)
+def test_turned_pairs_make_noisy_labels_unless_the_fit_knows_nothing(
+    likeliest: float, high: float, noisy: bool
+) -> None:
+    turned = replace(GOOD, agreement=None, turned_share=Estimate(value=likeliest, low=0.0, high=high, n=240))
+    assert bool(choose_method(turned, RULES, wanted="auto").noisy_labels) is noisy
+    edited = replace(turned, correction_pairs=turned.pairs)  # a fit ranks no edited answers
+    assert not choose_method(edited, RULES, wanted="dpo").noisy_labels
 
 
 def test_many_labels_of_shifted_answers_wait_for_the_reward_model_and_then_give_ppo() -> None:

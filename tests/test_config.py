@@ -58,7 +58,7 @@ def test_what_is_kept_with_a_run_reads_back_as_the_same_configuration() -> None:
         ({"evaluation": {"hand_over_phrases": ["("]}}, "evaluation.hand_over_phrases: got '('"),
         ({"evaluation": {"golden_file": 3}}, "evaluation.golden_file: got 3; use a text"),
         ({"gate": {"length_ratio_min": 0}}, "gate.length_ratio_min: got 0"),
-        ({"choice": {"noisy_flip_rate_min": 0.4}}, "choice.noisy_flip_rate_min: got 0.4; use at most "),
+        ({"dpo": {"ranked_answers": 1}}, "dpo.ranked_answers: got 1; use a whole number from 2 to 64"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name_value_and_fix(table: dict[str, Any], message: str) -> None:

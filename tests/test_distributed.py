@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from alignment.logprobs import token_logprobs
 from alignment.models import Base, active, adapter_parameters, load_adapter, load_base, save_adapter
 from alignment.policy_training import PolicyResult
 from alignment.ppo import PpoConfig, PpoResult, train_ppo
-from alignment.preferences import Preferences
+from alignment.preferences import Pair, Preferences
 from alignment.probe_record import record_probes
 from alignment.progress import Interrupted, Silent
+from alignment.ranked_pairs import ranked_pairs
 from alignment.reward_model import RewardConfig, TrainedReward, train_reward_model
 from alignment.training_config import DpoConfig, KtoConfig
 from learning_fixtures import StopAfter, base_with_policy, make_pairs, make_thumbs
@@ -57,6 +59,9 @@ def do_jobs(model: Path, out: Path, crew: Crew, *, cut: bool = False) -> None:
         if job == "reward":
             reward_model(base, crew).save(out / job)
             continue
+        if job == "dpo":
+            (out / job).mkdir(parents=True)
+            (out / job / "ranked.json").write_text(json.dumps([asdict(pair) for pair in ranked(base, crew)]))
         train = {"dpo": dpo, "kto": kto, "ppo": ppo}[job]
         done: PolicyResult | PpoResult = train(base, crew)
         assert done.steps == 2, (job, done)
@@ -106,6 +111,14 @@ COMMON: dict[str, Any] = {
 def dpo(base: Base, crew: Crew) -> PolicyResult:
     config = DpoConfig(batch_pairs=7, **COMMON)
     return train_dpo(base, make_pairs(14), config, seed=3, progress=Silent(), crew=crew)
+
+
+def ranked(base: Base, crew: Crew) -> list[Pair]:
+    """Rank the answers that end within a few tokens, as many do."""
+    labels = Preferences(pairs=tuple(make_pairs(14)), thumbs=tuple(make_thumbs(4)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "stop_ids", frozenset(range(0, base.model.config.vocab_size, 8)))
+        return ranked_pairs(base, labels, DpoConfig(), RewardConfig(), seed=3, progress=Silent(), crew=crew)
 
 
 def kto(base: Base, crew: Crew) -> PolicyResult:
@@ -216,6 +229,17 @@ def test_two_processes_measure_what_one_measures(job: str, alone: Path, two: Pat
                 assert found.pop(name) > 0
                 expected.pop(name, None)
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_rank_the_answers_that_one_ranks(alone: Path, two: Path) -> None:
+    expected = json.loads((alone / "dpo" / "ranked.json").read_text())
+    assert sum(pair["source"] == "ranked" for pair in expected) > 8
+    for rank in range(2):
+        found = json.loads((two / str(rank) / "dpo" / "ranked.json").read_text())
+        weights = [pair.pop("weight") for pair in found]
+        assert weights == pytest.approx([pair["weight"] for pair in expected], rel=1e-4)
+        assert found == [{name: pair[name] for name in pair if name != "weight"} for pair in expected]
 
 
 @pytest.mark.slow

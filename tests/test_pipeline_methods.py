@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
-from alignment import kl_hold
+from alignment import kl_hold, ranked_pairs
 from alignment.config import AlignmentConfig, config_of
 from alignment.kl_budget import Kl
+from alignment.models import Base
 from alignment.outcome import recorded_outcome
 from alignment.pipeline import Outcome, align, run_folder
+from alignment.rollouts import Rollout, sample
 from alignment_fixtures import (
     CURT,
     KIND,
@@ -65,6 +67,31 @@ def test_thumbs_alone_train_by_kto_and_are_judged_by_thumbs(filled: Filled, toke
     for name in ("judge_accuracy", "preference_accuracy"):
         assert evaluation.numbers[name]["n"] > 0
     assert "kto, beta 0.1" in (run_folder(filled.store, outcome.run_id) / "report.md").read_text()
+
+
+def test_noisy_comparisons_train_on_ranked_answers(
+    filled: Filled, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(4):  # of four people, each of whom chooses the other side every third time
+        rater = people.add_person(filled.store, name=f"rater {number}", role="reviewer", actor=SYSTEM)
+        for start in range(12 * number, 12 * number + 12):
+            answers = (CURT, KIND) if start % 3 == 0 else (KIND, CURT)
+            add_comparisons(filled, tokenizer, 1, start=start, rater=rater, answers=answers)
+
+    def ending(base: Base, *args: Any, **options: Any) -> list[Rollout]:
+        with monkeypatch.context() as patch:  # the tiny model seldom ends an answer
+            patch.setattr(base, "stop_ids", frozenset(range(0, base.model.config.vocab_size, 4)))
+            return sample(base, *args, **options)
+
+    monkeypatch.setattr(ranked_pairs, "sample", ending)
+    outcome = align(filled.store, config(choice={"turned_share_high_min": 0.1}))
+    assert outcome.status == "passed", outcome.message
+    choice = chosen(filled.store, outcome)
+    assert "of the pairs are turned round" in choice["noisy_labels"]
+    assert choice["noisy_labels"] in choice["warnings"]
+    report = (run_folder(filled.store, outcome.run_id) / "report.md").read_text()
+    assert "4 own answers to a question ranked by a fit to all labels" in report
+    assert "dpo/loss" in curves(filled.store, outcome)
 
 
 def test_ppo_optimises_a_reward_model_that_is_not_the_judge(filled: Filled, tokenizer: Any) -> None:

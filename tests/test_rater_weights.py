@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from alignment.rater_weights import (
     LOWEST_WEIGHT,
+    OUTLIER_SHARE,
     PRIOR_VOTES,
     Vote,
     calibration,
@@ -38,18 +40,54 @@ def told(votes: list[Vote]) -> tuple[dict[str, float], list[str]]:
     return weights, rater_warnings(known.raters, weights, {})
 
 
-def test_where_the_truth_is_known_reliability_is_a_beta_posterior() -> None:
+def test_where_the_truth_is_known_reliability_is_a_posterior_of_two_betas() -> None:
+    """Beta(8u, 8(1 - u)) of people like all others and Beta(1, 1) of outliers, in closed form."""
     known = reliabilities(votes_of("a", 40, right=0.9) + votes_of("b", 20, right=0.4))
     found, usual = known.raters, known.usual
     assert usual == pytest.approx((36 + 8) / 60, abs=1e-6)
     for name, right, count in (("a", 36, 40), ("b", 8, 20)):
-        # Beta(8u + right, 8(1 - u) + wrong): its mean and variance
-        a, b = PRIOR_VOTES * usual + right, PRIOR_VOTES * (1 - usual) + count - right
-        spread = (a * b / ((a + b) ** 2 * (a + b + 1))) ** 0.5
+        parts = []
+        for share, ups, downs in (
+            (1 - OUTLIER_SHARE, PRIOR_VOTES * usual, PRIOR_VOTES * (1 - usual)),
+            (OUTLIER_SHARE, 1.0, 1.0),
+        ):
+            a, b = ups + right, downs + count - right
+            parts.append((share * math.exp(log_beta(a, b) - log_beta(ups, downs)), a, b))
+        total = sum(mass for mass, _, _ in parts)
+        mean = sum(mass * a / (a + b) for mass, a, b in parts) / total
+        square = sum(mass * a * (a + 1) / (a + b) / (a + b + 1) for mass, a, b in parts) / total
         one = found[name]
-        assert one.value == pytest.approx(a / (a + b), abs=2e-3)
-        assert one.high - one.low == pytest.approx(2 * 1.96 * spread, rel=0.05)
+        assert one.value == pytest.approx(mean, abs=2e-3)
+        assert one.high - one.low == pytest.approx(2 * 1.96 * (square - mean**2) ** 0.5, rel=0.07)
         assert one.n == count
+
+
+def log_beta(a: float, b: float) -> float:
+    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+
+
+def test_eighteen_turned_labels_are_enough_among_people_who_are_nearly_always_right() -> None:
+    honest = [vote for name in "abcdefghi" for vote in votes_of(name, 25, right=0.96, lead=4.0)]
+    weights, warnings = told(honest + votes_of("mallory", 18, right=0.0, lead=4.0))
+    assert weights["mallory"] == 0.0
+    assert len(warnings) == 1
+
+
+def test_honest_raters_of_few_labels_are_not_accused() -> None:
+    """100 teams of ten who are right 7 times in 10 or more, by leads that are wrong as often as they say."""
+    rng, accused = random.Random(7), 0
+    for _ in range(100):
+        right, count = rng.choice([0.7, 0.85, 0.97]), rng.choice([4, 8, 16, 32])
+        votes = [honest_vote(f"rater-{name}", at, right, rng) for name in range(10) for at in range(count)]
+        accused += len(contrary(reliabilities(votes).raters))
+    assert accused <= 5  # of 1,000; a 97.5% bound on each could be wrong of 25
+
+
+def honest_vote(rater: str, at: int, right: float, rng: random.Random) -> Vote:
+    """A vote on an item whose lead is right as often as its log-odds say."""
+    lead = abs(rng.gauss(0, 3))
+    truth = 1 if rng.random() < 1 / (1 + math.exp(-lead)) else -1
+    return Vote(rater, (rater, at), truth if rng.random() < right else -truth, lead)
 
 
 def test_a_model_s_opinion_finds_who_flips_though_nobody_judged_the_same() -> None:
@@ -117,8 +155,17 @@ def test_turned_labels_are_told_from_a_model_that_knows_little() -> None:
     rng = np.random.default_rng(1)
     sure = rng.normal(0, 4, 2000)
     truth = np.where(rng.random(2000) < 1 / (1 + np.exp(-sure)), 1.0, -1.0)  # what a label of its own says
-    assert calibration(sure * truth) == pytest.approx(1.0, rel=0.15)
-    turned = np.where(rng.random(2000) < 0.3, -truth, truth)
-    assert 0.6 < calibration(sure * turned) < 1.0  # on the careful side; taken at their word they make it 0.2
-    assert calibration(rng.normal(0, 4, 2000)) < 0.1  # it knows nothing: softened to nothing
-    assert calibration(np.zeros(0)) == 1.0
+    clean, noisy = (
+        calibration(sure * truth),
+        calibration(sure * np.where(rng.random(2000) < 0.3, -truth, truth)),
+    )
+    assert clean.factor == pytest.approx(1.0, rel=0.15)
+    assert clean.turned.high < 0.05
+    assert 0.6 < noisy.factor < 1.0  # on the careful side; taken at their word they make it 0.2
+    assert noisy.turned.low < 0.3 < noisy.turned.high
+    assert noisy.turned.value == pytest.approx(0.3, abs=0.05)
+    blind = calibration(rng.normal(0, 4, 2000))
+    assert blind.factor < 0.1  # it knows nothing: softened to nothing
+    assert blind.turned.high == 0.45  # and nothing is ruled out
+    nothing = calibration(np.zeros(0))
+    assert (nothing.factor, nothing.turned.n) == (1.0, 0)

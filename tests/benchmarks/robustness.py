@@ -5,7 +5,8 @@ Usage: python tests/benchmarks/robustness.py [--tastes orderly] [--seeds 1,2,3] 
 
 The starter model answers twice to each question, a made-up taste compares, ten raters share the labels. Then one of them
 turns all of theirs round (10% of the labels), or 30% of everybody's labels are turned round. One training follows with
-the product's default settings, with the raters' weights and without; the taste counts the wins on fresh questions.
+the product's default settings, as a run does it (raters weighed, ranked answers where labels are noisy) and without
+either; the taste counts the wins on fresh questions.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from tastes_cells import STARTER, Setting, asked, pairs_of, texts, thumbs_of
 
+from alignment.choose import statistics_of
 from alignment.config import AlignmentConfig
 from alignment.dpo import train_dpo
 from alignment.intervals import mean_with_error
@@ -34,8 +36,10 @@ from alignment.kto import train_kto
 from alignment.models import Base, add_policy, load_base
 from alignment.preferences import Pair, Preferences, Thumb
 from alignment.progress import Silent
+from alignment.ranked_pairs import ranked_pairs
 from alignment.reward_raters import weighed_by_others
 from alignment.rollouts import sample
+from alignment.shortfalls import too_noisy
 from alignment.starter.customers import questions
 
 RATERS = 10
@@ -59,6 +63,8 @@ class Result:
     stopped_because: str | None
     named: list[str]
     """What the run says about its raters."""
+    noisy: str
+    """What it says about noise; if it does, DPO learnt from ranked answers."""
     wins: list[float]
     """Of each fresh question: 1 the candidate's answer is liked better, 0 worse, 0.5 as well."""
     weighing_s: float
@@ -113,16 +119,21 @@ class Study:
         """Train once and let the taste compare."""
         setting, base = self.setting, load_base(str(STARTER), device="cpu")
         config, seed, progress = setting.config, setting.seed, Silent()
-        labels = spoilt(self.labels, condition, seed=seed)
+        labels, noisy = spoilt(self.labels, condition, seed=seed), ""
         began = time.process_time()
         if rater_weights:
             labels = weighed_by_others(base, labels, config.reward, seed=seed, progress=progress)
+            statistics = statistics_of(labels, corrections=0, on_policy_share=1.0)
+            noisy = too_noisy(statistics, config.choice) if setting.method == "dpo" else ""
         weighed = time.process_time()
         add_policy(base, config.dpo.lora, seed=seed)
         if setting.method == "kto":
             outcome = train_kto(base, labels.thumbs, config.kto, seed=seed, progress=progress)
         else:
-            outcome = train_dpo(base, labels.pairs, config.dpo, seed=seed, progress=progress)
+            pairs = list(labels.pairs)
+            if noisy:
+                pairs = ranked_pairs(base, labels, config.dpo, config.reward, seed=seed, progress=progress)
+            outcome = train_dpo(base, pairs, config.dpo, seed=seed, progress=progress)
         trained = time.process_time()
         gains = [
             setting.taste(new) - setting.taste(old)
@@ -138,6 +149,7 @@ class Study:
             steps=outcome.steps,
             stopped_because=outcome.stopped_because,
             named=labels.notes.get("rater_warnings", []),
+            noisy=noisy,
             wins=[0.5 + 0.5 * float(np.sign(gain)) for gain in gains],
             weighing_s=weighed - began,
             training_s=trained - weighed,
@@ -179,7 +191,9 @@ def main() -> None:
     parser.add_argument("--fresh", type=int, default=400)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--as-shipped", action="store_true", help="only what a run does: weights, but for the clean labels"
+        "--as-shipped",
+        action="store_true",
+        help="only what a run does, but for the clean labels, which nobody weighs",
     )
     parser.add_argument("--out", type=Path, help="keep the results here, JSON; what it has is not done again")
     options = parser.parse_args()

@@ -1,0 +1,131 @@
+"""Pairs of the policy's own answers, the best against the worst by a fit to all labels."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.batching import make_tree
+from alignment.models import Base, add_policy, load_base, prompt_ids
+from alignment.preferences import Pair, Preferences
+from alignment.progress import Interrupted, Silent
+from alignment.ranked_pairs import ranked_pairs
+from alignment.reward_items import make_items
+from alignment.reward_training import fitted_head, last_states
+from alignment.rollouts import sample
+from alignment.starter.customers import questions
+from alignment.training_config import DpoConfig, LoraSpec, RewardConfig
+from learning_fixtures import StopAfter, base_with_policy, make_pairs, make_thumbs
+from storage.errors import InvalidField
+
+STARTER = Path(__file__).parent.parent / "alignment" / "starter" / "checkpoint"
+REWARD = RewardConfig()
+CONFIG = DpoConfig(ranked_answers=3)
+
+
+@pytest.fixture
+def base(model: Path) -> Base:
+    """A tiny model that ends one answer in eight at each token."""
+    loaded = base_with_policy(model, spread=0.05)
+    loaded.stop_ids = frozenset(range(0, loaded.model.config.vocab_size, 8))
+    return loaded
+
+
+def labels(*, thumbs: int = 6) -> Preferences:
+    return Preferences(pairs=tuple(make_pairs(10)), thumbs=tuple(make_thumbs(thumbs)))
+
+
+def ranked(base: Base, given: Preferences, config: DpoConfig = CONFIG, **options: Any) -> list[Pair]:
+    return ranked_pairs(base, given, config, REWARD, **{"seed": 3, "progress": Silent(), **options})
+
+
+def test_each_pair_is_the_best_against_the_worst_of_the_reference_by_the_fit(base: Base) -> None:
+    given = labels()
+    found = ranked(base, given)
+    made = [pair for pair in found if pair.source == "ranked"]
+    assert [pair for pair in found if pair.source != "ranked"] == [
+        pair for pair in given.pairs if pair.source == "correction"
+    ]
+    assert len(made) > 8
+    assert len({pair.prompt_ids for pair in made}) == len(made)
+    assert {pair.prompt_ids for pair in made} <= {item.prompt_ids for item in (*given.pairs, *given.thumbs)}
+    assert sum(pair.weight for pair in made) == pytest.approx(len(made))
+
+    # the same by hand, a prompt at a time
+    one = replace(REWARD, members=1)
+    items = make_items(base, list(given.pairs), list(given.thumbs), one, seed=3)
+    trees = [*items.trees, *(make_tree(p.prompt_ids, (p.chosen_ids, p.rejected_ids)) for p in made)]
+    states = last_states(base, None, trees, batch_tokens=0, progress=Silent())
+    start = sum(len(tree.completions) for tree in items.trees)
+    scores = states[start:] @ fitted_head(base, states[:start], items, one, seed=3)["heads"][0]
+    gaps = (scores[0::2] - scores[1::2]).tolist()
+    assert min(gaps) > 0
+    for (gap, pair), (other, next_pair) in pairwise(zip(gaps, made, strict=True)):
+        assert pair.weight / next_pair.weight == pytest.approx(gap / other, rel=1e-4)
+
+
+def test_the_same_seed_makes_the_same_pairs_and_another_seed_others(base: Base) -> None:
+    first = ranked(base, labels())
+    assert ranked(base, labels()) == first
+    assert [pair.chosen_ids for pair in ranked(base, labels(), seed=4)] != [pair.chosen_ids for pair in first]
+
+
+def test_too_many_questions_are_thinned_evenly(base: Base) -> None:
+    given = labels(thumbs=20)
+    made = [
+        pair for pair in ranked(base, given, replace(CONFIG, ranked_prompts=9)) if pair.source == "ranked"
+    ]
+    asked = list(dict.fromkeys(item.prompt_ids for item in (*given.pairs, *given.thumbs)))
+    places = [asked.index(pair.prompt_ids) for pair in made]
+    assert len(made) <= 9
+    assert places == sorted(places)
+    assert all(place in {number * len(asked) // 9 for number in range(9)} for place in places)
+
+
+def test_a_policy_without_whole_answers_is_refused_with_what_to_do(base: Base) -> None:
+    base.stop_ids = frozenset({base.eos_id})
+    with pytest.raises(InvalidField, match=r"dpo.pairs_from: got 'ranked'; .* use .labels."):
+        ranked(base, labels())
+
+
+def test_a_stop_is_heard_between_two_answers(base: Base) -> None:
+    with pytest.raises(Interrupted):
+        ranked(base, labels(), progress=StopAfter("answers to rank", 1))
+
+
+@pytest.mark.slow
+def test_of_labels_turned_three_times_in_ten_the_fit_makes_pairs_that_are_right() -> None:
+    """The starter, a taste for short answers, and 30% of its choices turned round."""
+    base = load_base(str(STARTER), device="cpu")
+    add_policy(base, LoraSpec(), seed=0)
+    asked = [prompt_ids(base, [{"role": "user", "content": one.text}]) for one in questions(160, seed=5)]
+    sides = [sample(base, asked, adapter="reference", seed=side) for side in (0, 1)]
+    rng, pairs, right = random.Random(5), [], []
+    for at, (prompt, one, other) in enumerate(zip(asked, *sides, strict=True)):
+        short, long = sorted((one.token_ids, other.token_ids), key=len)
+        if len(short) == len(long):
+            continue
+        right.append(rng.random() >= 0.3)
+        chosen, rejected = (short, long) if right[-1] else (long, short)
+        pairs.append(
+            replace(
+                make_pairs(1)[0],
+                id=str(at),
+                prompt_ids=tuple(prompt),
+                chosen_ids=chosen,
+                rejected_ids=rejected,
+                weight=1.0,
+                margin=0.0,
+                prompt_key=str(at),
+            )
+        )
+    made = ranked(base, Preferences(pairs=tuple(pairs), thumbs=()))
+    told = [len(pair.chosen_ids) < len(pair.rejected_ids) for pair in made]
+    of_labels, of_ranked = sum(right) / len(right), sum(told) / len(told)
+    print(f"\nright: {of_labels:.0%} of {len(right)} labels, {of_ranked:.0%} of {len(told)} ranked pairs")
+    assert of_ranked > of_labels + 0.05
