@@ -169,10 +169,7 @@ def read(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             "found": max(bad, default=None),
             "rule": RULES.agreement_low_min,
         },
-        "flip_rate_from_which_cdpo_leads": {
-            "found": leads_from(found["noise"], "flips"),
-            "rule": RULES.noisy_flip_rate_min,
-        },
+        "flip_rate_from_which_cdpo_leads": {"found": leads_from(found["noise"], "flips")},
         "thumbs_worth_200_fresh_pairs": {
             "found": reaches(found["thumbs"], "thumbs", "kto", two_hundred),
             "rule": RULES.min_thumbs,

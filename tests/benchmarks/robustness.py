@@ -1,7 +1,7 @@
 """What bad labels cost: wins on fresh questions with clean labels, with a malicious rater and with noise.
 
 Usage: python tests/benchmarks/robustness.py [--tastes orderly] [--seeds 1,2,3] [--methods dpo] [--as-shipped]
-           [--out FILE.json]
+           [--out FILE.json] [--labels-only]
 
 The starter model answers twice to each question, a made-up taste compares, ten raters share the labels. Then one of them
 turns all of theirs round (10% of the labels), or 30% of everybody's labels are turned round. One training follows with
@@ -28,19 +28,23 @@ import numpy as np
 import torch
 from tastes_cells import STARTER, Setting, asked, pairs_of, texts, thumbs_of
 
+from alignment.batching import make_tree
 from alignment.choose import statistics_of
 from alignment.config import AlignmentConfig
 from alignment.dpo import train_dpo
-from alignment.intervals import mean_with_error
+from alignment.intervals import Estimate, mean_with_error
 from alignment.kto import train_kto
 from alignment.models import Base, add_policy, load_base
 from alignment.preferences import Pair, Preferences, Thumb
 from alignment.progress import Silent
 from alignment.ranked_pairs import ranked_pairs
+from alignment.reward_items import make_items
 from alignment.reward_raters import weighed_by_others
+from alignment.reward_training import fitted_head, last_states
 from alignment.rollouts import sample
 from alignment.shortfalls import too_noisy
 from alignment.starter.customers import questions
+from alignment.training_config import RewardConfig
 
 RATERS = 10
 NOISE = 0.3
@@ -155,6 +159,38 @@ class Study:
             training_s=trained - weighed,
         )
 
+    def told_about(self, condition: str) -> str:
+        """Return a Markdown row of what is said about the labels, and how often they and a fit to them are right."""
+        reward, seed = self.setting.config.reward, self.setting.seed
+        base = load_base(str(STARTER), device="cpu")
+        labels = spoilt(self.labels, condition, seed=seed)
+        weighed = weighed_by_others(base, labels, reward, seed=seed, progress=Silent())
+        turned: Estimate = weighed.notes["turned_share"]
+        better = {pair.id: pair.chosen_ids for pair in self.labels.pairs}
+        pairs = [pair for pair in weighed.pairs if not pair.tie]
+        right = [pair.chosen_ids == better[pair.id] for pair in pairs]
+        leads = _leads_of_fit(base, weighed, pairs, reward, seed=seed)
+        by_fit = [(lead > 0) is one for lead, one in zip(leads, right, strict=True)]
+        return (
+            f"| {self.setting.name} {seed} | {condition} | {len(pairs)} | {sum(right) / len(right):.0%} | "
+            f"{sum(by_fit) / len(by_fit):.0%} | {turned.value:.0%} ({turned.low:.0%} to {turned.high:.0%}) | "
+            f"{len(weighed.notes['rater_warnings'])} |"
+        )
+
+
+def _leads_of_fit(
+    base: Base, labels: Preferences, pairs: Sequence[Pair], reward: RewardConfig, *, seed: int
+) -> list[float]:
+    """Return by how much the fit to all labels, that which ranks answers, scores each pair's chosen answer higher."""
+    one = replace(reward, members=1)
+    items = make_items(base, list(labels.pairs), [], one, seed=seed)
+    trees = [make_tree(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
+    states = last_states(base, None, [*items.trees, *trees], batch_tokens=0, progress=Silent())
+    labelled = 2 * len(labels.pairs)
+    scores = states[labelled:] @ fitted_head(base, states[:labelled], items, one, seed=seed)["heads"][0]
+    leads: list[float] = (scores[0::2] - scores[1::2]).tolist()
+    return leads
+
 
 def table(results: Sequence[Result]) -> str:
     """Return a Markdown row for each condition: wins over all seeds, and how far from clean on the same questions.
@@ -195,6 +231,9 @@ def main() -> None:
         action="store_true",
         help="only what a run does, but for the clean labels, which nobody weighs",
     )
+    parser.add_argument(
+        "--labels-only", action="store_true", help="no training: what is said about the labels"
+    )
     parser.add_argument("--out", type=Path, help="keep the results here, JSON; what it has is not done again")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -210,8 +249,13 @@ def main() -> None:
                     seed=seed,
                     config=AlignmentConfig(),
                 )
-                _all(setting, results, options.out, as_shipped=options.as_shipped)
-    print(table(results))
+                if options.labels_only:
+                    study = Study(setting)
+                    print("\n".join(study.told_about(one) for one in CONDITIONS), flush=True)
+                else:
+                    _all(setting, results, options.out, as_shipped=options.as_shipped)
+    if results:
+        print(table(results))
 
 
 def _all(setting: Setting, results: list[Result], out: Path | None, *, as_shipped: bool) -> None:
