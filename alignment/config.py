@@ -60,8 +60,7 @@ class ChoiceConfig:
     """Rate of wrong choices, as people's agreement tells it, from which DPO learns from ranked answers (rule 2)."""
     turned_share_high_min: float = 0.25
     """The same for the share of pairs that are turned round, as a fit to the other labels tells: the upper end of its 95%
-    interval. Under five tastes at most 0.08 for right labels, 0.24 with one malicious rater of ten, and 0.31 or more with
-    30% turned (docs/robustness.md)."""
+    interval. Under five tastes at most 0.08 for right labels, and 0.31 or more with 30% turned (docs/robustness.md)."""
     turned_share_min: float = 0.05
     """And the likeliest share must be this much: a fit that knows nothing rules out nothing, and ranks no answers."""
     on_policy_share_min: float = 0.5
