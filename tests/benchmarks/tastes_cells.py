@@ -25,6 +25,7 @@ from alignment.models import Base, add_policy, load_base, prompt_ids, save_adapt
 from alignment.ppo import train_ppo
 from alignment.preferences import Preferences
 from alignment.progress import Silent
+from alignment.ranked_pairs import ranked_pairs
 from alignment.reward_model import train_reward_model
 from alignment.rollouts import Rollout, sample
 from alignment.starter.answers import classify_answer
@@ -162,6 +163,9 @@ def trained(base: Base, setting: Setting, pairs: list[Pair], round_number: int, 
     config, seed = setting.config, setting.seed + round_number
     unseen = asked(base, questions(config.dpo.kl_prompts, seed=seed + 500))
     if setting.method == "dpo":
+        if config.dpo.pairs_from == "ranked":
+            labels = Preferences(pairs=tuple(pairs), thumbs=())
+            pairs = ranked_pairs(base, labels, config.dpo, config.reward, seed=seed, progress=curve)
         return train_dpo(base, pairs, config.dpo, seed=seed, progress=curve, unseen=unseen)
     if setting.method == "kto":
         thumbs = thumbs_of(base, pairs, setting.taste)
