@@ -124,7 +124,8 @@ def test_of_labels_turned_three_times_in_ten_the_fit_makes_pairs_that_are_right(
                 prompt_key=str(at),
             )
         )
-    made = ranked(base, Preferences(pairs=tuple(pairs), thumbs=()))
+    labels = Preferences(pairs=tuple(pairs), thumbs=())
+    made = ranked(base, labels, replace(CONFIG, ranked_prompts=60))
     told = [len(pair.chosen_ids) < len(pair.rejected_ids) for pair in made]
     of_labels, of_ranked = sum(right) / len(right), sum(told) / len(told)
     print(f"\nright: {of_labels:.0%} of {len(right)} labels, {of_ranked:.0%} of {len(told)} ranked pairs")
