@@ -34,11 +34,11 @@ ACCELERATE = (
     "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 --num_machines 1 --main_process_port 0"
 )
 LONG: dict[str, dict[str, Any]] = {
-    "dpo": {"method": "dpo", "dpo": {**SMALL["dpo"], "epochs": 16}},
+    "dpo": {"method": "dpo", "dpo": {**SMALL["dpo"], "epochs": 40}},
     "ppo": {
         "method": "ppo",
         "ppo": {
-            "steps": 16,
+            "steps": 30,
             "prompts_per_step": 8,
             "max_new_tokens": 8,
             "minibatches": 1,
