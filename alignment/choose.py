@@ -24,6 +24,7 @@ from alignment.shortfalls import (
     too_one_sided,
     too_shifted,
     too_weak,
+    why_ranked,
 )
 from storage.errors import InvalidField
 
@@ -47,7 +48,7 @@ class Choice:
     rule: str
     reason: str
     warnings: tuple[str, ...] = ()
-    noisy_labels: str = ""
+    ranked_because: str = ""
     """Why DPO should learn from answers that a fit to all labels ranks, not from the labels; "" where it need not."""
     waits_for_reward_model: bool = False
     """Undecided: train a reward model on the policy's part of the labels and choose again with its evidence."""
@@ -113,7 +114,7 @@ class _Look:
             rule=rule,
             reason=reason,
             warnings=_warnings(method, data, config, ignored=ignored),
-            noisy_labels=too_noisy(data, config) if method == "dpo" else "",
+            ranked_because=why_ranked(data, config) if method == "dpo" else "",
             corrections_only=method == "dpo" and corrections_only(data, config),
         )
 

@@ -49,7 +49,9 @@ class DataStatistics:
     rater_warnings: tuple[str, ...] = ()
     """A sentence for each rater who contradicts the others."""
     turned_share: Estimate | None = None
-    """Share of the pairs turned round, as a fit to the other labels tells; None with too few raters to ask."""
+    """Share of the pairs turned round, as a fit to the other labels tells; None without pairs."""
+    fit_accuracy: Estimate | None = None
+    """Share of the pairs with two policies' answers that such a fit ranks as people did; None without such pairs."""
 
     @property
     def labels(self) -> int:
@@ -119,6 +121,7 @@ def statistics_of(
         rater_weights={names.get(r, r): weight for r, weight in notes.get("rater_weights", {}).items()},
         rater_warnings=tuple(notes.get("rater_warnings", ())),
         turned_share=notes.get("turned_share"),
+        fit_accuracy=notes.get("fit_accuracy"),
     )
 
 

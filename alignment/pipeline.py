@@ -260,10 +260,10 @@ def _keep_choice(store: Store, run: Run, folder: Path, statistics: DataStatistic
 
 
 def _adapted(config: AlignmentConfig, choice: Choice) -> AlignmentConfig:
-    """Take ranked answers where labels are noisy, and the supervised term where all are corrections."""
+    """Take the labels where nothing speaks for ranked answers, and the supervised term where all are corrections."""
     dpo = config.dpo
-    if dpo.pairs_from == "auto":
-        dpo = replace(dpo, pairs_from="ranked" if choice.noisy_labels else "labels")
+    if dpo.pairs_from == "auto" and not choice.ranked_because:
+        dpo = replace(dpo, pairs_from="labels")
     if choice.corrections_only:
         dpo = replace(dpo, nll_weight=max(dpo.nll_weight, config.choice.corrections_nll_weight))
     return replace(config, dpo=dpo)

@@ -51,6 +51,8 @@ class PolicyResult:
     """Whether the policy is another than it began with."""
     held: str
     """For people: what the KL budget from the base did to the training; "" where it did not matter."""
+    learnt_from: str = ""
+    """For people: which answers it learnt from, where that could have been others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

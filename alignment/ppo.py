@@ -94,6 +94,8 @@ class PpoResult:
     """Whether the policy is another than it began with."""
     held: str
     """For people: what the KL budget from the base did to the training; "" where it did not matter."""
+    learnt_from: str = ""
+    """Of the other methods: always its own answers."""
 
 
 def train_ppo(

@@ -1,9 +1,12 @@
-"""Pairs for DPO that a fit to all labels makes of the policy's own answers, for labels of which many are turned round.
+"""Pairs for DPO that a fit to all labels makes of the policy's own answers.
 
-A label that is wrong teaches its opposite, and a training that repeats the labels learns it by heart; it spends its KL
-on that. One linear head on the base's states cannot: it is more often right about the labelled pairs than the labels
-are (docs/robustness.md). So the served policy answers each question several times, and its best answer by that head is
-put against its worst, as in RSO (arXiv 2309.06657) and in iterative DPO (arXiv 2405.07863).
+The served policy answers each question several times, and its best answer by the fit, one linear head on the base's
+states, is put against its worst, as in RSO (arXiv 2309.06657) and in iterative DPO (arXiv 2405.07863). Where the fit is
+good, these pairs are farther apart than those that people compared, and every question gives one.
+
+They are for noisy labels too. A label that is wrong teaches its opposite, and a training that repeats the labels learns
+it by heart and spends its KL on that. A linear head cannot: it is more often right about the labelled pairs than such
+labels are (docs/robustness.md).
 """
 
 from __future__ import annotations
@@ -24,6 +27,46 @@ from alignment.training_config import DpoConfig, RewardConfig
 from storage.errors import InvalidField
 
 RATER = "the fit to all labels"
+FEWEST_SHARE = 0.5
+"""Of the questions asked that must get two different answers: a policy that is sure of itself gives few, and of those
+questions only that it is not sure of."""
+
+
+def pairs_to_learn(
+    base: Base,
+    labels: Preferences,
+    config: DpoConfig,
+    reward: RewardConfig,
+    *,
+    seed: int,
+    progress: Progress,
+    crew: Crew = ALONE,
+) -> tuple[Sequence[Pair], str]:
+    """Return what DPO learns from by `config.pairs_from`, and what people should know of it.
+
+    "auto" takes ranked answers unless too few questions get two different ones.
+
+    Raises:
+        InvalidField: "ranked", and no question got two different whole answers.
+        Interrupted: `progress` asked to stop.
+    """
+    if config.pairs_from == "labels":
+        return labels.pairs, ""
+    found = ranked_pairs(base, labels, config, reward, seed=seed, progress=progress, crew=crew)
+    ranked = sum(pair.source == "ranked" for pair in found)
+    asked = len(_questions(labels, most=config.ranked_prompts))
+    if config.pairs_from == "auto" and ranked < FEWEST_SHARE * asked:
+        return labels.pairs, (
+            f"It learnt from people's labels: only {ranked} of {asked} questions got two different whole answers in "
+            f"{config.ranked_answers}."
+        )
+    if not ranked:
+        fix = 'the policy gave no question two different whole answers; use "labels"'
+        raise InvalidField("dpo.pairs_from", "ranked", fix)
+    return found, (
+        f"It learnt from {ranked} pairs of its own answers, the best against the worst of {config.ranked_answers} to a "
+        "question by a fit to all labels."
+    )
 
 
 def ranked_pairs(
@@ -42,7 +85,6 @@ def ranked_pairs(
     answer. Every process returns the same.
 
     Raises:
-        InvalidField: no question got two different whole answers.
         Interrupted: `progress` asked to stop.
     """
     questions = _questions(labels, most=config.ranked_prompts)
@@ -66,13 +108,7 @@ def ranked_pairs(
                 rater=RATER,
             )
         )
-    if not found:
-        raise InvalidField(
-            "dpo.pairs_from",
-            "ranked",
-            'the policy gave no question two different whole answers; use "labels"',
-        )
-    mean = sum(pair.weight for pair in found) / len(found)
+    mean = sum(pair.weight for pair in found) / max(1, len(found))
     ranked = [replace(pair, weight=pair.weight / mean) for pair in found]
     return ranked + [pair for pair in labels.pairs if pair.source == "correction"]
 

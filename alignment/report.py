@@ -62,6 +62,8 @@ class Card:
     training: Json
     held: str
     """What the KL budget from the base did to the training; "" for nothing."""
+    learnt_from: str
+    """Which answers it learnt from, "" where that could not have been others."""
     verdict: Verdict
     samples: Sequence[Json]
     details: Json
@@ -193,6 +195,7 @@ def _training(card: Card) -> str:
             "## Training",
             "",
             f"{_recipe(card)}, seed {card.config.seed}. At the end: {ends}.",
+            *(["", f"{card.choice.ranked_because} {card.learnt_from}".strip()] if card.learnt_from else []),
             *(["", card.held] if card.held else []),
             "",
             f"Cost so far: {cost['wall_s']:.0f} s ({cost['cpu_s']:.0f} CPU seconds) on {cost['device']}, "
@@ -214,10 +217,9 @@ def _recipe(card: Card) -> str:
             f"{kto.loss}, beta {kto.beta}, learning rate {kto.learning_rate}, at most {kto.epochs} epochs of "
             f"{kto.batch_thumbs} thumbs a step, LoRA rank {kto.lora.rank}"
         )
-    ranked = f", {dpo.ranked_answers} own answers to a question ranked by a fit to all labels"
     return (
         f"{dpo.loss}, beta {dpo.beta}, learning rate {dpo.learning_rate}, at most {dpo.epochs} epochs of "
-        f"{dpo.batch_pairs} pairs a step, LoRA rank {dpo.lora.rank}{ranked if dpo.pairs_from == 'ranked' else ''}"
+        f"{dpo.batch_pairs} pairs a step, LoRA rank {dpo.lora.rank}"
     )
 
 

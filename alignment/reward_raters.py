@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from alignment.batching import Tree, make_tree
-from alignment.intervals import Estimate, Floats
+from alignment.intervals import Estimate, Floats, wilson
 from alignment.models import Base
 from alignment.preferences import Pair, Preferences, Thumb, weighted
 from alignment.progress import Progress, stop_if_asked
-from alignment.rater_weights import FEWEST_RATERS, calibration
+from alignment.rater_weights import FEWEST_RATERS, Calibration, calibration
 from alignment.reward_items import make_items
 from alignment.reward_metrics import new_rater_metrics
 from alignment.reward_training import fitted_head, last_states
@@ -39,14 +39,13 @@ def weighed_by_others(
     """Weigh the raters by how well labels of other prompts, fitted, and other people's labels predict theirs.
 
     People hardly ever judge the same answers; the fit carries what the others said to the answers that one alone judged.
-    With fewer than three raters there are no others to ask, and nothing is fitted.
+    With fewer than three raters there are no others to ask, and nobody's weight comes from a fit. The notes say how often
+    a fit is right about pairs of prompts that it did not see (`fit_accuracy`) and how many are turned (`turned_share`).
 
     Raises:
         Interrupted: `progress` asked to stop.
     """
     found = weighted(labels)
-    if len(found.notes["rater_weights"]) < FEWEST_RATERS:
-        return found
     pairs = [pair for pair in labels.pairs if pair.source != "ratings"]  # their thumbs are here themselves
     states = last_states(
         base, None, _trees(pairs, labels.thumbs), batch_tokens=config.batch_tokens, progress=progress
@@ -60,17 +59,21 @@ def weighed_by_others(
         seed=seed,
         progress=progress,
     )
-    for _ in range(ROUNDS):
-        leads, turned = _out_of_fold_leads(fits, found.notes["rater_weights"])
-        found = weighted(labels, leads)
-    return replace(found, notes={**found.notes, "turned_share": turned})
+    enough = len(found.notes["rater_weights"]) >= FEWEST_RATERS
+    for _ in range(ROUNDS if enough else 1):
+        leads, about_pairs = _out_of_fold_leads(fits, found.notes["rater_weights"])
+        found = weighted(labels, leads if enough else None)
+    return replace(found, notes={**found.notes, **about_pairs})
 
 
-def _out_of_fold_leads(fits: _Fits, factors: Mapping[str, float]) -> tuple[dict[str, float], Estimate | None]:
-    """Return by id the log-odds that a label is right, from a fit to others' labels of other prompts, calibrated; and the
-    share of the pairs that are turned round, None without pairs.
+def _out_of_fold_leads(
+    fits: _Fits, factors: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, Estimate]]:
+    """Return by id the log-odds that a label is right, from a fit to others' labels of other prompts, calibrated; and
+    the notes on the pairs, none without pairs.
 
     A thumb is compared with its rater's own leniency: somebody who likes nearly everything is not wrong each time.
+    Where there are too few raters to leave some out, only the prompts are others.
 
     Args:
         factors: the raters' weights in the fit.
@@ -81,7 +84,9 @@ def _out_of_fold_leads(fits: _Fits, factors: Mapping[str, float]) -> tuple[dict[
     )
     fold_of = {key: number % PROMPT_FOLDS for number, key in enumerate(prompts)}
     leads = np.zeros(len(labels))
-    for group in rater_folds(sorted(factors), RATER_FOLDS):
+    everybody = sorted(factors)
+    groups = [(group, set(everybody) - group) for group in rater_folds(everybody, RATER_FOLDS)]
+    for group, rest in groups or [(set(everybody), set(everybody))]:
         for fold in range(PROMPT_FOLDS):
             inside = [
                 number
@@ -91,7 +96,7 @@ def _out_of_fold_leads(fits: _Fits, factors: Mapping[str, float]) -> tuple[dict[
             others = [
                 number
                 for number, label in enumerate(labels)
-                if label.rater not in group and fold_of[label.prompt_key] != fold and factors[label.rater]
+                if label.rater in rest and fold_of[label.prompt_key] != fold and factors[label.rater]
             ]
             fit = fits.fit(others, factors) if inside else None
             if fit is not None:
@@ -105,9 +110,21 @@ def _out_of_fold_leads(fits: _Fits, factors: Mapping[str, float]) -> tuple[dict[
         ]
         found.append(calibration(np.array(known)))
         leads[part] *= found[-1].factor
-    of_pairs = found[0].turned
     by_id = {label.id: float(lead) for label, lead in zip(labels, leads, strict=True)}
-    return by_id, of_pairs if of_pairs.n else None
+    return by_id, _about_pairs(fits.pairs, by_id, factors, found[0])
+
+
+def _about_pairs(
+    pairs: Sequence[Pair], leads: Mapping[str, float], factors: Mapping[str, float], found: Calibration
+) -> dict[str, Estimate]:
+    """Return the notes on the pairs: the share turned round and how often the fit is right about two answers of policies."""
+    asked = [
+        leads[pair.id]
+        for pair in pairs
+        if factors[pair.rater] and not pair.tie and pair.source != "correction"
+    ]
+    notes = {"turned_share": found.turned} if found.turned.n else {}
+    return notes | ({"fit_accuracy": wilson(sum(lead > 0 for lead in asked), len(asked))} if asked else {})
 
 
 def left_out_rater_metrics(

@@ -147,6 +147,18 @@ def too_shifted(data: DataStatistics, config: ChoiceConfig) -> str:
     return ""
 
 
+def why_ranked(data: DataStatistics, config: ChoiceConfig) -> str:
+    """Return why DPO should learn from answers that a fit to all labels ranks, not from the labels; "" where it need not."""
+    if corrections_only(data, config):
+        return ""
+    if noisy := too_noisy(data, config):
+        return noisy
+    fit = data.fit_accuracy
+    if fit is None or fit.low < config.fit_accuracy_low_min:
+        return ""
+    return f"A fit to the other labels ranks {fit.value:.0%} of the pairs as people did ({fit.low:.0%} to {fit.high:.0%})."
+
+
 def too_noisy(data: DataStatistics, config: ChoiceConfig) -> str:
     """Return what says that many labels are turned round, else ""."""
     if corrections_only(data, config):

@@ -384,6 +384,7 @@ def write_report(
         choice=choice,
         training={"steps": trained.steps, **trained.metrics},
         held=trained.held,
+        learnt_from=trained.learnt_from,
         verdict=verdict,
         samples=evidence.samples,
         details=evidence.details,

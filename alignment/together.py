@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,9 +27,9 @@ from alignment.policy_training import PolicyResult
 from alignment.ppo import PpoResult, train_ppo
 from alignment.ppo_config import PpoConfig
 from alignment.ppo_rollouts import Sampler
-from alignment.preferences import Pair, Preferences
+from alignment.preferences import Preferences
 from alignment.progress import Interrupted, Progress, Silent
-from alignment.ranked_pairs import ranked_pairs
+from alignment.ranked_pairs import pairs_to_learn
 from alignment.reference_cache import ReferenceCache
 from alignment.reward_model import RewardConfig, TrainedReward, train_reward_model
 from alignment.training import all_finite
@@ -226,15 +226,13 @@ def train_policy_by(
         return train_ppo(base, prompts, place.scorer, config.ppo, sampler=sampler, **options)
     if method == "kto":
         return train_kto(base, labels.thumbs, config.kto, cache=cache, **options)
-    pairs: Sequence[Pair] = labels.pairs
-    if config.dpo.pairs_from == "ranked":
-        pairs = ranked_pairs(
-            base,
-            labels,
-            config.dpo,
-            config.reward,
-            seed=config.seed,
-            progress=place.progress,
-            crew=place.crew,
-        )
-    return train_dpo(base, pairs, config.dpo, cache=cache, **options)
+    pairs, told = pairs_to_learn(
+        base,
+        labels,
+        config.dpo,
+        config.reward,
+        seed=config.seed,
+        progress=place.progress,
+        crew=place.crew,
+    )
+    return replace(train_dpo(base, pairs, config.dpo, cache=cache, **options), learnt_from=told)

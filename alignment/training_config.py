@@ -140,8 +140,8 @@ class DpoConfig(FixedAnswersConfig):
     """Assumed share of wrong labels, used by cdpo and robust; at most 0.45."""
     pairs_from: PairsFrom = "auto"
     """labels: the pairs that people made. ranked: the best and the worst of the served policy's own answers, by a fit to all
-    labels (`alignment.ranked_pairs`). auto: ranked where many labels may be turned (choice.turned_share_high_min,
-    choice.noisy_flip_rate_min)."""
+    labels (`alignment.ranked_pairs`). auto: ranked where that fit is good (choice.fit_accuracy_low_min) or many labels may
+    be turned (choice.turned_share_high_min, choice.noisy_flip_rate_min), and enough answers differ."""
     ranked_answers: int = 4
     """Answers to each question that are ranked (iterative DPO of arXiv 2405.07863: best and worst of 8)."""
     ranked_temperature: float = 0.7

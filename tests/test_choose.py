@@ -55,7 +55,7 @@ def test_four_hundred_comparisons_of_one_person_train_with_warnings() -> None:
     assert choice.method == "dpo"
     assert any("400 pairs, fewer than the 500" in warning for warning in choice.warnings)
     assert any(warning.startswith("Agreement is unknown") for warning in choice.warnings)
-    assert choice.noisy_labels == ""
+    assert choice.ranked_because == ""
 
 
 @pytest.mark.parametrize(
@@ -108,10 +108,10 @@ def test_flip_rate_follows_from_agreement() -> None:
 
 def test_people_who_seldom_choose_alike_make_noisy_labels() -> None:
     noisy = choose_method(replace(GOOD, agreement=wilson(660, 1000)), RULES, wanted="auto")
-    assert noisy.noisy_labels == "People choose alike so seldom that 22% of their choices must be wrong."
-    assert noisy.noisy_labels in noisy.warnings
+    assert noisy.ranked_because == "People choose alike so seldom that 22% of their choices must be wrong."
+    assert noisy.ranked_because in noisy.warnings
     clean = replace(GOOD, agreement=wilson(950, 1000))
-    assert not choose_method(clean, RULES, wanted="auto").noisy_labels
+    assert not choose_method(clean, RULES, wanted="auto").ranked_because
 
 
 @pytest.mark.parametrize(
@@ -127,9 +127,32 @@ def test_turned_pairs_make_noisy_labels_unless_the_fit_knows_nothing(
     likeliest: float, high: float, noisy: bool
 ) -> None:
     turned = replace(GOOD, agreement=None, turned_share=Estimate(value=likeliest, low=0.0, high=high, n=240))
-    assert bool(choose_method(turned, RULES, wanted="auto").noisy_labels) is noisy
+    assert bool(choose_method(turned, RULES, wanted="auto").ranked_because) is noisy
     edited = replace(turned, correction_pairs=turned.pairs)  # a fit ranks no edited answers
-    assert not choose_method(edited, RULES, wanted="dpo").noisy_labels
+    assert not choose_method(edited, RULES, wanted="dpo").ranked_because
+
+
+@pytest.mark.parametrize(
+    ("right", "ranked"),
+    [
+        (wilson(190, 200), True),
+        (wilson(160, 200), False),  # 80%, but no less than 74% is not what 200 pairs show
+        (wilson(1700, 2000), True),
+    ],
+)
+def test_where_a_fit_ranks_as_people_do_dpo_learns_from_ranked_answers(right: Estimate, ranked: bool) -> None:
+    known = replace(GOOD, fit_accuracy=right)
+    choice = choose_method(known, RULES, wanted="auto")
+    assert bool(choice.ranked_because) is ranked
+    assert not any(choice.ranked_because in told for told in choice.warnings if choice.ranked_because)
+    assert not choose_method(known, RULES, wanted="ppo", available=ALL).ranked_because
+    edited = replace(known, correction_pairs=known.pairs)  # a fit ranks no edited answers
+    assert not choose_method(edited, RULES, wanted="dpo").ranked_because
+
+
+def test_noise_is_what_is_told_where_a_fit_is_good_too() -> None:
+    both = replace(GOOD, fit_accuracy=wilson(950, 1000), agreement=wilson(660, 1000))
+    assert "must be wrong" in choose_method(both, RULES, wanted="auto").ranked_because
 
 
 def test_many_labels_of_shifted_answers_wait_for_the_reward_model_and_then_give_ppo() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +16,7 @@ from alignment.batching import make_tree
 from alignment.models import Base, add_policy, load_base, prompt_ids
 from alignment.preferences import Pair, Preferences
 from alignment.progress import Interrupted, Silent
-from alignment.ranked_pairs import ranked_pairs
+from alignment.ranked_pairs import pairs_to_learn, ranked_pairs
 from alignment.reward_items import make_items
 from alignment.reward_training import fitted_head, last_states
 from alignment.rollouts import sample
@@ -42,6 +44,10 @@ def labels(*, thumbs: int = 6) -> Preferences:
 
 def ranked(base: Base, given: Preferences, config: DpoConfig = CONFIG, **options: Any) -> list[Pair]:
     return ranked_pairs(base, given, config, REWARD, **{"seed": 3, "progress": Silent(), **options})
+
+
+def learnt(base: Base, given: Preferences, **options: Any) -> tuple[Sequence[Pair], str]:
+    return pairs_to_learn(base, given, replace(CONFIG, **options), REWARD, seed=3, progress=Silent())
 
 
 def test_each_pair_is_the_best_against_the_worst_of_the_reference_by_the_fit(base: Base) -> None:
@@ -87,10 +93,23 @@ def test_too_many_questions_are_thinned_evenly(base: Base) -> None:
     assert all(place in {number * len(asked) // 9 for number in range(9)} for place in places)
 
 
-def test_a_policy_without_whole_answers_is_refused_with_what_to_do(base: Base) -> None:
+def test_a_policy_without_whole_answers_is_refused_where_ranked_ones_are_wanted(base: Base) -> None:
     base.stop_ids = frozenset({base.eos_id})
     with pytest.raises(InvalidField, match=r"dpo.pairs_from: got 'ranked'; .* use .labels."):
-        ranked(base, labels())
+        learnt(base, labels(), pairs_from="ranked")
+
+
+def test_a_policy_that_gives_too_few_different_answers_learns_from_the_labels(base: Base) -> None:
+    given = labels(thumbs=0)
+    enough, told = learnt(base, given, pairs_from="auto")
+    made = sum(pair.source == "ranked" for pair in enough)
+    assert made > 5
+    assert f"from {made} pairs of its own answers" in told
+    base.stop_ids = frozenset({7})
+    few, told = learnt(base, given, pairs_from="auto")
+    assert few == given.pairs
+    assert re.search(r"only [0-4] of 10 questions got two different whole answers in 3", told)
+    assert learnt(base, given, pairs_from="labels") == (given.pairs, "")
 
 
 def test_a_stop_is_heard_between_two_answers(base: Base) -> None:

@@ -5,8 +5,8 @@ Usage: python tests/benchmarks/robustness.py [--tastes orderly] [--seeds 1,2,3] 
 
 The starter model answers twice to each question, a made-up taste compares, ten raters share the labels. Then one of them
 turns all of theirs round (10% of the labels), or 30% of everybody's labels are turned round. One training follows with
-the product's default settings, as a run does it (raters weighed, ranked answers where labels are noisy) and without
-either; the taste counts the wins on fresh questions.
+the product's default settings, as a run does it (raters weighed, ranked answers by its rule) and without either; the
+taste counts the wins on fresh questions.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 import torch
-from tastes_cells import STARTER, Setting, asked, pairs_of, texts, thumbs_of
+from tastes_cells import STARTER, Setting, asked, pairs_as_in_a_run, pairs_of, texts, thumbs_of
 
 from alignment.batching import make_tree
-from alignment.choose import statistics_of
 from alignment.config import AlignmentConfig
 from alignment.dpo import train_dpo
 from alignment.intervals import Estimate, mean_with_error
@@ -37,12 +36,10 @@ from alignment.kto import train_kto
 from alignment.models import Base, add_policy, load_base
 from alignment.preferences import Pair, Preferences, Thumb
 from alignment.progress import Silent
-from alignment.ranked_pairs import ranked_pairs
 from alignment.reward_items import make_items
 from alignment.reward_raters import weighed_by_others
 from alignment.reward_training import fitted_head, last_states
 from alignment.rollouts import sample
-from alignment.shortfalls import too_noisy
 from alignment.starter.customers import questions
 from alignment.training_config import RewardConfig
 
@@ -61,14 +58,14 @@ class Result:
     method: str
     seed: int
     condition: str
-    rater_weights: bool
+    as_a_run: bool
     labels: int
     steps: int
     stopped_because: str | None
     named: list[str]
     """What the run says about its raters."""
-    noisy: str
-    """What it says about noise; if it does, DPO learnt from ranked answers."""
+    ranked: str
+    """Why DPO learnt from ranked answers, "" where it did not."""
     wins: list[float]
     """Of each fresh question: 1 the candidate's answer is liked better, 0 worse, 0.5 as well."""
     weighing_s: float
@@ -119,24 +116,22 @@ class Study:
         """Return the answers to the fresh questions."""
         return texts(base, sample(base, self.prompts, adapter=adapter, seed=self.setting.seed + 2000))
 
-    def result(self, condition: str, *, rater_weights: bool) -> Result:
+    def result(self, condition: str, *, as_a_run: bool) -> Result:
         """Train once and let the taste compare."""
         setting, base = self.setting, load_base(str(STARTER), device="cpu")
         config, seed, progress = setting.config, setting.seed, Silent()
-        labels, noisy = spoilt(self.labels, condition, seed=seed), ""
+        labels, ranked = spoilt(self.labels, condition, seed=seed), ""
         began = time.process_time()
-        if rater_weights:
+        if as_a_run:
             labels = weighed_by_others(base, labels, config.reward, seed=seed, progress=progress)
-            statistics = statistics_of(labels, corrections=0, on_policy_share=1.0)
-            noisy = too_noisy(statistics, config.choice) if setting.method == "dpo" else ""
         weighed = time.process_time()
         add_policy(base, config.dpo.lora, seed=seed)
         if setting.method == "kto":
             outcome = train_kto(base, labels.thumbs, config.kto, seed=seed, progress=progress)
         else:
-            pairs = list(labels.pairs)
-            if noisy:
-                pairs = ranked_pairs(base, labels, config.dpo, config.reward, seed=seed, progress=progress)
+            pairs: Sequence[Pair] = labels.pairs
+            if as_a_run:
+                pairs, ranked = pairs_as_in_a_run(base, labels, config, seed=seed, progress=progress)
             outcome = train_dpo(base, pairs, config.dpo, seed=seed, progress=progress)
         trained = time.process_time()
         gains = [
@@ -148,12 +143,12 @@ class Study:
             method=setting.method,
             seed=seed,
             condition=condition,
-            rater_weights=rater_weights,
+            as_a_run=as_a_run,
             labels=len(labels.pairs) + len(labels.thumbs),
             steps=outcome.steps,
             stopped_because=outcome.stopped_because,
             named=labels.notes.get("rater_warnings", []),
-            noisy=noisy,
+            ranked=ranked,
             wins=[0.5 + 0.5 * float(np.sign(gain)) for gain in gains],
             weighing_s=weighed - began,
             training_s=trained - weighed,
@@ -166,6 +161,7 @@ class Study:
         labels = spoilt(self.labels, condition, seed=seed)
         weighed = weighed_by_others(base, labels, reward, seed=seed, progress=Silent())
         turned: Estimate = weighed.notes["turned_share"]
+        fit: Estimate = weighed.notes["fit_accuracy"]
         better = {pair.id: pair.chosen_ids for pair in self.labels.pairs}
         pairs = [pair for pair in weighed.pairs if not pair.tie]
         right = [pair.chosen_ids == better[pair.id] for pair in pairs]
@@ -173,7 +169,8 @@ class Study:
         by_fit = [(lead > 0) is one for lead, one in zip(leads, right, strict=True)]
         return (
             f"| {self.setting.name} {seed} | {condition} | {len(pairs)} | {sum(right) / len(right):.0%} | "
-            f"{sum(by_fit) / len(by_fit):.0%} | {turned.value:.0%} ({turned.low:.0%} to {turned.high:.0%}) | "
+            f"{sum(by_fit) / len(by_fit):.0%} | {fit.value:.0%} ({fit.low:.0%} to {fit.high:.0%}) | "
+            f"{turned.value:.0%} ({turned.low:.0%} to {turned.high:.0%}) | "
             f"{len(weighed.notes['rater_warnings'])} |"
         )
 
@@ -195,22 +192,22 @@ def _leads_of_fit(
 def table(results: Sequence[Result]) -> str:
     """Return a Markdown row for each condition: wins over all seeds, and how far from clean on the same questions.
 
-    Clean is what the same training makes of labels that nobody spoilt and nobody weighed.
+    Clean is what the same kind of run makes of labels that nobody spoilt.
     """
-    lines = ["| method, taste | labels | rater weights | wins | against clean labels | by seed |"]
+    lines = ["| method, taste | labels | as a run | wins | against clean labels | by seed |"]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     groups: dict[tuple[str, str, str, bool], list[Result]] = {}
     for one in results:
-        groups.setdefault((one.method, one.taste, one.condition, one.rater_weights), []).append(one)
-    for (method, taste, condition, weights), found in sorted(groups.items()):
-        clean = {one.seed: one for one in groups.get((method, taste, "clean", False), [])}
+        groups.setdefault((one.method, one.taste, one.condition, one.as_a_run), []).append(one)
+    for (method, taste, condition, as_a_run), found in sorted(groups.items()):
+        clean = {one.seed: one for one in groups.get((method, taste, "clean", as_a_run), [])}
         pairs = [(one, clean[one.seed]) for one in found if one.seed in clean]
         apart = [a - b for one, other in pairs for a, b in zip(one.wins, other.wins, strict=True)]
         wins = mean_with_error(np.array([win for one in found for win in one.wins]))
         lost = mean_with_error(np.array(apart))
         seeds = ", ".join(f"{one.win_rate:.1%}" for one in found)
         lines.append(
-            f"| {method}, {taste} | {condition} | {'yes' if weights else 'no'} | {wins.value:.1%} "
+            f"| {method}, {taste} | {condition} | {'yes' if as_a_run else 'no'} | {wins.value:.1%} "
             f"({wins.low:.1%} to {wins.high:.1%}) | {100 * lost.value:+.1f} points ({100 * lost.low:+.1f} to "
             f"{100 * lost.high:+.1f}) | {seeds} |"
         )
@@ -226,11 +223,7 @@ def main() -> None:
     parser.add_argument("--labels", type=int, default=400)
     parser.add_argument("--fresh", type=int, default=400)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--as-shipped",
-        action="store_true",
-        help="only what a run does, but for the clean labels, which nobody weighs",
-    )
+    parser.add_argument("--as-shipped", action="store_true", help="only as a run does it")
     parser.add_argument(
         "--labels-only", action="store_true", help="no training: what is said about the labels"
     )
@@ -259,22 +252,22 @@ def main() -> None:
 
 
 def _all(setting: Setting, results: list[Result], out: Path | None, *, as_shipped: bool) -> None:
-    cases = [(condition, weights) for weights in (False, True) for condition in CONDITIONS]
+    cases = [(condition, as_a_run) for as_a_run in (False, True) for condition in CONDITIONS]
     if as_shipped:
-        cases = [(condition, weights) for condition, weights in cases if weights == (condition != "clean")]
-    known = {(r.method, r.taste, r.seed, r.condition, r.rater_weights) for r in results}
+        cases = [(condition, True) for condition in CONDITIONS]
+    known = {(r.method, r.taste, r.seed, r.condition, r.as_a_run) for r in results}
     left = [
-        (condition, weights)
-        for condition, weights in cases
-        if (setting.method, setting.name, setting.seed, condition, weights) not in known
+        (condition, as_a_run)
+        for condition, as_a_run in cases
+        if (setting.method, setting.name, setting.seed, condition, as_a_run) not in known
     ]
     study = Study(setting) if left else None
-    for condition, weights in left:
+    for condition, as_a_run in left:
         assert study is not None
-        one = study.result(condition, rater_weights=weights)
+        one = study.result(condition, as_a_run=as_a_run)
         results.append(one)
         print(
-            f"{one.method} {one.taste} seed {one.seed} {condition:9} weights {weights!s:5} wins {one.win_rate:.1%}, "
+            f"{one.method} {one.taste} seed {one.seed} {condition:9} as a run {as_a_run!s:5} wins {one.win_rate:.1%}, "
             f"{one.steps} steps, {one.weighing_s:.0f} + {one.training_s:.0f} CPU-s {' '.join(one.named)}",
             flush=True,
         )

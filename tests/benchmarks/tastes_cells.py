@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from made_up_tastes import TASTES, Taste
 
+from alignment.choose import statistics_of
 from alignment.config import AlignmentConfig
 from alignment.dpo import train_dpo
 from alignment.intervals import wilson
@@ -24,10 +25,12 @@ from alignment.labels import Pair, Thumb
 from alignment.models import Base, add_policy, load_base, prompt_ids, save_adapter
 from alignment.ppo import train_ppo
 from alignment.preferences import Preferences
-from alignment.progress import Silent
-from alignment.ranked_pairs import ranked_pairs
+from alignment.progress import Progress, Silent
+from alignment.ranked_pairs import pairs_to_learn
 from alignment.reward_model import train_reward_model
+from alignment.reward_raters import weighed_by_others
 from alignment.rollouts import Rollout, sample
+from alignment.shortfalls import why_ranked
 from alignment.starter.answers import classify_answer
 from alignment.starter.corpus import OFF_TOPIC
 from alignment.starter.customers import Question, questions
@@ -163,10 +166,10 @@ def trained(base: Base, setting: Setting, pairs: list[Pair], round_number: int, 
     config, seed = setting.config, setting.seed + round_number
     unseen = asked(base, questions(config.dpo.kl_prompts, seed=seed + 500))
     if setting.method == "dpo":
-        if config.dpo.pairs_from == "ranked":
-            labels = Preferences(pairs=tuple(pairs), thumbs=())
-            pairs = ranked_pairs(base, labels, config.dpo, config.reward, seed=seed, progress=curve)
-        return train_dpo(base, pairs, config.dpo, seed=seed, progress=curve, unseen=unseen)
+        labels = Preferences(pairs=tuple(pairs), thumbs=())
+        labels = weighed_by_others(base, labels, config.reward, seed=seed, progress=curve)
+        learnt, _ = pairs_as_in_a_run(base, labels, config, seed=seed, progress=curve)
+        return train_dpo(base, learnt, config.dpo, seed=seed, progress=curve, unseen=unseen)
     if setting.method == "kto":
         thumbs = thumbs_of(base, pairs, setting.taste)
         return train_kto(base, thumbs, config.kto, seed=seed, progress=curve, unseen=unseen)
@@ -175,6 +178,18 @@ def trained(base: Base, setting: Setting, pairs: list[Pair], round_number: int, 
     scorer = train_reward_model(base, known, kept, config.reward, seed=seed, progress=Silent())
     prompts = [pair.prompt_ids for pair in pairs]
     return train_ppo(base, prompts, scorer, config.ppo, seed=seed, progress=curve, unseen=unseen)
+
+
+def pairs_as_in_a_run(
+    base: Base, weighed: Preferences, config: AlignmentConfig, *, seed: int, progress: Progress
+) -> tuple[Sequence[Pair], str]:
+    """Return what DPO learns from, and why those are ranked answers; "" where they need not be."""
+    why = why_ranked(statistics_of(weighed, corrections=0, on_policy_share=1.0), config.choice)
+    dpo = config.dpo
+    if dpo.pairs_from == "auto" and not why:
+        dpo = replace(dpo, pairs_from="labels")
+    learnt, _ = pairs_to_learn(base, weighed, dpo, config.reward, seed=seed, progress=progress)
+    return learnt, why
 
 
 def judged(base: Base, setting: Setting, round_number: int) -> dict[str, Any]:

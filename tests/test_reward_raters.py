@@ -1,0 +1,97 @@
+"""What fits to some of the labels say about the others: how right they are, and how many labels are turned round."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from alignment.models import Base, load_base
+from alignment.preferences import Pair, Preferences, weighted
+from alignment.progress import Silent
+from alignment.reward_raters import weighed_by_others
+from alignment.training_config import RewardConfig
+from learning_fixtures import make_pairs
+
+LIKED, OTHER = 20, 30
+"""Tokens that answers end with: people like the first one, and a fit to the last states can see it."""
+
+
+@pytest.fixture
+def base(model: Path) -> Base:
+    return load_base(str(model))
+
+
+def labels(count: int, *, raters: int, wrong: float = 0.0, source: str = "comparison") -> Preferences:
+    """Return pairs of which each is turned round with the probability `wrong`."""
+    rng = random.Random(7)
+    pairs = []
+    for number, pair in enumerate(make_pairs(count, seed=3)):
+        ends = (OTHER, LIKED) if rng.random() < wrong else (LIKED, OTHER)
+        pairs.append(
+            replace(
+                pair,
+                chosen_ids=(*pair.chosen_ids, *[ends[0]] * 6),
+                rejected_ids=(*pair.rejected_ids, *[ends[1]] * 6),
+                weight=1.0,
+                source=source,
+                rater=f"rater-{number % raters}",
+            )
+        )
+    return Preferences(pairs=tuple(pairs), thumbs=())
+
+
+def weighed(base: Base, given: Preferences) -> Preferences:
+    return weighed_by_others(base, given, RewardConfig(), seed=1, progress=Silent())
+
+
+@pytest.mark.parametrize("raters", [1, 5])
+def test_a_fit_that_sees_what_people_like_is_right_about_new_prompts(base: Base, raters: int) -> None:
+    notes = weighed(base, labels(60, raters=raters)).notes
+    assert notes["fit_accuracy"].value > 0.9
+    assert notes["fit_accuracy"].n == 60
+    assert notes["turned_share"].value == 0.0
+
+
+@pytest.mark.parametrize("raters", [1, 5])
+def test_labels_turned_round_are_seen_with_one_rater_too(base: Base, raters: int) -> None:
+    notes = weighed(base, labels(300, raters=raters, wrong=0.3)).notes
+    assert notes["turned_share"].low < 0.3 < notes["turned_share"].high
+    assert notes["turned_share"].value > 0.2
+    assert 0.5 < notes["fit_accuracy"].value < 0.75  # against the labels, 70% of which are right
+
+
+def test_a_fit_that_knows_nothing_is_right_half_of_the_time(base: Base) -> None:
+    notes = weighed(base, labels(300, raters=1, wrong=0.5)).notes
+    assert notes["fit_accuracy"].value == pytest.approx(0.5, abs=0.1)
+
+
+def test_with_fewer_than_three_raters_nobody_is_weighed_by_a_fit(base: Base) -> None:
+    two = labels(60, raters=2)
+    pairs = [turned(pair) if pair.rater == "rater-1" else pair for pair in two.pairs]
+    found = weighed(base, replace(two, pairs=tuple(pairs)))
+    plain = weighted(replace(two, pairs=tuple(pairs)))
+    assert found.pairs == plain.pairs
+    assert found.notes["rater_weights"] == plain.notes["rater_weights"]
+
+
+def test_who_is_left_out_does_not_count_in_the_accuracy(base: Base) -> None:
+    five = labels(100, raters=5)
+    pairs = [turned(pair) if pair.rater == "rater-4" else pair for pair in five.pairs]
+    notes = weighed(base, replace(five, pairs=tuple(pairs))).notes
+    assert notes["rater_weights"]["rater-4"] == 0.0
+    assert notes["fit_accuracy"].n == 80
+    assert notes["fit_accuracy"].value > 0.9
+
+
+def test_edited_answers_and_ties_say_nothing_about_two_answers_of_policies(base: Base) -> None:
+    edited = labels(40, raters=1, source="correction")
+    assert "fit_accuracy" not in weighed(base, edited).notes
+    some = [replace(pair, tie=number < 10) for number, pair in enumerate(labels(40, raters=1).pairs)]
+    assert weighed(base, Preferences(pairs=tuple(some), thumbs=())).notes["fit_accuracy"].n == 30
+
+
+def turned(pair: Pair) -> Pair:
+    return replace(pair, chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids)
