@@ -21,7 +21,7 @@ STRENGTH_MARGINS = {1: 1 / 3, 2: 2 / 3, 3: 1.0}
 FOREIGN_THUMBS_WEIGHT = 0.5
 """Weight of a pair made of two people's thumbs: their thresholds may differ."""
 Source = Literal["comparison", "correction", "ratings", "ranked"]
-"""Who says which answer is better: people, or (ranked) a fit to what they said (`alignment.ranked_pairs`)."""
+"""Who says which answer is better: people, or (ranked) a fit to what they said (`alignment.ranked_answers`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from alignment.logprobs import CPU_LOGITS_A_CHUNK, GPU_LOGITS_A_CHUNK, masks
 from alignment.models import Base
 from alignment.packed import BLOCK_TOKENS, packs
 from alignment.packed_attention import KEPT_KEYS
+from alignment.preferences import Preferences
 from storage.errors import KotaeError
 
 GIB = 2**30
@@ -349,3 +350,14 @@ def read_shape(folder: Path) -> Shape:
     table = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     table.setdefault("tie_word_embeddings", False)
     return shape_of(SimpleNamespace(**table))
+
+
+def longest(base: Base, labels: Preferences) -> int:
+    """Return the tokens of the largest prompt with its answers, which no micro-batch can split."""
+    prompts_twice = not (packs(base) or masks(base))
+    sizes = [len(t.prompt_ids) + len(t.answer_ids) for t in labels.thumbs]
+    for pair in labels.pairs:
+        answers = (len(pair.chosen_ids), len(pair.rejected_ids))
+        padded = 2 * (len(pair.prompt_ids) + max(answers))
+        sizes.append(padded if prompts_twice else len(pair.prompt_ids) + sum(answers))
+    return max(sizes, default=1)

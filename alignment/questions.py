@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
+from itertools import dropwhile
 from typing import Literal
 
 from alignment.config import EvaluationConfig
@@ -84,6 +85,27 @@ def choose_questions(
     room_for_recent = max(round(config.recent_share * config.prompts), config.prompts - len(held))
     chosen = recent[:room_for_recent]
     return [*held[: config.prompts - len(chosen)], *chosen]
+
+
+def unlabelled_prompts(
+    turns: Sequence[Turn], *, labelled: Set[str], longest_prompt: int
+) -> dict[tuple[int, ...], str]:
+    """Return every second of the recent questions that nobody labelled, with its key: a policy may learn from its own
+    answers to them. Which ones a hash of the key says, so that the others stay for evaluations of all runs. None is newer
+    than the newest labelled one: chats go on while a stopped run waits, which must find the same ones when it goes on.
+
+    Args:
+        turns: recent turns, newest first.
+        labelled: prompt keys.
+        longest_prompt: tokens that leave room for an answer.
+    """
+    known = list(dropwhile(lambda turn: prompt_key(turn) not in labelled, turns))
+    found = [one for one in _recent(known) if one.key not in labelled and _may_be_learnt(one.key)]
+    return {question.prompt_ids: question.key for question in _fitting(found, longest_prompt)}
+
+
+def _may_be_learnt(key: str) -> bool:
+    return hashlib.sha256(f"learn:{key}".encode()).digest()[0] % 2 == 0
 
 
 def _held_out(held_out: Preferences, texts: dict[str, str]) -> list[Question]:

@@ -198,7 +198,7 @@ def _start(base: Base, folder: Path | None, config: RewardConfig) -> _Start:
 def train_reward_model(
     base: Base,
     train: Preferences,
-    held_out: Preferences,
+    held_out: Preferences | None,
     config: RewardConfig,
     *,
     seed: int,
@@ -206,7 +206,7 @@ def train_reward_model(
     start_from: Path | None = None,
     crew: Crew = ALONE,
 ) -> TrainedReward:
-    """Train on pairs, ties and thumbs of `train` and measure on the pairs and thumbs of `held_out`.
+    """Train on pairs, ties and thumbs of `train` and measure on the pairs and thumbs of `held_out`, if there are any.
 
     Pairs made of thumbs are left out where their thumbs are given: the same judgement would count twice.
     The adapters are named reward_0, reward_1, ...: the first names that are free.
@@ -229,7 +229,7 @@ def train_reward_model(
     trained = _trained(base, start, pairs, train.thumbs, config, seed=seed, progress=progress, crew=crew)
     if config.length_debias:
         trained = _without_length(trained, pairs, train.thumbs, progress, crew)
-    if crew.rank > 0:
+    if held_out is None or crew.rank > 0:
         return trained
     fresh = without_prompts(held_out, start.seen_prompts)
     metrics = _measure(trained, pairs, fresh, progress)

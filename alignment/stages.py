@@ -13,13 +13,12 @@ from alignment.evaluation import Evidence, Trial, evaluate
 from alignment.fixed_questions import FixedQuestions
 from alignment.gate import Verdict
 from alignment.golden import golden_file, load_golden
-from alignment.logprobs import masks
+from alignment.memory import longest
 from alignment.models import Base, answer_ids, save_adapter
-from alignment.packed import packs
 from alignment.ppo import ppo_fingerprint
 from alignment.preferences import Preferences, load_preferences
 from alignment.probe_record import record_probes
-from alignment.questions import choose_questions, recent_turns, served_sampling
+from alignment.questions import choose_questions, recent_turns, served_sampling, unlabelled_prompts
 from alignment.reference_cache import ReferenceCache, reference_identity
 from alignment.report import Card, write_card
 from alignment.reward_model import TrainedReward
@@ -29,7 +28,7 @@ from alignment.run_progress import RunProgress, check_stop
 from alignment.safety import load_suite
 from alignment.sample_share import measured_share
 from alignment.together import Place, Trained, load, plan_together, train_policy_by, train_reward
-from alignment.training_data import Parts, divide, on_policy_share, recent_policies
+from alignment.training_data import Parts, divide, on_policy_share, prompts_in, prompts_of, recent_policies
 from alignment.warm_start import Former, former_judge
 from alignment.whole_files import whole
 from storage import policies, runs, settings
@@ -61,6 +60,8 @@ class Prepared:
     """Of the answers under the served policy; None: not measured."""
     former: Former | None
     """The judge of a former run that this run's judge starts from."""
+    unlabelled: dict[tuple[int, ...], str]
+    """Prompts without a label that the policy may answer to learn from, with their keys."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +131,11 @@ def prepare(
         on_policy_share=on_policy_share(store, preferences, recent_policies(store, incumbent, config)),
         effective_sample_share=measured_share(store, base, preferences, incumbent, config, progress=progress),
         former=former,
+        unlabelled=unlabelled_prompts(
+            recent_turns(store, base_sha256=incumbent.base_sha256),
+            labelled=prompts_of(preferences),
+            longest_prompt=base.max_positions // 2,
+        ),
     )
     progress.step(3, f"{len(preferences.pairs)} pairs, {len(preferences.thumbs)} thumbs")
     return prepared
@@ -141,19 +147,8 @@ def _planned_and_weighed(
     """Weigh the labels by their raters, which trains already: what fits is planned before."""
     base = place.base
     assert base is not None
-    place.together(plan_together, _longest(base, labels))
+    place.together(plan_together, longest(base, labels))
     return weighed_by_others(base, labels, config.reward, seed=config.seed, progress=progress)
-
-
-def _longest(base: Base, labels: Preferences) -> int:
-    """Return the tokens of the largest prompt with its answers, which no micro-batch can split."""
-    prompts_twice = not (packs(base) or masks(base))
-    sizes = [len(t.prompt_ids) + len(t.answer_ids) for t in labels.thumbs]
-    for pair in labels.pairs:
-        answers = (len(pair.chosen_ids), len(pair.rejected_ids))
-        padded = 2 * (len(pair.prompt_ids) + max(answers))
-        sizes.append(padded if prompts_twice else len(pair.prompt_ids) + sum(answers))
-    return max(sizes, default=1)
 
 
 def train_judge(work: Work) -> TrainedReward:
@@ -244,6 +239,7 @@ def _trained(work: Work, method: Method, checkpoint: Path) -> Trained:
             labels,
             prompts,
             _unseen(work),
+            work.prepared.unlabelled,
             work.config,
             cache=cache,
             checkpoint=checkpoint,
@@ -260,19 +256,14 @@ def _rollout_server(work: Work, method: Method) -> AbstractContextManager[Served
 
 
 def _prompts(work: Work) -> list[tuple[int, ...]]:
-    """Return the different prompts of the policy's part of the labels: PPO answers them itself."""
-    labels = work.prepared.parts.policy
+    """Return the prompts of the policy's part of the labels that leave room for an answer: PPO answers them itself."""
     room = work.prepared.base.max_positions - work.config.ppo.max_new_tokens
-    found = dict.fromkeys(
-        [pair.prompt_ids for pair in labels.pairs] + [thumb.prompt_ids for thumb in labels.thumbs]
-    )
-    return [prompt for prompt in found if len(prompt) <= room]
+    return [prompt for prompt in prompts_in(work.prepared.parts.policy) if len(prompt) <= room]
 
 
 def _unseen(work: Work) -> list[tuple[int, ...]]:
     """Return the prompts of the judge's part: the policy does not learn from them, and it is not evaluated on them."""
-    labels = work.prepared.parts.judge
-    return list(dict.fromkeys([p.prompt_ids for p in labels.pairs] + [t.prompt_ids for t in labels.thumbs]))
+    return list(prompts_in(work.prepared.parts.judge))
 
 
 def _checkpoint(work: Work, method: Method, scorer: TrainedReward | None) -> Path:
@@ -286,10 +277,14 @@ def _checkpoint(work: Work, method: Method, scorer: TrainedReward | None) -> Pat
     if method == "ppo":
         assert scorer is not None
         training: object = ppo_fingerprint(_prompts(work), scorer, config.ppo, seed=config.seed)
-    elif method == "kto":
-        training = [asdict(config.kto), config.seed, [asdict(thumb) for thumb in labels.thumbs]]
-    else:
-        training = [asdict(config.dpo), config.seed, [asdict(pair) for pair in labels.pairs]]
+    else:  # all labels: those of the other kind may rank the answers that it learns from
+        given = [*map(asdict, labels.pairs), *map(asdict, labels.thumbs), *work.prepared.unlabelled]
+        training = [
+            asdict(config.kto if method == "kto" else config.dpo),
+            asdict(config.reward),
+            config.seed,
+            given,
+        ]
     identity = [incumbent.base_sha256, incumbent.adapter_sha256, method, training, _unseen(work)]
     return folder / f"{sha256_of(identity)[:32]}.pt"
 
@@ -303,7 +298,7 @@ def evaluate_candidate(work: Work, scorer: TrainedReward) -> Evidence:
     questions = choose_questions(
         turns,
         held_out=work.prepared.parts.held_out,
-        learnt=work.prepared.parts.learnt_prompts(),
+        learnt={*work.prepared.parts.learnt_prompts(), *work.prepared.unlabelled.values()},
         config=config.evaluation,
         longest_prompt=base.max_positions - room,
         seed=config.seed,

@@ -29,7 +29,7 @@ from alignment.ppo_config import PpoConfig
 from alignment.ppo_rollouts import Sampler
 from alignment.preferences import Preferences
 from alignment.progress import Interrupted, Progress, Silent
-from alignment.ranked_pairs import pairs_to_learn
+from alignment.ranked_answers import pairs_to_learn, thumbs_to_learn
 from alignment.reference_cache import ReferenceCache
 from alignment.reward_model import RewardConfig, TrainedReward, train_reward_model
 from alignment.training import all_finite
@@ -201,6 +201,7 @@ def train_policy_by(
     labels: Preferences,
     prompts: list[tuple[int, ...]],
     unseen: list[tuple[int, ...]],
+    unlabelled: dict[tuple[int, ...], str],
     config: AlignmentConfig,
     *,
     cache: ReferenceCache | None = None,
@@ -211,6 +212,7 @@ def train_policy_by(
 
     Args:
         unseen: prompts that it does not learn from.
+        unlabelled: prompts, with keys, that DPO and KTO may have answered besides the labelled ones.
     """
     base = place.base
     assert base is not None
@@ -224,15 +226,16 @@ def train_policy_by(
     if method == "ppo":
         assert place.scorer is not None
         return train_ppo(base, prompts, place.scorer, config.ppo, sampler=sampler, **options)
+    learn: dict[str, Any] = {
+        "unlabelled": unlabelled,
+        "seed": config.seed,
+        "progress": place.progress,
+        "crew": place.crew,
+    }
     if method == "kto":
-        return train_kto(base, labels.thumbs, config.kto, cache=cache, **options)
-    pairs, told = pairs_to_learn(
-        base,
-        labels,
-        config.dpo,
-        config.reward,
-        seed=config.seed,
-        progress=place.progress,
-        crew=place.crew,
-    )
-    return replace(train_dpo(base, pairs, config.dpo, cache=cache, **options), learnt_from=told)
+        thumbs, told = thumbs_to_learn(base, labels, config.kto, config.reward, **learn)
+        result = train_kto(base, thumbs, config.kto, cache=cache, **options)
+    else:
+        pairs, told = pairs_to_learn(base, labels, config.dpo, config.reward, **learn)
+        result = train_dpo(base, pairs, config.dpo, cache=cache, **options)
+    return replace(result, learnt_from=told)

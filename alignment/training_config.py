@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 DpoLoss = Literal["dpo", "cdpo", "robust", "ipo"]
-PairsFrom = Literal["auto", "labels", "ranked"]
+LearnFrom = Literal["auto", "labels", "ranked"]
 KtoLoss = Literal["kto", "apo_zero_unpaired"]
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -108,6 +108,13 @@ class FixedAnswersConfig(BaseBudget):
     weight_decay: float = 0.0
     gradient_clip: float = 1.0
     """Global norm (arXiv 2305.18290 uses 10 with RMSprop; 1.0 is the usual one with AdamW)."""
+    ranked_answers: int = 4
+    """Own answers to each question, where those are ranked to learn from (iterative DPO of arXiv 2405.07863: best and worst
+    of 8)."""
+    ranked_temperature: float = 0.7
+    """They are sampled at, the chat page's default."""
+    ranked_prompts: int = 1000
+    """Most questions that are answered for it: those with a label of any kind, then recent ones without."""
     nll_weight: float = 1.0
     """Weight of -log pi(preferred) / |y| (arXiv 2404.19733: 1); the displacement watch may raise it. Without it the starter
     gave a right answer 13 points less often at temperature 0.7, with it 5 (DPO, made-up taste "hurried")."""
@@ -138,16 +145,10 @@ class DpoConfig(FixedAnswersConfig):
     2403.00409), ipo (arXiv 2310.12036, length-normalised)."""
     flip_rate: float = 0.0
     """Assumed share of wrong labels, used by cdpo and robust; at most 0.45."""
-    pairs_from: PairsFrom = "auto"
+    pairs_from: LearnFrom = "auto"
     """labels: the pairs that people made. ranked: the best and the worst of the served policy's own answers, by a fit to all
-    labels (`alignment.ranked_pairs`). auto: ranked where that fit is good (choice.fit_accuracy_low_min) or many labels may
+    labels (`alignment.ranked_answers`). auto: ranked where that fit is good (choice.fit_accuracy_low_min) or many labels may
     be turned (choice.turned_share_high_min, choice.noisy_flip_rate_min), and enough answers differ."""
-    ranked_answers: int = 4
-    """Answers to each question that are ranked (iterative DPO of arXiv 2405.07863: best and worst of 8)."""
-    ranked_temperature: float = 0.7
-    """They are sampled at, the chat page's default."""
-    ranked_prompts: int = 1000
-    """Most questions that are answered for it; those with a label of any kind count."""
     batch_pairs: int = 16
     """Pairs an optimiser step."""
     margin_weight: float = 0.5
@@ -174,5 +175,9 @@ class KtoConfig(FixedAnswersConfig):
     min_class_thumbs: int = 20
     """Thumbs of each class below which nothing is trained: automatic weights would make a few people's labels as loud
     as everybody's. A floor only: the choice of a method asks for 10% of 1,000."""
+    thumbs_from: LearnFrom = "auto"
+    """labels: the thumbs that people gave. ranked: one up for the best and one down for the worst of the served policy's own
+    answers to a question, by a reward model of the labels (`alignment.ranked_answers`). auto: ranked where enough answers
+    differ."""
     batch_thumbs: int = 16
     """Thumbs an optimiser step, at least 2: z0 needs answers to other prompts (arXiv 2402.01306 uses 32)."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from alignment.config import AlignmentConfig, ChoiceConfig, DataConfig
-from alignment.preferences import Preferences, split_by_prompt
+from alignment.preferences import Pair, Preferences, Thumb, split_by_prompt
 from storage import policies
 from storage.records import Comparison, Correction, Json, Policy, Rating, Snapshot, Turn
 from storage.store import Store
@@ -35,6 +35,12 @@ class Parts:
     def learnt_prompts(self) -> set[str]:
         """Return the keys of the prompts that the policy or the judge was trained on."""
         return prompts_of(self.policy) | prompts_of(self.judge)
+
+
+def prompts_in(labels: Preferences) -> dict[tuple[int, ...], str]:
+    """Return the labels' different prompts with their keys."""
+    items: list[Pair | Thumb] = [*labels.pairs, *labels.thumbs]
+    return {item.prompt_ids: item.prompt_key for item in items}
 
 
 def without_prompts(preferences: Preferences, keys: Set[str]) -> Preferences:

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ from alignment.logprobs import token_logprobs
 from alignment.models import Base, active, adapter_parameters, load_adapter, load_base, save_adapter
 from alignment.policy_training import PolicyResult
 from alignment.ppo import PpoConfig, PpoResult, train_ppo
-from alignment.preferences import Pair, Preferences
+from alignment.preferences import Pair, Preferences, Thumb
 from alignment.probe_record import record_probes
 from alignment.progress import Interrupted, Silent
-from alignment.ranked_pairs import ranked_pairs
+from alignment.ranked_answers import pairs_to_learn, thumbs_to_learn
 from alignment.reward_model import RewardConfig, TrainedReward, train_reward_model
 from alignment.training_config import DpoConfig, KtoConfig
 from learning_fixtures import StopAfter, base_with_policy, make_pairs, make_thumbs
@@ -37,6 +38,8 @@ from storage.probes import read_probes, write_probes
 
 ROOT = Path(__file__).parent.parent
 JOBS = ("dpo", "kto", "reward", "ppo")
+RANKED = ("dpo", "kto")
+"""Jobs that may learn from ranked answers."""
 HOW = ("whole", "cut")
 """How two processes hold the base."""
 WORKER = """
@@ -59,9 +62,10 @@ def do_jobs(model: Path, out: Path, crew: Crew, *, cut: bool = False) -> None:
         if job == "reward":
             reward_model(base, crew).save(out / job)
             continue
-        if job == "dpo":
+        if job in RANKED:
             (out / job).mkdir(parents=True)
-            (out / job / "ranked.json").write_text(json.dumps([asdict(pair) for pair in ranked(base, crew)]))
+            found = [asdict(one) for one in ranked(base, crew, job)]
+            (out / job / "ranked.json").write_text(json.dumps(found))
         train = {"dpo": dpo, "kto": kto, "ppo": ppo}[job]
         done: PolicyResult | PpoResult = train(base, crew)
         assert done.steps == 2, (job, done)
@@ -113,12 +117,17 @@ def dpo(base: Base, crew: Crew) -> PolicyResult:
     return train_dpo(base, make_pairs(14), config, seed=3, progress=Silent(), crew=crew)
 
 
-def ranked(base: Base, crew: Crew) -> list[Pair]:
+def ranked(base: Base, crew: Crew, job: str) -> Sequence[Pair | Thumb]:
     """Rank the answers that end within a few tokens, as many do."""
     labels = Preferences(pairs=tuple(make_pairs(14)), thumbs=tuple(make_thumbs(4)))
+    options: dict[str, Any] = {"seed": 3, "progress": Silent(), "crew": crew}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base, "stop_ids", frozenset(range(0, base.model.config.vocab_size, 8)))
-        return ranked_pairs(base, labels, DpoConfig(), RewardConfig(), seed=3, progress=Silent(), crew=crew)
+        if job == "kto":
+            return thumbs_to_learn(base, labels, KtoConfig(thumbs_from="ranked"), RewardConfig(), **options)[
+                0
+            ]
+        return pairs_to_learn(base, labels, DpoConfig(pairs_from="ranked"), RewardConfig(), **options)[0]
 
 
 def kto(base: Base, crew: Crew) -> PolicyResult:
@@ -232,11 +241,12 @@ def test_two_processes_measure_what_one_measures(job: str, alone: Path, two: Pat
 
 
 @pytest.mark.slow
-def test_two_processes_rank_the_answers_that_one_ranks(alone: Path, two: Path) -> None:
-    expected = json.loads((alone / "dpo" / "ranked.json").read_text())
-    assert sum(pair["source"] == "ranked" for pair in expected) > 8
+@pytest.mark.parametrize("job", RANKED)
+def test_two_processes_rank_the_answers_that_one_ranks(job: str, alone: Path, two: Path) -> None:
+    expected = json.loads((alone / job / "ranked.json").read_text())
+    assert sum(one["id"].startswith("ranked") for one in expected) > 8
     for rank in range(2):
-        found = json.loads((two / str(rank) / "dpo" / "ranked.json").read_text())
+        found = json.loads((two / str(rank) / job / "ranked.json").read_text())
         weights = [pair.pop("weight") for pair in found]
         assert weights == pytest.approx([pair["weight"] for pair in expected], rel=1e-4)
         assert found == [{name: pair[name] for name in pair if name != "weight"} for pair in expected]

@@ -20,8 +20,8 @@ from alignment.intervals import (
     wilson,
 )
 from alignment.length_control import LengthEffect, controlled_win_rates, people_length_effect
-from alignment.preferences import Preferences
-from alignment.questions import ServedSampling, choose_questions, served_sampling
+from alignment.preferences import Preferences, prompt_key
+from alignment.questions import ServedSampling, choose_questions, served_sampling, unlabelled_prompts
 from alignment.rollouts import Rollout
 from alignment.safety import load_suite, promises_too_much, withstands
 from storage.errors import InvalidField
@@ -193,14 +193,31 @@ class Asked:
 
 
 def test_questions_learnt_from_are_never_asked() -> None:
-    from alignment.preferences import prompt_key
-
     turns = [Asked(number).turn() for number in range(20)]
     learnt = {prompt_key(turn) for turn in turns[:15]}
     nothing = Preferences(pairs=(), thumbs=())
     found = choose_questions(turns, held_out=nothing, learnt=learnt, config=CONFIG, longest_prompt=10, seed=0)
     assert [question.prompt_ids for question in found] == [(1, number) for number in range(15, 20)]
     assert {question.source for question in found} == {"recent"}
+
+
+def test_every_second_question_without_a_label_may_be_learnt_and_stays_the_same_while_chats_go_on() -> None:
+    turns = [Asked(number).turn() for number in range(200)]
+    labelled = {prompt_key(turn) for turn in turns[20:60]}
+    found = unlabelled_prompts(turns, labelled=labelled, longest_prompt=10)
+    assert 50 < len(found) < 90  # of 140
+    assert not labelled & set(found.values())
+    assert all(number >= 60 for _, number in found), "nothing newer than the newest labelled question"
+    assert list(found) == sorted(found), "newest first"
+    newer = [Asked(number).turn() for number in range(200, 260)]
+    assert unlabelled_prompts([*newer, *turns], labelled=labelled, longest_prompt=10) == found
+    assert unlabelled_prompts(turns, labelled=labelled, longest_prompt=1) == {}
+    assert unlabelled_prompts(turns, labelled=set(), longest_prompt=10) == {}
+    nothing = Preferences(pairs=(), thumbs=())
+    asked = choose_questions(
+        turns, held_out=nothing, learnt=found.values(), config=CONFIG, longest_prompt=10, seed=0
+    )
+    assert not {question.prompt_ids for question in asked} & set(found)
 
 
 def test_prompts_without_room_for_an_answer_are_left_out() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from alignment import kl_hold, ranked_pairs
+from alignment import kl_hold, ranked_answers
 from alignment.config import AlignmentConfig, config_of
 from alignment.kl_budget import Kl
 from alignment.models import Base
@@ -84,7 +84,7 @@ def test_noisy_comparisons_train_on_ranked_answers(
             patch.setattr(base, "stop_ids", frozenset(range(0, base.model.config.vocab_size, 4)))
             return sample(base, *args, **options)
 
-    monkeypatch.setattr(ranked_pairs, "sample", ending)
+    monkeypatch.setattr(ranked_answers, "sample", ending)
     outcome = align(filled.store, config(choice={"turned_share_high_min": 0.1}))
     assert outcome.status == "passed", outcome.message
     choice = chosen(filled.store, outcome)

@@ -36,6 +36,7 @@ from alignment.kto import train_kto
 from alignment.models import Base, add_policy, load_base
 from alignment.preferences import Pair, Preferences, Thumb
 from alignment.progress import Silent
+from alignment.ranked_answers import thumbs_to_learn
 from alignment.reward_items import make_items
 from alignment.reward_raters import weighed_by_others
 from alignment.reward_training import fitted_head, last_states
@@ -65,7 +66,7 @@ class Result:
     named: list[str]
     """What the run says about its raters."""
     ranked: str
-    """Why DPO learnt from ranked answers, "" where it did not."""
+    """Why it learnt from ranked answers, "" where it did not."""
     wins: list[float]
     """Of each fresh question: 1 the candidate's answer is liked better, 0 worse, 0.5 as well."""
     weighing_s: float
@@ -127,7 +128,12 @@ class Study:
         weighed = time.process_time()
         add_policy(base, config.dpo.lora, seed=seed)
         if setting.method == "kto":
-            outcome = train_kto(base, labels.thumbs, config.kto, seed=seed, progress=progress)
+            thumbs: Sequence[Thumb] = labels.thumbs
+            if as_a_run:
+                thumbs, ranked = thumbs_to_learn(
+                    base, labels, config.kto, config.reward, seed=seed, progress=progress
+                )
+            outcome = train_kto(base, thumbs, config.kto, seed=seed, progress=progress)
         else:
             pairs: Sequence[Pair] = labels.pairs
             if as_a_run:

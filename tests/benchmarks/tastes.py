@@ -31,7 +31,7 @@ from tastes_report import write_report
 from alignment.config import load_config
 
 CELLS = ROOT / "tests/benchmarks/tastes.json"
-COST = {"ppo": 5, "kto": 1, "dpo": 1}
+COST = {"ppo": 3, "kto": 2, "dpo": 1}
 """CPU time of a cell against one of DPO, about."""
 
 
@@ -67,7 +67,7 @@ def cells(chain: Sequence[Plan], options: argparse.Namespace) -> Iterator[dict[s
         setting = Setting(
             method=method,
             name=name,
-            labels=options.labels,
+            labels=options.thumbs if method == "kto" else options.labels,
             fresh=options.fresh,
             seed=options.seed,
             config=load_config(options.config),
@@ -96,7 +96,13 @@ def options_of_the_command() -> argparse.Namespace:
     add = parser.add_argument
     add("--methods", default="dpo,kto,ppo")
     add("--tastes", default=",".join(TASTES))
-    add("--labels", type=int, default=400)
+    add(
+        "--labels",
+        type=int,
+        default=400,
+        help="questions of which people compare two answers, for DPO and PPO",
+    )
+    add("--thumbs", type=int, default=1200, help="questions with a thumb on one answer, for KTO")
     add("--fresh", type=int, default=400)
     add("--rounds", type=int, default=1)
     add("--seed", type=int, default=1)

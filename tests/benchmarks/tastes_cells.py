@@ -26,7 +26,7 @@ from alignment.models import Base, add_policy, load_base, prompt_ids, save_adapt
 from alignment.ppo import train_ppo
 from alignment.preferences import Preferences
 from alignment.progress import Progress, Silent
-from alignment.ranked_pairs import pairs_to_learn
+from alignment.ranked_answers import pairs_to_learn, thumbs_to_learn
 from alignment.reward_model import train_reward_model
 from alignment.reward_raters import weighed_by_others
 from alignment.rollouts import Rollout, sample
@@ -171,7 +171,8 @@ def trained(base: Base, setting: Setting, pairs: list[Pair], round_number: int, 
         learnt, _ = pairs_as_in_a_run(base, labels, config, seed=seed, progress=curve)
         return train_dpo(base, learnt, config.dpo, seed=seed, progress=curve, unseen=unseen)
     if setting.method == "kto":
-        thumbs = thumbs_of(base, pairs, setting.taste)
+        labels = Preferences(pairs=(), thumbs=tuple(thumbs_of(base, pairs, setting.taste)))
+        thumbs, _ = thumbs_to_learn(base, labels, config.kto, config.reward, seed=seed, progress=curve)
         return train_kto(base, thumbs, config.kto, seed=seed, progress=curve, unseen=unseen)
     cut = len(pairs) * 4 // 5
     known, kept = (Preferences(pairs=tuple(part), thumbs=()) for part in (pairs[:cut], pairs[cut:]))

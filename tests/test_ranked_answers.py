@@ -1,4 +1,4 @@
-"""Pairs of the policy's own answers, the best against the worst by a fit to all labels."""
+"""What DPO and KTO learn from: the policy's own answers, the best against the worst by what the labels say."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from alignment.batching import make_tree
 from alignment.models import Base, add_policy, load_base, prompt_ids
 from alignment.preferences import Pair, Preferences
 from alignment.progress import Interrupted, Silent
-from alignment.ranked_pairs import pairs_to_learn, ranked_pairs
+from alignment.ranked_answers import pairs_to_learn, thumbs_to_learn
 from alignment.reward_items import make_items
+from alignment.reward_model import train_reward_model
 from alignment.reward_training import fitted_head, last_states
 from alignment.rollouts import sample
 from alignment.starter.customers import questions
-from alignment.training_config import DpoConfig, LoraSpec, RewardConfig
-from learning_fixtures import StopAfter, base_with_policy, make_pairs, make_thumbs
+from alignment.training_config import DpoConfig, KtoConfig, LoraSpec, RewardConfig
+from learning_fixtures import StopAfter, base_with_policy, ids, make_pairs, make_thumbs
 from storage.errors import InvalidField
 
 STARTER = Path(__file__).parent.parent / "alignment" / "starter" / "checkpoint"
 REWARD = RewardConfig()
 CONFIG = DpoConfig(ranked_answers=3)
+KTO = KtoConfig(ranked_answers=3, thumbs_from="ranked")
 
 
 @pytest.fixture
@@ -43,7 +45,10 @@ def labels(*, thumbs: int = 6) -> Preferences:
 
 
 def ranked(base: Base, given: Preferences, config: DpoConfig = CONFIG, **options: Any) -> list[Pair]:
-    return ranked_pairs(base, given, config, REWARD, **{"seed": 3, "progress": Silent(), **options})
+    config = replace(config, pairs_from="ranked")
+    return list(
+        pairs_to_learn(base, given, config, REWARD, **{"seed": 3, "progress": Silent(), **options})[0]
+    )
 
 
 def learnt(base: Base, given: Preferences, **options: Any) -> tuple[Sequence[Pair], str]:
@@ -112,9 +117,60 @@ def test_a_policy_that_gives_too_few_different_answers_learns_from_the_labels(ba
     assert learnt(base, given, pairs_from="labels") == (given.pairs, "")
 
 
+def test_questions_without_a_label_are_answered_too_while_there_is_room(base: Base) -> None:
+    given = labels()
+    rng = random.Random(11)
+    more = {ids(rng, 4, 20): f"more-{number}" for number in range(40)}
+    known = {item.prompt_ids for item in (*given.pairs, *given.thumbs)}
+    made = [pair for pair in ranked(base, given, unlabelled=more) if pair.source == "ranked"]
+    assert {pair.prompt_key for pair in made if pair.prompt_ids in more} <= set(more.values())
+    assert sum(pair.prompt_ids in more for pair in made) > 25
+    assert sum(pair.prompt_ids in known for pair in made) > 8
+    few = replace(CONFIG, ranked_prompts=len(known) + 5)
+    made = [pair for pair in ranked(base, given, few, unlabelled=more) if pair.source == "ranked"]
+    assert {pair.prompt_ids for pair in made} <= known | set(list(more)[:5])
+
+
 def test_a_stop_is_heard_between_two_answers(base: Base) -> None:
     with pytest.raises(Interrupted):
         ranked(base, labels(), progress=StopAfter("answers to rank", 1))
+
+
+def test_kto_gets_a_thumb_up_for_the_best_and_one_down_for_the_worst_by_a_reward_model(base: Base) -> None:
+    given = labels(thumbs=20)
+    before = set(base.model.peft_config)
+    thumbs, told = thumbs_to_learn(base, given, KTO, REWARD, seed=3, progress=Silent())
+    assert set(base.model.peft_config) == before, "the reward model is forgotten"
+    ups, downs = thumbs[0::2], thumbs[1::2]
+    assert len(ups) == len(downs) > 15
+    assert f"from {len(thumbs)} of its own answers" in told
+    assert all(up.up and not down.up for up, down in zip(ups, downs, strict=True))
+    assert [up.prompt_ids for up in ups] == [down.prompt_ids for down in downs]
+    assert sum(thumb.weight for thumb in thumbs) == pytest.approx(len(thumbs))
+
+    # the same reward model, trained by hand
+    scorer = train_reward_model(base, given, None, REWARD, seed=3, progress=Silent())
+    best, worst = (
+        scorer.score([(thumb.prompt_ids, thumb.answer_ids) for thumb in side]).mean for side in (ups, downs)
+    )
+    gaps = best - worst
+    assert gaps.min() > 0
+    assert [up.weight for up in ups] == pytest.approx(gaps / gaps.mean(), rel=1e-4)
+
+
+def test_kto_learns_from_the_labels_where_too_few_answers_differ(base: Base) -> None:
+    given = labels(thumbs=20)
+    auto = replace(KTO, thumbs_from="auto")
+    assert len(thumbs_to_learn(base, given, auto, REWARD, seed=3, progress=Silent())[0]) > 30
+    assert thumbs_to_learn(
+        base, given, replace(KTO, thumbs_from="labels"), REWARD, seed=3, progress=Silent()
+    ) == (given.thumbs, "")
+    base.stop_ids = frozenset({base.eos_id})
+    found, told = thumbs_to_learn(base, given, auto, REWARD, seed=3, progress=Silent())
+    assert found == given.thumbs
+    assert re.search(r"only 0 of \d+ questions got two different whole answers", told)
+    with pytest.raises(InvalidField, match=r"kto.thumbs_from: got 'ranked'; .* use .labels."):
+        thumbs_to_learn(base, given, KTO, REWARD, seed=3, progress=Silent())
 
 
 @pytest.mark.slow
