@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,13 @@ def add_answers(filled: Filled, tokenizer: Any, count: int, answers: tuple[str, 
         _turn(filled, tokenizer, f"When will it come, asks customer {_word(number)}?", answer)
         for number, answer in enumerate(answers[number % len(answers)] for number in range(count))
     ]
+
+
+def rate_all(filled: Filled, turns: Sequence[Turn], verdicts: tuple[str, ...]) -> None:
+    """Rate each turn, with the `verdicts` in turn."""
+    for number, turn in enumerate(turns):
+        verdict: Any = verdicts[number % len(verdicts)]
+        feedback.rate(filled.store, turn_id=turn.id, person_id=filled.person.id, verdict=verdict)
 
 
 def _turn(filled: Filled, tokenizer: Any, question: str, answer: str) -> Turn:

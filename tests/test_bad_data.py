@@ -27,12 +27,13 @@ from alignment_fixtures import (
     Filled,
     add_answers,
     add_comparisons,
+    rate_all,
 )
-from storage import adapters, deployments, feedback, people, policies, runs
+from storage import adapters, deployments, people, policies, runs
 from storage.adapters import import_adapter, verify_adapter
 from storage.errors import StorageUnavailable
 from storage.people import SYSTEM
-from storage.records import Evaluation, Policy, Run, Turn, new_id, now
+from storage.records import Evaluation, Policy, Run, new_id, now
 from storage.store import Transaction
 from tiny_models import make_adapter
 
@@ -84,12 +85,6 @@ def check_nothing_half_written(filled: Filled, code: int) -> None:
         assert policies.evaluation_of(filled.store, policy.id) is not None
     if code not in (0, 3):
         assert [policy for policy in filled.store.all(Policy) if policy.run_id] == []
-
-
-def rate_all(filled: Filled, turns: list[Turn], verdicts: tuple[str, ...]) -> None:
-    for number, turn in enumerate(turns):
-        verdict: Any = verdicts[number % len(verdicts)]
-        feedback.rate(filled.store, turn_id=turn.id, person_id=filled.person.id, verdict=verdict)
 
 
 # -- labels ---------------------------------------------------------------------------------------------

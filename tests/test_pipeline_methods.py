@@ -24,6 +24,7 @@ from alignment_fixtures import (
     Filled,
     add_answers,
     add_comparisons,
+    rate_all,
 )
 from storage import deployments, feedback, people, policies, runs
 from storage.errors import InvalidField
@@ -50,14 +51,20 @@ def curves(store: Store, outcome: Outcome) -> set[str]:
     return set(runs.metrics(store, outcome.run_id))
 
 
+@pytest.fixture
+def whole_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the tiny model end the answers that are ranked, which it seldom does."""
+
+    def ending(base: Base, *args: Any, **options: Any) -> list[Rollout]:
+        with monkeypatch.context() as patch:
+            patch.setattr(base, "stop_ids", frozenset(range(0, base.model.config.vocab_size, 4)))
+            return sample(base, *args, **options)
+
+    monkeypatch.setattr(ranked_answers, "sample", ending)
+
+
 def test_thumbs_alone_train_by_kto_and_are_judged_by_thumbs(filled: Filled, tokenizer: Any) -> None:
-    for number, turn in enumerate(add_answers(filled, tokenizer, LABELS, (KIND, CURT))):
-        feedback.rate(
-            filled.store,
-            turn_id=turn.id,
-            person_id=filled.person.id,
-            verdict="up" if number % 2 == 0 else "down",
-        )
+    rate_all(filled, add_answers(filled, tokenizer, LABELS, (KIND, CURT)), ("up", "down"))
     outcome = align(filled.store, config())
     assert outcome.status == "passed", outcome.message
     assert chosen(filled.store, outcome)["rule"].startswith("3")
@@ -67,24 +74,34 @@ def test_thumbs_alone_train_by_kto_and_are_judged_by_thumbs(filled: Filled, toke
     assert evaluation is not None
     for name in ("judge_accuracy", "preference_accuracy"):
         assert evaluation.numbers[name]["n"] > 0
-    assert "kto, beta 0.1" in (run_folder(filled.store, outcome.run_id) / "report.md").read_text()
+    report = (run_folder(filled.store, outcome.run_id) / "report.md").read_text()
+    assert "kto, beta 0.1" in report
+    assert re.search(r"It learnt from people's labels: only \d+ of \d+ questions got two different", report)
 
 
-def test_noisy_comparisons_train_on_ranked_answers(
-    filled: Filled, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("whole_answers")
+def test_kto_ranks_answers_to_questions_without_a_label_too(filled: Filled, tokenizer: Any) -> None:
+    turns = add_answers(filled, tokenizer, LABELS + 60, (KIND, CURT))
+    rate_all(filled, turns[60:], ("up", "down"))
+    outcome = align(filled.store, config())
+    assert outcome.status == "passed", outcome.message
+    report = (run_folder(filled.store, outcome.run_id) / "report.md").read_text()
+    told = re.search(
+        r"It learnt from (\d+) of its own answers, the best and the worst of 4 to a question", report
+    )
+    assert told is not None
+    assert int(told[1]) > 2 * (0.4 * LABELS + 10), (
+        "of 0.4 labelled questions and about thirty without a label"
+    )
+
+
+@pytest.mark.usefixtures("whole_answers")
+def test_noisy_comparisons_train_on_ranked_answers(filled: Filled, tokenizer: Any) -> None:
     for number in range(4):  # of four people, each of whom chooses the other side every third time
         rater = people.add_person(filled.store, name=f"rater {number}", role="reviewer", actor=SYSTEM)
         for start in range(12 * number, 12 * number + 12):
             answers = (CURT, KIND) if start % 3 == 0 else (KIND, CURT)
             add_comparisons(filled, tokenizer, 1, start=start, rater=rater, answers=answers)
-
-    def ending(base: Base, *args: Any, **options: Any) -> list[Rollout]:
-        with monkeypatch.context() as patch:  # the tiny model seldom ends an answer
-            patch.setattr(base, "stop_ids", frozenset(range(0, base.model.config.vocab_size, 4)))
-            return sample(base, *args, **options)
-
-    monkeypatch.setattr(ranked_answers, "sample", ending)
     outcome = align(filled.store, config(choice={"turned_share_high_min": 0.1}))
     assert outcome.status == "passed", outcome.message
     choice = chosen(filled.store, outcome)
