@@ -1,7 +1,7 @@
 """What each method makes of tastes that nobody told it: wins on fresh questions, facts kept, KL, round after round.
 
 Usage: python tests/benchmarks/tastes.py [--methods dpo,kto,ppo] [--tastes orderly,kind] [--rounds 5] [--fresh 300]
-           [--jobs 16] [--deadline-s 400] [--config FILE --seed 2 --json FILE]
+           [--jobs 16] [--deadline-s 400] [--config FILE --seed 2 --thumbs 400 --unlabelled 650 --json FILE]
 
 The starter model answers in process; a made-up taste compares or rates the answers as staff would; one training follows
 with the product's default settings; wins are counted by the taste itself, which no learning code can see. A later round
@@ -69,6 +69,7 @@ def cells(chain: Sequence[Plan], options: argparse.Namespace) -> Iterator[dict[s
             name=name,
             labels=options.thumbs if method == "kto" else options.labels,
             fresh=options.fresh,
+            unlabelled=options.unlabelled,
             seed=options.seed,
             config=load_config(options.config),
             folder=options.folder,
@@ -103,6 +104,9 @@ def options_of_the_command() -> argparse.Namespace:
         help="questions of which people compare two answers, for DPO and PPO",
     )
     add("--thumbs", type=int, default=1200, help="questions with a thumb on one answer, for KTO")
+    add(
+        "--unlabelled", type=int, default=0, help="questions without a label, whose answers may be ranked too"
+    )
     add("--fresh", type=int, default=400)
     add("--rounds", type=int, default=1)
     add("--seed", type=int, default=1)
@@ -112,9 +116,11 @@ def options_of_the_command() -> argparse.Namespace:
     add("--json", type=Path, default=CELLS)
     add("--config", type=Path, help="settings other than the defaults; give another --json too")
     options = parser.parse_args()
-    if options.json == CELLS and (options.config is not None or options.seed != 1):
+    own = ("config", "seed", "labels", "thumbs", "unlabelled", "fresh")
+    changed = [f"--{name}" for name in own if getattr(options, name) != parser.get_default(name)]
+    if options.json == CELLS and changed:
         parser.error(
-            "--config, --seed: give another --json too, the default one holds what the defaults give"
+            f"{', '.join(changed)}: give another --json too, the default one holds what the defaults give"
         )
     return options
 

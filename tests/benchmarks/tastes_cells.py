@@ -52,6 +52,8 @@ class Setting:
     fresh: int
     seed: int
     config: AlignmentConfig
+    unlabelled: int = 0
+    """Questions without a label, of which a run may have answers too."""
     folder: Path | None = None
     """Where adapters and the first policy's answers are kept."""
 
@@ -165,14 +167,20 @@ def trained(base: Base, setting: Setting, pairs: list[Pair], round_number: int, 
     """Train the adapter "policy" by the method; its KL is measured on questions that it does not learn from, as in a run."""
     config, seed = setting.config, setting.seed + round_number
     unseen = asked(base, questions(config.dpo.kl_prompts, seed=seed + 500))
+    more = {
+        tuple(prompt): f"more-{at}"
+        for at, prompt in enumerate(asked(base, questions(setting.unlabelled, seed=seed + 300)))
+    }
     if setting.method == "dpo":
         labels = Preferences(pairs=tuple(pairs), thumbs=())
         labels = weighed_by_others(base, labels, config.reward, seed=seed, progress=curve)
-        learnt, _ = pairs_as_in_a_run(base, labels, config, seed=seed, progress=curve)
+        learnt, _ = pairs_as_in_a_run(base, labels, config, unlabelled=more, seed=seed, progress=curve)
         return train_dpo(base, learnt, config.dpo, seed=seed, progress=curve, unseen=unseen)
     if setting.method == "kto":
         labels = Preferences(pairs=(), thumbs=tuple(thumbs_of(base, pairs, setting.taste)))
-        thumbs, _ = thumbs_to_learn(base, labels, config.kto, config.reward, seed=seed, progress=curve)
+        thumbs, _ = thumbs_to_learn(
+            base, labels, config.kto, config.reward, unlabelled=more, seed=seed, progress=curve
+        )
         return train_kto(base, thumbs, config.kto, seed=seed, progress=curve, unseen=unseen)
     cut = len(pairs) * 4 // 5
     known, kept = (Preferences(pairs=tuple(part), thumbs=()) for part in (pairs[:cut], pairs[cut:]))
@@ -182,14 +190,20 @@ def trained(base: Base, setting: Setting, pairs: list[Pair], round_number: int, 
 
 
 def pairs_as_in_a_run(
-    base: Base, weighed: Preferences, config: AlignmentConfig, *, seed: int, progress: Progress
+    base: Base,
+    weighed: Preferences,
+    config: AlignmentConfig,
+    *,
+    seed: int,
+    progress: Progress,
+    **options: Any,
 ) -> tuple[Sequence[Pair], str]:
     """Return what DPO learns from, and why those are ranked answers; "" where they need not be."""
     why = why_ranked(statistics_of(weighed, corrections=0, on_policy_share=1.0), config.choice)
     dpo = config.dpo
     if dpo.pairs_from == "auto" and not why:
         dpo = replace(dpo, pairs_from="labels")
-    learnt, _ = pairs_to_learn(base, weighed, dpo, config.reward, seed=seed, progress=progress)
+    learnt, _ = pairs_to_learn(base, weighed, dpo, config.reward, seed=seed, progress=progress, **options)
     return learnt, why
 
 
