@@ -127,6 +127,15 @@ def load_preferences(
     return (weigh or weighted)(Preferences(pairs=tuple(pairs), thumbs=tuple(rated + thumbs), notes=notes))
 
 
+def newest_label_at(store: Store, snapshot: Snapshot) -> float:
+    """Return when the snapshot's last label was given."""
+    kinds = {"comparisons": Comparison, "corrections": Correction, "ratings": Rating}
+    given = [
+        label.created_at for name, kind in kinds.items() for label in _labels(store, snapshot, kind, name)
+    ]
+    return max(given, default=snapshot.cut_off)
+
+
 def split_by_prompt(
     preferences: Preferences, *, held_out: float, seed: int
 ) -> tuple[Preferences, Preferences]:

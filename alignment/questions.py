@@ -6,7 +6,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
-from itertools import dropwhile
 from typing import Literal
 
 from alignment.config import EvaluationConfig
@@ -88,19 +87,20 @@ def choose_questions(
 
 
 def unlabelled_prompts(
-    turns: Sequence[Turn], *, labelled: Set[str], longest_prompt: int
+    turns: Sequence[Turn], *, labelled: Set[str], until: float, longest_prompt: int
 ) -> dict[tuple[int, ...], str]:
     """Return every second of the recent questions that nobody labelled, with its key: a policy may learn from its own
-    answers to them. Which ones a hash of the key says, so that the others stay for evaluations of all runs. None is newer
-    than the newest labelled one: chats go on while a stopped run waits, which must find the same ones when it goes on.
+    answers to them. Which ones a hash of the key says, so that the others stay for evaluations of all runs.
 
     Args:
         turns: recent turns, newest first.
         labelled: prompt keys.
+        until: when the newest label was given. Chats go on while a stopped run waits, which must find the same questions
+            when it goes on.
         longest_prompt: tokens that leave room for an answer.
     """
-    known = list(dropwhile(lambda turn: prompt_key(turn) not in labelled, turns))
-    found = [one for one in _recent(known) if one.key not in labelled and _may_be_learnt(one.key)]
+    known = _recent([turn for turn in turns if turn.created_at <= until])
+    found = [one for one in known if one.key not in labelled and _may_be_learnt(one.key)]
     return {question.prompt_ids: question.key for question in _fitting(found, longest_prompt)}
 
 

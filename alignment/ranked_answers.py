@@ -81,7 +81,7 @@ def pairs_to_learn(
     if config.pairs_from == "labels":
         return labels.pairs, ""
     asked = _ask(base, labels, unlabelled, config, seed=seed, progress=progress, crew=crew)
-    if told := _too_few(asked, config, wanted=config.pairs_from == "ranked", key="dpo.pairs_from"):
+    if told := _too_few(asked, config, "dpo.pairs_from", wanted=config.pairs_from == "ranked", least=1):
         return labels.pairs, told
     found = _best_and_worst(
         asked, _fit_scores(base, labels, asked, reward, seed=seed, progress=progress, crew=crew)
@@ -119,7 +119,8 @@ def thumbs_to_learn(
     if config.thumbs_from == "labels":
         return labels.thumbs, ""
     asked = _ask(base, labels, unlabelled, config, seed=seed, progress=progress, crew=crew)
-    if told := _too_few(asked, config, wanted=config.thumbs_from == "ranked", key="kto.thumbs_from"):
+    wanted, least = config.thumbs_from == "ranked", config.min_class_thumbs
+    if told := _too_few(asked, config, "kto.thumbs_from", wanted=wanted, least=least):
         return labels.thumbs, told
     scores = _reward_scores(base, labels, asked, reward, seed=seed, progress=progress, crew=crew)
     found = [
@@ -141,8 +142,11 @@ def thumbs_to_learn(
     )
 
 
-def _too_few(asked: _Asked, config: FixedAnswersConfig, *, wanted: bool, key: str) -> str:
+def _too_few(asked: _Asked, config: FixedAnswersConfig, key: str, *, wanted: bool, least: int) -> str:
     """Return why the labels are learnt from after all, "" where they are not.
+
+    Args:
+        least: questions with different answers that the method needs.
 
     Raises:
         InvalidField: ranked answers are `wanted`, and there are none.
@@ -150,7 +154,7 @@ def _too_few(asked: _Asked, config: FixedAnswersConfig, *, wanted: bool, key: st
     if wanted and not asked.ranked:
         fix = 'the policy gave no question two different whole answers; use "labels"'
         raise InvalidField(key, "ranked", fix)
-    if wanted or asked.ranked >= FEWEST_SHARE * len(asked.questions):
+    if wanted or asked.ranked >= max(least, FEWEST_SHARE * len(asked.questions)):
         return ""
     return (
         f"It learnt from people's labels: only {asked.ranked} of {len(asked.questions)} questions got two different "

@@ -16,7 +16,7 @@ from alignment.golden import golden_file, load_golden
 from alignment.memory import longest
 from alignment.models import Base, answer_ids, save_adapter
 from alignment.ppo import ppo_fingerprint
-from alignment.preferences import Preferences, load_preferences
+from alignment.preferences import Preferences, load_preferences, newest_label_at
 from alignment.probe_record import record_probes
 from alignment.questions import choose_questions, recent_turns, served_sampling, unlabelled_prompts
 from alignment.reference_cache import ReferenceCache, reference_identity
@@ -134,6 +134,7 @@ def prepare(
         unlabelled=unlabelled_prompts(
             recent_turns(store, base_sha256=incumbent.base_sha256),
             labelled=prompts_of(preferences),
+            until=newest_label_at(store, snapshot),
             longest_prompt=base.max_positions // 2,
         ),
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -202,17 +203,17 @@ def test_questions_learnt_from_are_never_asked() -> None:
 
 
 def test_every_second_question_without_a_label_may_be_learnt_and_stays_the_same_while_chats_go_on() -> None:
-    turns = [Asked(number).turn() for number in range(200)]
-    labelled = {prompt_key(turn) for turn in turns[20:60]}
-    found = unlabelled_prompts(turns, labelled=labelled, longest_prompt=10)
-    assert 50 < len(found) < 90  # of 140
+    turns = [replace(Asked(number).turn(), created_at=500.0 - number) for number in range(200)]
+    labelled = {prompt_key(turn) for turn in turns[80:120]}
+    known: dict[str, Any] = {"labelled": labelled, "until": 440.0}
+    found = unlabelled_prompts(turns, longest_prompt=10, **known)
+    assert 35 < len(found) < 65  # of 100
     assert not labelled & set(found.values())
-    assert all(number >= 60 for _, number in found), "nothing newer than the newest labelled question"
+    assert all(number >= 60 for _, number in found), "nothing newer than the newest label"
     assert list(found) == sorted(found), "newest first"
-    newer = [Asked(number).turn() for number in range(200, 260)]
-    assert unlabelled_prompts([*newer, *turns], labelled=labelled, longest_prompt=10) == found
-    assert unlabelled_prompts(turns, labelled=labelled, longest_prompt=1) == {}
-    assert unlabelled_prompts(turns, labelled=set(), longest_prompt=10) == {}
+    newer = [replace(Asked(number).turn(), created_at=600.0) for number in (*range(200, 260), 85)]
+    assert unlabelled_prompts([*newer, *turns], longest_prompt=10, **known) == found
+    assert unlabelled_prompts(turns, longest_prompt=1, **known) == {}
     nothing = Preferences(pairs=(), thumbs=())
     asked = choose_questions(
         turns, held_out=nothing, learnt=found.values(), config=CONFIG, longest_prompt=10, seed=0
