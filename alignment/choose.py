@@ -25,6 +25,7 @@ from alignment.shortfalls import (
     too_shifted,
     too_weak,
     why_ranked,
+    why_ranked_by_fit,
 )
 from storage.errors import InvalidField
 
@@ -38,6 +39,7 @@ __all__ = [
     "statistics_of",
 ]
 Method = Literal["dpo", "ppo", "kto"]
+RANKED_BECAUSE = {"dpo": why_ranked, "kto": why_ranked_by_fit}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +51,8 @@ class Choice:
     reason: str
     warnings: tuple[str, ...] = ()
     ranked_because: str = ""
-    """Why DPO should learn from answers that a fit to all labels ranks, not from the labels; "" where it need not."""
+    """Why it should learn from answers that a fit to all labels ranks; "": DPO from the labels, KTO from answers that a
+    reward model ranks."""
     waits_for_reward_model: bool = False
     """Undecided: train a reward model on the policy's part of the labels and choose again with its evidence."""
     corrections_only: bool = False
@@ -114,7 +117,7 @@ class _Look:
             rule=rule,
             reason=reason,
             warnings=_warnings(method, data, config, ignored=ignored),
-            ranked_because=why_ranked(data, config) if method == "dpo" else "",
+            ranked_because=RANKED_BECAUSE[method](data, config) if method in RANKED_BECAUSE else "",
             corrections_only=method == "dpo" and corrections_only(data, config),
         )
 

@@ -64,8 +64,9 @@ class ChoiceConfig:
     turned_share_min: float = 0.05
     """And the likeliest share must be this much: a fit that knows nothing rules out nothing, and ranks no answers."""
     fit_accuracy_low_min: float = 0.8
-    """DPO learns from ranked answers also where such a fit ranks this share of the pairs as people did: the lower end of the
-    95% interval. There its pairs win as much or more and lose fewer right answers; where it is worse, labels win more."""
+    """DPO learns from ranked answers also where such a fit ranks this share of the pairs as people did, and KTO from answers
+    that the fit ranks where it gives this share of the thumbs as people did: the lower end of the 95% interval. Where it is
+    worse, DPO wins more with the labels and KTO with a reward model (docs/learning.md)."""
     on_policy_share_min: float = 0.5
     """Share of pairs that must show answers of recent policies (rules 1 and 4; arXiv 2404.10719)."""
     recent_policies: int = 3

@@ -52,6 +52,8 @@ class DataStatistics:
     """Share of the pairs turned round, as a fit to the other labels tells; None without pairs."""
     fit_accuracy: Estimate | None = None
     """Share of the pairs with two policies' answers that such a fit ranks as people did; None without such pairs."""
+    thumb_fit_accuracy: Estimate | None = None
+    """Share of the thumbs that it gives as people did; None without thumbs."""
 
     @property
     def labels(self) -> int:
@@ -122,6 +124,7 @@ def statistics_of(
         rater_warnings=tuple(notes.get("rater_warnings", ())),
         turned_share=notes.get("turned_share"),
         fit_accuracy=notes.get("fit_accuracy"),
+        thumb_fit_accuracy=notes.get("thumb_fit_accuracy"),
     )
 
 

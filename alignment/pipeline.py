@@ -260,13 +260,15 @@ def _keep_choice(store: Store, run: Run, folder: Path, statistics: DataStatistic
 
 
 def _adapted(config: AlignmentConfig, choice: Choice) -> AlignmentConfig:
-    """Take the labels where nothing speaks for ranked answers, and the supervised term where all are corrections."""
-    dpo = config.dpo
+    """Settle what DPO and KTO learn from, and take the supervised term where all are corrections."""
+    dpo, kto = config.dpo, config.kto
     if dpo.pairs_from == "auto" and not choice.ranked_because:
         dpo = replace(dpo, pairs_from="labels")
     if choice.corrections_only:
         dpo = replace(dpo, nll_weight=max(dpo.nll_weight, config.choice.corrections_nll_weight))
-    return replace(config, dpo=dpo)
+    if kto.ranked_by == "auto":
+        kto = replace(kto, ranked_by="fit" if choice.ranked_because else "reward_model")
+    return replace(config, dpo=dpo, kto=kto)
 
 
 def _failure(store: Store, run: Run, error: Exception) -> Outcome:

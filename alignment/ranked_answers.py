@@ -2,14 +2,15 @@
 
 The served policy answers each question several times, and its best answer is put against its worst, as in RSO (arXiv
 2309.06657) and in iterative DPO (arXiv 2405.07863). These are farther apart than two answers that people happened to see,
-and every question gives some, also one that nobody labelled. What ranks them:
+and every question gives some, also one that nobody labelled. What ranks them is a fit to all labels, one linear head on the
+base's states. Where it is good, what it ranks wins as much or more than the labels and loses fewer right answers.
 
-- for DPO a fit to all labels: one linear head on the base's states. Where it is good its pairs win as much or more than the
-  labels and lose fewer right answers. It is for noisy labels too: one that is wrong teaches its opposite, and a training
-  that repeats the labels learns it by heart and spends its KL on that. A linear head cannot: it is more often right about
-  the labelled pairs than such labels are;
-- for KTO a reward model, adapter and all. A thumb says how good an answer is, question and answer in one; KTO spends
-  its KL on that some questions are always answered well. Ranking compares answers to the same question.
+It is for noisy labels too: one that is wrong teaches its opposite, and a training that repeats the labels learns it by
+heart and spends its KL on that. A linear head cannot: it is more often right about the labelled pairs than such labels are.
+
+Where it is not good, DPO wins more with the labels; KTO with answers that a reward model ranks, adapter and all. A thumb
+says how good an answer is, question and answer in one, and KTO spends its KL on that some questions are always answered
+well; ranking compares answers to the same question.
 
 What they win, and when labels win more: docs/learning.md and docs/robustness.md.
 """
@@ -107,7 +108,7 @@ def thumbs_to_learn(
     """Return the thumbs that KTO learns from by `config.thumbs_from`, and what people should know of it.
 
     The best answer to a question gets a thumb up, the worst one down. "auto" takes them unless too few questions get two
-    different answers. Every process returns the same.
+    different answers. Unless `config.ranked_by` says "fit", a reward model ranks. Every process returns the same.
 
     Args:
         unlabelled: prompts with their keys, of which as many are answered too as `config.ranked_prompts` leaves room for.
@@ -122,7 +123,10 @@ def thumbs_to_learn(
     wanted, least = config.thumbs_from == "ranked", config.min_class_thumbs
     if told := _too_few(asked, config, "kto.thumbs_from", wanted=wanted, least=least):
         return labels.thumbs, told
-    scores = _reward_scores(base, labels, asked, reward, seed=seed, progress=progress, crew=crew)
+    by_fit = config.ranked_by == "fit"
+    scores = (_fit_scores if by_fit else _reward_scores)(
+        base, labels, asked, reward, seed=seed, progress=progress, crew=crew
+    )
     found = [
         Thumb(
             id=f"{pair.id}-{'up' if up else 'down'}",
@@ -138,7 +142,7 @@ def thumbs_to_learn(
     ]
     return found, (
         f"It learnt from {len(found)} of its own answers, the best and the worst of {config.ranked_answers} to a question "
-        "by a reward model of the labels."
+        f"by a {'fit to all' if by_fit else 'reward model of the'} labels."
     )
 
 

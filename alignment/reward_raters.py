@@ -40,7 +40,8 @@ def weighed_by_others(
 
     People hardly ever judge the same answers; the fit carries what the others said to the answers that one alone judged.
     With fewer than three raters there are no others to ask, and nobody's weight comes from a fit. The notes say how often
-    a fit is right about pairs of prompts that it did not see (`fit_accuracy`) and how many are turned (`turned_share`).
+    a fit is right about pairs and thumbs of prompts that it did not see (`fit_accuracy`, `thumb_fit_accuracy`) and how many
+    pairs are turned (`turned_share`).
 
     Raises:
         Interrupted: `progress` asked to stop.
@@ -61,16 +62,16 @@ def weighed_by_others(
     )
     enough = len(found.notes["rater_weights"]) >= FEWEST_RATERS
     for _ in range(ROUNDS if enough else 1):
-        leads, about_pairs = _out_of_fold_leads(fits, found.notes["rater_weights"])
+        leads, about_fit = _out_of_fold_leads(fits, found.notes["rater_weights"])
         found = weighted(labels, leads if enough else None)
-    return replace(found, notes={**found.notes, **about_pairs})
+    return replace(found, notes={**found.notes, **about_fit})
 
 
 def _out_of_fold_leads(
     fits: _Fits, factors: Mapping[str, float]
 ) -> tuple[dict[str, float], dict[str, Estimate]]:
     """Return by id the log-odds that a label is right, from a fit to others' labels of other prompts, calibrated; and
-    the notes on the pairs, none without pairs.
+    the notes on the fit.
 
     A thumb is compared with its rater's own leniency: somebody who likes nearly everything is not wrong each time.
     Where there are too few raters to leave some out, only the prompts are others.
@@ -111,20 +112,22 @@ def _out_of_fold_leads(
         found.append(calibration(np.array(known)))
         leads[part] *= found[-1].factor
     by_id = {label.id: float(lead) for label, lead in zip(labels, leads, strict=True)}
-    return by_id, _about_pairs(fits.pairs, by_id, factors, found[0])
+    return by_id, _about_fit(fits, by_id, factors, found[0])
 
 
-def _about_pairs(
-    pairs: Sequence[Pair], leads: Mapping[str, float], factors: Mapping[str, float], found: Calibration
+def _about_fit(
+    fits: _Fits, leads: Mapping[str, float], factors: Mapping[str, float], of_pairs: Calibration
 ) -> dict[str, Estimate]:
-    """Return the notes on the pairs: the share turned round and how often the fit is right about two answers of policies."""
-    asked = [
-        leads[pair.id]
-        for pair in pairs
-        if factors[pair.rater] and not pair.tie and pair.source != "correction"
-    ]
-    notes = {"turned_share": found.turned} if found.turned.n else {}
-    return notes | ({"fit_accuracy": wilson(sum(lead > 0 for lead in asked), len(asked))} if asked else {})
+    """Return the notes on the fit: the share of pairs turned round, and how often it is right about two answers of policies
+    and about thumbs; none on what there is none of."""
+    compared = [pair for pair in fits.pairs if not pair.tie and pair.source != "correction"]
+    asked: dict[str, Sequence[Pair | Thumb]] = {"fit_accuracy": compared, "thumb_fit_accuracy": fits.thumbs}
+    notes = {"turned_share": of_pairs.turned} if of_pairs.turned.n else {}
+    for name, labels in asked.items():
+        found = [leads[label.id] > 0 for label in labels if factors[label.rater]]
+        if found:
+            notes[name] = wilson(sum(found), len(found))
+    return notes
 
 
 def left_out_rater_metrics(

@@ -159,6 +159,14 @@ def why_ranked(data: DataStatistics, config: ChoiceConfig) -> str:
     return f"A fit to the other labels ranks {fit.value:.0%} of the pairs as people did ({fit.low:.0%} to {fit.high:.0%})."
 
 
+def why_ranked_by_fit(data: DataStatistics, config: ChoiceConfig) -> str:
+    """Return why a fit to all labels may rank what KTO learns from; "" where a reward model should."""
+    fit = data.thumb_fit_accuracy
+    if fit is None or fit.low < config.fit_accuracy_low_min:
+        return ""
+    return f"A fit to the other labels gives {fit.value:.0%} of the thumbs as people did ({fit.low:.0%} to {fit.high:.0%})."
+
+
 def too_noisy(data: DataStatistics, config: ChoiceConfig) -> str:
     """Return what says that many labels are turned round, else ""."""
     if corrections_only(data, config):

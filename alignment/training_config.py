@@ -11,6 +11,7 @@ from typing import Literal
 
 DpoLoss = Literal["dpo", "cdpo", "robust", "ipo"]
 LearnFrom = Literal["auto", "labels", "ranked"]
+RankedBy = Literal["auto", "fit", "reward_model"]
 KtoLoss = Literal["kto", "apo_zero_unpaired"]
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -177,7 +178,9 @@ class KtoConfig(FixedAnswersConfig):
     as everybody's. A floor only: the choice of a method asks for 10% of 1,000."""
     thumbs_from: LearnFrom = "auto"
     """labels: the thumbs that people gave. ranked: one up for the best and one down for the worst of the served policy's own
-    answers to a question, by a reward model of the labels (`alignment.ranked_answers`). auto: ranked where enough answers
-    differ."""
+    answers to a question (`alignment.ranked_answers`). auto: ranked where enough answers differ."""
+    ranked_by: RankedBy = "auto"
+    """fit: one linear head on the base's states. reward_model: one that is trained for it, adapter and all. auto: the fit
+    where it is good (choice.fit_accuracy_low_min)."""
     batch_thumbs: int = 16
     """Thumbs an optimiser step, at least 2: z0 needs answers to other prompts (arXiv 2402.01306 uses 32)."""

@@ -150,6 +150,18 @@ def test_where_a_fit_ranks_as_people_do_dpo_learns_from_ranked_answers(right: Es
     assert not choose_method(edited, RULES, wanted="dpo").ranked_because
 
 
+@pytest.mark.parametrize(
+    ("right", "by_fit"), [(wilson(190, 200), True), (wilson(160, 200), False), (None, False)]
+)
+def test_kto_ranks_by_a_fit_where_that_gives_thumbs_as_people_did(
+    right: Estimate | None, by_fit: bool
+) -> None:
+    known = replace(THUMBS, thumb_fit_accuracy=right, fit_accuracy=wilson(40, 40))
+    choice = choose_method(known, RULES, wanted="kto", available=ALL)
+    assert bool(choice.ranked_because) is by_fit
+    assert ("of the thumbs" in choice.ranked_because) is by_fit
+
+
 def test_noise_is_what_is_told_where_a_fit_is_good_too() -> None:
     both = replace(GOOD, fit_accuracy=wilson(950, 1000), agreement=wilson(660, 1000))
     assert "must be wrong" in choose_method(both, RULES, wanted="auto").ranked_because

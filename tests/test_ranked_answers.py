@@ -158,6 +158,19 @@ def test_kto_gets_a_thumb_up_for_the_best_and_one_down_for_the_worst_by_a_reward
     assert [up.weight for up in ups] == pytest.approx(gaps / gaps.mean(), rel=1e-4)
 
 
+def test_the_fit_ranks_for_kto_what_it_ranks_for_dpo(base: Base) -> None:
+    given = Preferences(pairs=(), thumbs=tuple(make_thumbs(20)))
+    config = replace(KTO, ranked_by="fit")
+    thumbs, told = thumbs_to_learn(base, given, config, REWARD, seed=3, progress=Silent())
+    pairs = ranked(base, given)
+    assert told.endswith("by a fit to all labels.")
+    assert [(thumb.answer_ids, thumb.up, thumb.weight) for thumb in thumbs] == [
+        (ids, up, pair.weight)
+        for pair in pairs
+        for ids, up in ((pair.chosen_ids, True), (pair.rejected_ids, False))
+    ]
+
+
 def test_kto_learns_from_the_labels_where_too_few_answers_differ(base: Base) -> None:
     given = labels(thumbs=20)
     auto = replace(KTO, thumbs_from="auto")

@@ -13,7 +13,7 @@ from alignment.preferences import Pair, Preferences, weighted
 from alignment.progress import Silent
 from alignment.reward_raters import weighed_by_others
 from alignment.training_config import RewardConfig
-from learning_fixtures import make_pairs
+from learning_fixtures import make_pairs, make_thumbs
 
 LIKED, OTHER = 20, 30
 """Tokens that answers end with: people like the first one, and a fit to the last states can see it."""
@@ -91,6 +91,22 @@ def test_edited_answers_and_ties_say_nothing_about_two_answers_of_policies(base:
     assert "fit_accuracy" not in weighed(base, edited).notes
     some = [replace(pair, tie=number < 10) for number, pair in enumerate(labels(40, raters=1).pairs)]
     assert weighed(base, Preferences(pairs=tuple(some), thumbs=())).notes["fit_accuracy"].n == 30
+
+
+@pytest.mark.parametrize("raters", [1, 5])
+def test_a_fit_is_judged_by_thumbs_too(base: Base, raters: int) -> None:
+    thumbs = tuple(
+        replace(
+            thumb,
+            answer_ids=(*thumb.answer_ids, *[LIKED if thumb.up else OTHER] * 6),
+            rater=f"rater-{number % raters}",
+        )
+        for number, thumb in enumerate(make_thumbs(80))
+    )
+    notes = weighed(base, Preferences(pairs=(), thumbs=thumbs)).notes
+    assert notes["thumb_fit_accuracy"].value > 0.9
+    assert notes["thumb_fit_accuracy"].n == 80
+    assert "fit_accuracy" not in notes
 
 
 def turned(pair: Pair) -> Pair:

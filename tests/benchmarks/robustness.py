@@ -26,7 +26,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 import torch
-from tastes_cells import STARTER, Setting, asked, pairs_as_in_a_run, pairs_of, texts, thumbs_of
+from tastes_cells import (
+    STARTER,
+    Setting,
+    asked,
+    pairs_as_in_a_run,
+    pairs_of,
+    texts,
+    thumbs_as_in_a_run,
+    thumbs_of,
+)
 
 from alignment.batching import make_tree
 from alignment.config import AlignmentConfig
@@ -36,7 +45,6 @@ from alignment.kto import train_kto
 from alignment.models import Base, add_policy, load_base
 from alignment.preferences import Pair, Preferences, Thumb
 from alignment.progress import Silent
-from alignment.ranked_answers import thumbs_to_learn
 from alignment.reward_items import make_items
 from alignment.reward_raters import weighed_by_others
 from alignment.reward_training import fitted_head, last_states
@@ -66,7 +74,7 @@ class Result:
     named: list[str]
     """What the run says about its raters."""
     ranked: str
-    """Why it learnt from ranked answers, "" where it did not."""
+    """Why it learnt from answers that a fit ranks, "" where it did not."""
     wins: list[float]
     """Of each fresh question: 1 the candidate's answer is liked better, 0 worse, 0.5 as well."""
     weighing_s: float
@@ -130,9 +138,7 @@ class Study:
         if setting.method == "kto":
             thumbs: Sequence[Thumb] = labels.thumbs
             if as_a_run:
-                thumbs, ranked = thumbs_to_learn(
-                    base, labels, config.kto, config.reward, seed=seed, progress=progress
-                )
+                thumbs, ranked = thumbs_as_in_a_run(base, labels, config, seed=seed, progress=progress)
             outcome = train_kto(base, thumbs, config.kto, seed=seed, progress=progress)
         else:
             pairs: Sequence[Pair] = labels.pairs

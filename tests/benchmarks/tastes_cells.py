@@ -30,7 +30,7 @@ from alignment.ranked_answers import pairs_to_learn, thumbs_to_learn
 from alignment.reward_model import train_reward_model
 from alignment.reward_raters import weighed_by_others
 from alignment.rollouts import Rollout, sample
-from alignment.shortfalls import why_ranked
+from alignment.shortfalls import why_ranked, why_ranked_by_fit
 from alignment.starter.answers import classify_answer
 from alignment.starter.corpus import OFF_TOPIC
 from alignment.starter.customers import Question, questions
@@ -178,9 +178,8 @@ def trained(base: Base, setting: Setting, pairs: list[Pair], round_number: int, 
         return train_dpo(base, learnt, config.dpo, seed=seed, progress=curve, unseen=unseen)
     if setting.method == "kto":
         labels = Preferences(pairs=(), thumbs=tuple(thumbs_of(base, pairs, setting.taste)))
-        thumbs, _ = thumbs_to_learn(
-            base, labels, config.kto, config.reward, unlabelled=more, seed=seed, progress=curve
-        )
+        labels = weighed_by_others(base, labels, config.reward, seed=seed, progress=curve)
+        thumbs, _ = thumbs_as_in_a_run(base, labels, config, unlabelled=more, seed=seed, progress=curve)
         return train_kto(base, thumbs, config.kto, seed=seed, progress=curve, unseen=unseen)
     cut = len(pairs) * 4 // 5
     known, kept = (Preferences(pairs=tuple(part), thumbs=()) for part in (pairs[:cut], pairs[cut:]))
@@ -204,6 +203,24 @@ def pairs_as_in_a_run(
     if dpo.pairs_from == "auto" and not why:
         dpo = replace(dpo, pairs_from="labels")
     learnt, _ = pairs_to_learn(base, weighed, dpo, config.reward, seed=seed, progress=progress, **options)
+    return learnt, why
+
+
+def thumbs_as_in_a_run(
+    base: Base,
+    weighed: Preferences,
+    config: AlignmentConfig,
+    *,
+    seed: int,
+    progress: Progress,
+    **options: Any,
+) -> tuple[Sequence[Thumb], str]:
+    """Return what KTO learns from, and why a fit ranks it; "" where a reward model does."""
+    why = why_ranked_by_fit(statistics_of(weighed, corrections=0, on_policy_share=1.0), config.choice)
+    kto = config.kto
+    if kto.ranked_by == "auto":
+        kto = replace(kto, ranked_by="fit" if why else "reward_model")
+    learnt, _ = thumbs_to_learn(base, weighed, kto, config.reward, seed=seed, progress=progress, **options)
     return learnt, why
 
 
