@@ -7,10 +7,10 @@ decides. Rule 1 needs a trained reward model, so a choice may take two looks: th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from alignment.config import ChoiceConfig, WantedMethod
+from alignment.config import AlignmentConfig, ChoiceConfig, WantedMethod
 from alignment.data_statistics import DataStatistics, RewardEvidence, reward_evidence, statistics_of
 from alignment.rater_weights import RATERS_FOR_CAP
 from alignment.shortfalls import (
@@ -36,6 +36,7 @@ __all__ = [
     "RewardEvidence",
     "choose_method",
     "reward_evidence",
+    "settled",
     "statistics_of",
 ]
 Method = Literal["dpo", "ppo", "kto"]
@@ -85,6 +86,18 @@ def choose_method(
         if choice is not None:
             return choice
     return _rule_5(look)
+
+
+def settled(config: AlignmentConfig, choice: Choice) -> AlignmentConfig:
+    """Settle what DPO and KTO learn from, and take the supervised term where all are corrections."""
+    dpo, kto = config.dpo, config.kto
+    if dpo.pairs_from == "auto" and not choice.ranked_because:
+        dpo = replace(dpo, pairs_from="labels")
+    if choice.corrections_only:
+        dpo = replace(dpo, nll_weight=max(dpo.nll_weight, config.choice.corrections_nll_weight))
+    if kto.ranked_by == "auto":
+        kto = replace(kto, ranked_by="fit" if choice.ranked_because else "reward_model")
+    return replace(config, dpo=dpo, kto=kto)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from alignment.choose import (
     RewardEvidence,
     choose_method,
     reward_evidence,
+    settled,
     statistics_of,
 )
 from alignment.config import AlignmentConfig
@@ -189,7 +190,7 @@ def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, mete
     if choice.method is None:
         return _not_enough(work.run, choice, statistics)
     # 6. the candidate
-    work = replace(work, config=_adapted(work.config, choice))
+    work = replace(work, config=settled(work.config, choice))
     trained = stages.update_policy(work, choice.method, scorer)
     check_stop(work.progress)
     if trained.held and not trained.moved:
@@ -257,18 +258,6 @@ def _keep_choice(store: Store, run: Run, folder: Path, statistics: DataStatistic
     if statistics.agreement is not None:
         numbers["data/agreement"] = statistics.agreement.value
     runs.record_metrics(store, run.id, step=0, metrics=numbers)
-
-
-def _adapted(config: AlignmentConfig, choice: Choice) -> AlignmentConfig:
-    """Settle what DPO and KTO learn from, and take the supervised term where all are corrections."""
-    dpo, kto = config.dpo, config.kto
-    if dpo.pairs_from == "auto" and not choice.ranked_because:
-        dpo = replace(dpo, pairs_from="labels")
-    if choice.corrections_only:
-        dpo = replace(dpo, nll_weight=max(dpo.nll_weight, config.choice.corrections_nll_weight))
-    if kto.ranked_by == "auto":
-        kto = replace(kto, ranked_by="fit" if choice.ranked_because else "reward_model")
-    return replace(config, dpo=dpo, kto=kto)
 
 
 def _failure(store: Store, run: Run, error: Exception) -> Outcome:

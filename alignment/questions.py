@@ -1,4 +1,5 @@
-"""What an evaluation asks: held-out prompts of the snapshot, then the deployment's own recent questions."""
+"""What an evaluation asks, held-out prompts and the deployment's own recent questions, and which of these a run may learn
+from."""
 
 from __future__ import annotations
 

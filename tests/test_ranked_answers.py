@@ -165,9 +165,9 @@ def test_the_fit_ranks_for_kto_what_it_ranks_for_dpo(base: Base) -> None:
     pairs = ranked(base, given)
     assert told.endswith("by a fit to all labels.")
     assert [(thumb.answer_ids, thumb.up, thumb.weight) for thumb in thumbs] == [
-        (ids, up, pair.weight)
+        (answer, up, pair.weight)
         for pair in pairs
-        for ids, up in ((pair.chosen_ids, True), (pair.rejected_ids, False))
+        for answer, up in ((pair.chosen_ids, True), (pair.rejected_ids, False))
     ]
 
 

@@ -29,11 +29,10 @@ import torch
 from tastes_cells import (
     STARTER,
     Setting,
+    as_in_a_run,
     asked,
-    pairs_as_in_a_run,
     pairs_of,
     texts,
-    thumbs_as_in_a_run,
     thumbs_of,
 )
 
@@ -45,6 +44,7 @@ from alignment.kto import train_kto
 from alignment.models import Base, add_policy, load_base
 from alignment.preferences import Pair, Preferences, Thumb
 from alignment.progress import Silent
+from alignment.ranked_answers import pairs_to_learn, thumbs_to_learn
 from alignment.reward_items import make_items
 from alignment.reward_raters import weighed_by_others
 from alignment.reward_training import fitted_head, last_states
@@ -138,12 +138,18 @@ class Study:
         if setting.method == "kto":
             thumbs: Sequence[Thumb] = labels.thumbs
             if as_a_run:
-                thumbs, ranked = thumbs_as_in_a_run(base, labels, config, seed=seed, progress=progress)
+                config, ranked = as_in_a_run(config, "kto", labels)
+                thumbs, _ = thumbs_to_learn(
+                    base, labels, config.kto, config.reward, seed=seed, progress=progress
+                )
             outcome = train_kto(base, thumbs, config.kto, seed=seed, progress=progress)
         else:
             pairs: Sequence[Pair] = labels.pairs
             if as_a_run:
-                pairs, ranked = pairs_as_in_a_run(base, labels, config, seed=seed, progress=progress)
+                config, ranked = as_in_a_run(config, "dpo", labels)
+                pairs, _ = pairs_to_learn(
+                    base, labels, config.dpo, config.reward, seed=seed, progress=progress
+                )
             outcome = train_dpo(base, pairs, config.dpo, seed=seed, progress=progress)
         trained = time.process_time()
         gains = [

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from made_up_tastes import TASTES, Taste
 
-from alignment.choose import statistics_of
+from alignment.choose import RANKED_BECAUSE, Choice, Method, settled, statistics_of
 from alignment.config import AlignmentConfig
 from alignment.dpo import train_dpo
 from alignment.intervals import wilson
@@ -25,12 +25,11 @@ from alignment.labels import Pair, Thumb
 from alignment.models import Base, add_policy, load_base, prompt_ids, save_adapter
 from alignment.ppo import train_ppo
 from alignment.preferences import Preferences
-from alignment.progress import Progress, Silent
+from alignment.progress import Silent
 from alignment.ranked_answers import pairs_to_learn, thumbs_to_learn
 from alignment.reward_model import train_reward_model
 from alignment.reward_raters import weighed_by_others
 from alignment.rollouts import Rollout, sample
-from alignment.shortfalls import why_ranked, why_ranked_by_fit
 from alignment.starter.answers import classify_answer
 from alignment.starter.corpus import OFF_TOPIC
 from alignment.starter.customers import Question, questions
@@ -174,12 +173,18 @@ def trained(base: Base, setting: Setting, pairs: list[Pair], round_number: int, 
     if setting.method == "dpo":
         labels = Preferences(pairs=tuple(pairs), thumbs=())
         labels = weighed_by_others(base, labels, config.reward, seed=seed, progress=curve)
-        learnt, _ = pairs_as_in_a_run(base, labels, config, unlabelled=more, seed=seed, progress=curve)
+        config, _ = as_in_a_run(config, "dpo", labels)
+        learnt, _ = pairs_to_learn(
+            base, labels, config.dpo, config.reward, unlabelled=more, seed=seed, progress=curve
+        )
         return train_dpo(base, learnt, config.dpo, seed=seed, progress=curve, unseen=unseen)
     if setting.method == "kto":
         labels = Preferences(pairs=(), thumbs=tuple(thumbs_of(base, pairs, setting.taste)))
         labels = weighed_by_others(base, labels, config.reward, seed=seed, progress=curve)
-        thumbs, _ = thumbs_as_in_a_run(base, labels, config, unlabelled=more, seed=seed, progress=curve)
+        config, _ = as_in_a_run(config, "kto", labels)
+        thumbs, _ = thumbs_to_learn(
+            base, labels, config.kto, config.reward, unlabelled=more, seed=seed, progress=curve
+        )
         return train_kto(base, thumbs, config.kto, seed=seed, progress=curve, unseen=unseen)
     cut = len(pairs) * 4 // 5
     known, kept = (Preferences(pairs=tuple(part), thumbs=()) for part in (pairs[:cut], pairs[cut:]))
@@ -188,40 +193,11 @@ def trained(base: Base, setting: Setting, pairs: list[Pair], round_number: int, 
     return train_ppo(base, prompts, scorer, config.ppo, seed=seed, progress=curve, unseen=unseen)
 
 
-def pairs_as_in_a_run(
-    base: Base,
-    weighed: Preferences,
-    config: AlignmentConfig,
-    *,
-    seed: int,
-    progress: Progress,
-    **options: Any,
-) -> tuple[Sequence[Pair], str]:
-    """Return what DPO learns from, and why those are ranked answers; "" where they need not be."""
-    why = why_ranked(statistics_of(weighed, corrections=0, on_policy_share=1.0), config.choice)
-    dpo = config.dpo
-    if dpo.pairs_from == "auto" and not why:
-        dpo = replace(dpo, pairs_from="labels")
-    learnt, _ = pairs_to_learn(base, weighed, dpo, config.reward, seed=seed, progress=progress, **options)
-    return learnt, why
-
-
-def thumbs_as_in_a_run(
-    base: Base,
-    weighed: Preferences,
-    config: AlignmentConfig,
-    *,
-    seed: int,
-    progress: Progress,
-    **options: Any,
-) -> tuple[Sequence[Thumb], str]:
-    """Return what KTO learns from, and why a fit ranks it; "" where a reward model does."""
-    why = why_ranked_by_fit(statistics_of(weighed, corrections=0, on_policy_share=1.0), config.choice)
-    kto = config.kto
-    if kto.ranked_by == "auto":
-        kto = replace(kto, ranked_by="fit" if why else "reward_model")
-    learnt, _ = thumbs_to_learn(base, weighed, kto, config.reward, seed=seed, progress=progress, **options)
-    return learnt, why
+def as_in_a_run(config: AlignmentConfig, method: Method, weighed: Preferences) -> tuple[AlignmentConfig, str]:
+    """Return the settings that a run would take for these labels, and why a fit ranks what is learnt from; "" where not."""
+    data = statistics_of(weighed, corrections=0, on_policy_share=1.0)
+    why = RANKED_BECAUSE[method](data, config.choice)
+    return settled(config, Choice(method=method, rule="", reason="", ranked_because=why)), why
 
 
 def judged(base: Base, setting: Setting, round_number: int) -> dict[str, Any]:
