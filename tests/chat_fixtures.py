@@ -61,10 +61,10 @@ def put_beside(desk: Desk, role: str, *, share: float = 1.0) -> Deployment:
     return row
 
 
-def make_real_desk(folder: Path) -> Desk:
-    """Return a desk whose base model is a real folder, so that adapters can be checked against it."""
+def make_real_desk(folder: Path, *, model: Path | None = None) -> Desk:
+    """Return a desk whose base model is a real folder, a tiny one by default, so that adapters can be checked against it."""
     store = Store(folder / "data")
-    model = make_tiny_model(folder / "model")
+    model = model or make_tiny_model(folder / "model")
     base = policies.register_base(store, base_path=str(model), base_sha256=base_digest(model))
     world = World(
         store=store,

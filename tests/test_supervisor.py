@@ -38,6 +38,21 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
 
+GPU_LOG = """\
+(APIServer pid=1) INFO 11-27 06:33:10 [api_utils.py:273] non-default args: {'model': 'm'}
+(EngineCore pid=2) INFO 11-27 06:33:38 [model_runner.py:392] Loading model from scratch...
+(EngineCore pid=2) ERROR 11-27 06:33:39 [core.py:1510] EngineCore failed to start.\r
+(EngineCore pid=2) ERROR 11-27 06:33:39 [core.py:1510] Traceback (most recent call last):\r
+(EngineCore pid=2) ERROR 11-27 06:33:39 [core.py:1510]   File "/site/vllm/v1/engine/core.py", line 1482, in run_engine_core\r
+(EngineCore pid=2) ERROR 11-27 06:33:39 [core.py:1510]     engine_core = EngineCoreProc(*args, **kwargs)\r
+(EngineCore pid=2) ERROR 11-27 06:33:39 [core.py:1510] ModuleNotFoundError: No module named 'flashinfer'
+(APIServer pid=1) Traceback (most recent call last):
+(APIServer pid=1)   File "/site/vllm/v1/engine/utils.py", line 1431, in wait_for_engine_startup
+(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""
+"""As vLLM 0.32's GPU build wrote it, shortened."""
+
+
 def options(tmp_path: Path, *, boot_timeout_s: float = 20) -> VllmOptions:
     return VllmOptions(model="some/model", base_name=BASE, data=tmp_path, boot_timeout_s=boot_timeout_s)
 
@@ -203,6 +218,39 @@ def test_a_pid_that_belongs_to_somebody_else_by_now_is_left_alone(tmp_path: Path
 def test_a_damaged_pid_file_is_ignored(tmp_path: Path, text: str) -> None:
     (tmp_path / "vllm.pid.json").write_text(text)
     assert VllmProcess(options(tmp_path), serve=stand_in).reap_orphans() == []
+
+
+def test_the_cause_is_told_though_vllm_logs_it_in_another_process(tmp_path: Path) -> None:
+    program = f"print({GPU_LOG!r}); raise SystemExit(1)"
+    server = VllmProcess(options(tmp_path), serve=lambda port: [sys.executable, "-c", program])
+    wanted = r"exit code 1 while starting: ModuleNotFoundError: No module named 'flashinfer'\n"
+    with pytest.raises(EngineUnavailable, match=wanted):
+        asyncio.run(server.start())
+
+
+@pytest.mark.parametrize(
+    ("log", "cause"),
+    [
+        ("", ""),
+        ("vllm: error: no such model\n", ""),
+        ("Traceback (most recent call last):\n  File 'a', line 1\n", ""),
+        (
+            "Traceback (most recent call last):\n  File 'a'\nKeyError: 1\n\nTraceback (most recent",
+            "KeyError: 1",
+        ),
+        (GPU_LOG, "ModuleNotFoundError: No module named 'flashinfer'"),
+    ],
+)
+def test_the_cause_is_what_ended_the_first_traceback(log: str, cause: str) -> None:
+    assert supervisor.root_cause(log) == cause
+
+
+def test_a_person_hears_what_takes_long_on_a_gpu() -> None:
+    log = GPU_LOG[: GPU_LOG.index("(EngineCore pid=2) ERROR")]
+    assert supervisor.boot_stage(log) == "loading the model"
+    log += "(EngineCore pid=2) INFO 11-27 06:35:54 [monitor.py:40] [backbone] Starting torch.compile\n"
+    assert supervisor.boot_stage(log) == "compiling the model"
+    assert supervisor.boot_stage(f"{log}\rCapturing CUDA graphs (FULL):   0%") == "recording CUDA graphs"
 
 
 def test_three_logs_are_kept(tmp_path: Path) -> None:

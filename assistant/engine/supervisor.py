@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -52,8 +53,14 @@ STAGES = (
     ("non-default args", "reading the model's configuration"),
     ("Initializing a V1 LLM engine", "starting the engine"),
     ("Starting to load model", "loading the model"),
+    ("Loading model from scratch", "loading the model"),  # a GPU's words, as the next two
+    ("Starting torch.compile", "compiling the model"),
+    ("Capturing CUDA graphs", "recording CUDA graphs"),
     ("init engine", "starting the HTTP server"),
 )
+TRACEBACK = "Traceback (most recent call last):"
+SAID_BY = re.compile(r"^(\(\w+ pid=\d+\) )?([A-Z]+ [\d-]+ [\d:]+ \[[\w.]+:\d+\] )?")
+"""What vLLM puts before a line: the process, and where it was logged."""
 
 
 def is_vllm(process: psutil.Process) -> bool:
@@ -71,6 +78,16 @@ def boot_stage(log: str) -> str:
     """Return what the server is doing, from its log."""
     found = [words for mark, words in STAGES if mark in log]
     return found[-1] if found else "loading Python packages"
+
+
+def root_cause(log: str) -> str:
+    """Return the exception that ended the first traceback of a log, "" without one.
+
+    vLLM's server ends with "See root cause above": the engine, a process of its own, has logged that before.
+    """
+    _, found, rest = log.partition(TRACEBACK)
+    lines = (SAID_BY.sub("", line.rstrip("\r")) for line in rest.split("\n")[1:])
+    return next((line for line in lines if line and not line[0].isspace()), "") if found else ""
 
 
 class VllmProcess:
@@ -160,10 +177,11 @@ class VllmProcess:
         self.pid_file.unlink(missing_ok=True)
         return ended
 
-    def last_lines(self) -> str:
-        """Return the end of the log, for an error message."""
+    def what_it_said(self) -> str:
+        """Return the cause of an exception in the log and the log's end, for an error message."""
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
-        return "\n".join(text.splitlines()[-LAST_LINES:])
+        cause, end = root_cause(text), "\n".join(text.splitlines()[-LAST_LINES:])
+        return f": {cause}\n{end}" if cause else f"\n{end}"
 
     # -- inside ---------------------------------------------------------------------------------------
 
@@ -189,11 +207,11 @@ class VllmProcess:
                 elapsed_s = time.monotonic() - started
                 if self._process.poll() is not None:
                     raise EngineUnavailable(
-                        f"vllm: {self._how_it_ended()} while starting\n{self.last_lines()}"
+                        f"vllm: {self._how_it_ended()} while starting{self.what_it_said()}"
                     )
                 if elapsed_s > self.options.boot_timeout_s:
                     limit_s = self.options.boot_timeout_s
-                    raise EngineUnavailable(f"vllm: not ready after {limit_s:.0f} s\n{self.last_lines()}")
+                    raise EngineUnavailable(f"vllm: not ready after {limit_s:.0f} s{self.what_it_said()}")
                 self._on_progress(boot_stage(self.log.read_text(errors="replace")), elapsed_s)
                 if elapsed_s >= noted_s + 1:  # it looks at every process of the machine
                     self._note_shared_memory()

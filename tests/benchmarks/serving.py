@@ -1,6 +1,7 @@
 """What Kotae adds to the engine it stands before, on real vLLM: throughput, time to the first token, memory over time.
 
-Usage: python tests/benchmarks/serving.py [--people 16] [--seconds 20] [--rounds 3] [--soak-min 30] [--out FILE.json]
+Usage: python tests/benchmarks/serving.py [--people 16] [--seconds 20] [--rounds 3] [--soak-min 30]
+           [--shape qwen-0.5b] [--out FILE.json]
 
 The same questions go to vLLM directly and through our API, alternating in one run; people on the page press Enter through
 Gradio's own protocol, as a browser does. Ratios and differences are what counts: engine and gateway share the processors.
@@ -31,8 +32,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from figures import tell
+from shaped_models import make_shaped_model
 
 from alignment.starter.customers import questions
+from parity.material import SIZES
 from running_server import Server
 from storage import people as staff
 from storage.store import Store
@@ -62,6 +65,15 @@ class Seen:
         return self.tokens / self.seconds if self.seconds else float("nan")
 
 
+async def lines_of(reply: httpx.Response) -> AsyncIterator[str]:
+    """Yield the lines of a stream; httpx would also break them at rarer marks, which a random model's words hold."""
+    rest = b""
+    async for part in reply.aiter_bytes():
+        *whole, rest = (rest + part).split(b"\n")
+        for line in whole:
+            yield line.decode().rstrip("\r")
+
+
 @dataclass(frozen=True)
 class Way:
     """An address that streams chat completions."""
@@ -79,7 +91,7 @@ class Way:
             if reply.status_code != 200:
                 seen.failures.append((await reply.aread()).decode()[:200])
                 return
-            async for line in reply.aiter_lines():
+            async for line in lines_of(reply):
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
                 event = json.loads(line[6:])
@@ -138,7 +150,7 @@ class Tab:
         first = False
         url = f"/gradio_api/queue/data?session_hash={self.session}"
         async with self.client.stream("GET", url) as events:
-            async for line in events.aiter_lines():
+            async for line in lines_of(events):
                 event = json.loads(line[6:]) if line.startswith("data: ") else {}
                 if event.get("msg") == "process_generating" and not first:
                     first = True
@@ -284,10 +296,12 @@ def main() -> None:
     parser.add_argument(
         "--soak-min", type=float, default=0, help="minutes of steady use, for the memory (0: none)"
     )
+    parser.add_argument("--shape", choices=SIZES, help="of a random model instead of the starter")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder) / "data").start()
+        model = make_shaped_model(Path(folder) / "model", options.shape) if options.shape else None
+        server = Server(Path(folder) / "data", arguments=("--model", str(model)) if model else ()).start()
         try:
             found = asyncio.run(
                 measure(

@@ -1,6 +1,6 @@
 """What a policy update costs the people who are chatting: many swaps and rollbacks under many streams, on real vLLM.
 
-Usage: python tests/benchmarks/swaps.py [--swaps 1000] [--streams 32] [--out FILE.json]
+Usage: python tests/benchmarks/swaps.py [--swaps 1000] [--streams 32] [--shape qwen-0.5b] [--out FILE.json]
 
 Every stream asks again as soon as it has its answer, greedily, so that an answer tells which policy gave it. Half of
 the swaps bring a policy the engine has never seen (approve: load, check, flip), half go back (rollback: flip). The same
@@ -25,12 +25,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 from figures import tell
 from safetensors.numpy import load_file, save_file
+from shaped_models import make_shaped_adapter, make_shaped_model
 
 from assistant.engine.protocol import Engine, Sampling
 from assistant.engine.supervisor import VllmOptions, VllmProcess
 from assistant.engine.vllm import VllmEngine
 from assistant.release import Release, rollback
 from chat_fixtures import add_servable_candidate, make_real_desk
+from parity.material import SIZES
 from storage_fixtures import World
 from tiny_models import make_adapter
 
@@ -104,12 +106,12 @@ async def ask_on(number: int, engine: Engine, release: Release, seen: Seen, stop
 
 
 def make_variant(template: Path, folder: Path, *, seed: int) -> Path:
-    """Write an adapter of the template's shape with other random weights; much quicker than through PEFT."""
+    """Write an adapter of the template's shapes and sizes with other random weights; much quicker than through PEFT."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(template, folder)
     drawn = np.random.default_rng(seed)
     tensors = {
-        name: (drawn.standard_normal(value.shape) * 0.3).astype(np.float32)
+        name: (drawn.standard_normal(value.shape) * value.std()).astype(np.float32)
         for name, value in load_file(template / WEIGHTS).items()
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -152,10 +154,15 @@ async def restart_s(server: VllmProcess) -> float:
     return time.monotonic() - started
 
 
-async def measure(folder: Path, *, swaps: int, streams: int) -> dict[str, object]:
+async def measure(folder: Path, *, swaps: int, streams: int, shape: str | None) -> dict[str, object]:
     """Run the whole comparison in `folder` and return its figures."""
-    world = make_real_desk(folder).world
-    template = make_adapter(folder / "template", Path(world.base.base_path), seed=1)
+    model = make_shaped_model(folder / "shaped", shape) if shape else None
+    world = make_real_desk(folder, model=model).world
+    template = folder / "template"
+    if model:
+        make_shaped_adapter(template, model)
+    else:
+        make_adapter(template, Path(world.base.base_path), seed=1)
     base = world.base.id
     server = VllmProcess(
         VllmOptions(model=world.base.base_path, base_name=base, data=world.store.data, cpu_kv_cache_gib=0.25)
@@ -233,10 +240,12 @@ def main() -> None:
         "--swaps", type=int, default=1000, help="changes in all, half of them rollbacks (1000)"
     )
     parser.add_argument("--streams", type=int, default=32, help="people who ask all the time (32)")
+    parser.add_argument("--shape", choices=SIZES, help="of a random model instead of the tiny one")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = asyncio.run(measure(Path(folder), swaps=options.swaps, streams=options.streams))
+        asked = {"swaps": options.swaps, "streams": options.streams, "shape": options.shape}
+        found = asyncio.run(measure(Path(folder), **asked))
     tell(found, options.out)
 
 

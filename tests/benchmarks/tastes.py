@@ -73,6 +73,7 @@ def cells(chain: Sequence[Plan], options: argparse.Namespace) -> Iterator[dict[s
             seed=options.seed,
             config=load_config(options.config),
             folder=options.folder,
+            device=options.device,
         )
         yield cell(setting, number, options.folder)
 
@@ -115,8 +116,13 @@ def options_of_the_command() -> argparse.Namespace:
     add("--folder", type=Path, default=ROOT / "data/tastes", help="adapters and first answers")
     add("--json", type=Path, default=CELLS)
     add("--config", type=Path, help="settings other than the defaults; give another --json too")
+    add(
+        "--device",
+        default="cpu",
+        help="cuda: in bfloat16, as a run does there; give another --json and --folder",
+    )
     options = parser.parse_args()
-    own = ("config", "seed", "labels", "thumbs", "unlabelled", "fresh")
+    own = ("config", "device", "seed", "labels", "thumbs", "unlabelled", "fresh")
     changed = [f"--{name}" for name in own if getattr(options, name) != parser.get_default(name)]
     if options.json == CELLS and changed:
         parser.error(

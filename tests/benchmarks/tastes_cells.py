@@ -55,6 +55,7 @@ class Setting:
     """Questions without a label, of which a run may have answers too."""
     folder: Path | None = None
     """Where adapters and the first policy's answers are kept."""
+    device: str = "cpu"
 
     @property
     def taste(self) -> Taste:
@@ -245,13 +246,13 @@ def right(intents: Sequence[str | None], found: Sequence[Question]) -> float:
 
 def cell(setting: Setting, round_number: int, folder: Path) -> dict[str, Any]:
     """Train one round from the policy of the round before, keep its adapter and judge it."""
-    base = load_base(str(STARTER), device="cpu")
+    base = load_base(str(STARTER), device=setting.device)
     before = adapter(folder, (round_number - 1, setting.name, setting.method)) if round_number else None
     add_policy(base, setting.config.dpo.lora, seed=setting.seed, start_from=before)
     pairs = pairs_of(base, setting, round_number)
-    began, curve = time.process_time(), Curve()
+    began, begin_s, curve = time.process_time(), time.monotonic(), Curve()
     outcome = trained(base, setting, pairs, round_number, curve)
-    spent = time.process_time() - began
+    spent, took_s = time.process_time() - began, time.monotonic() - begin_s
     save_adapter(base, "policy", adapter(folder, (round_number, setting.name, setting.method)))
     return {
         "method": setting.method,
@@ -264,6 +265,7 @@ def cell(setting: Setting, round_number: int, folder: Path) -> dict[str, Any]:
         "steps": outcome.steps,
         "stopped_because": outcome.stopped_because,
         "training_cpu_s": round(spent, 1),
+        "training_wall_s": round(took_s, 1),
         "training_kl_nats": curve.kl_nats,
         "training_base_kl_nats": curve.base_kl_nats,
         "held": outcome.held,

@@ -93,9 +93,16 @@ class Lengths:
 
 
 def make_model(
-    folder: Path, size: Size, *, seed: int = 0, max_positions: int = 2048, weights: bool = True
+    folder: Path,
+    size: Size,
+    *,
+    seed: int = 0,
+    max_positions: int = 2048,
+    weights: bool = True,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write a random Qwen2 chat model, float32, once; return its folder. Without weights, each side draws them."""
+    """Write a random Qwen2 chat model once; return its folder. Without weights, each side draws them."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     if (folder / "tokenizer_config.json").exists():
@@ -116,8 +123,12 @@ def make_model(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
-    torch.manual_seed(seed)
-    (Qwen2ForCausalLM(config).to(torch.float32) if weights else config).save_pretrained(folder)
+    if weights:
+        torch.manual_seed(seed)
+        with torch.device(device):
+            Qwen2ForCausalLM(config).to(dtype).save_pretrained(folder)
+    else:
+        config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
