@@ -53,7 +53,9 @@ class DataStatistics:
     fit_accuracy: Estimate | None = None
     """Share of the pairs with two policies' answers that such a fit ranks as people did; None without such pairs."""
     thumb_fit_accuracy: Estimate | None = None
-    """Share of the thumbs that it gives as people did; None without thumbs."""
+    """Share of the thumbs that it gives as people did, mean of those up and those down; None unless there are both."""
+    turned_thumb_share: Estimate | None = None
+    """Share of the thumbs turned round, as it tells; None without thumbs."""
 
     @property
     def labels(self) -> int:
@@ -125,6 +127,7 @@ def statistics_of(
         turned_share=notes.get("turned_share"),
         fit_accuracy=notes.get("fit_accuracy"),
         thumb_fit_accuracy=notes.get("thumb_fit_accuracy"),
+        turned_thumb_share=notes.get("turned_thumb_share"),
     )
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from alignment.batching import Tree, make_tree
-from alignment.intervals import Estimate, Floats, wilson
+from alignment.intervals import Estimate, Floats, mean_of, wilson
 from alignment.models import Base
 from alignment.preferences import Pair, Preferences, Thumb, weighted
 from alignment.progress import Progress, stop_if_asked
@@ -41,7 +41,7 @@ def weighed_by_others(
     People hardly ever judge the same answers; the fit carries what the others said to the answers that one alone judged.
     With fewer than three raters there are no others to ask, and nobody's weight comes from a fit. The notes say how often
     a fit is right about pairs and thumbs of prompts that it did not see (`fit_accuracy`, `thumb_fit_accuracy`) and how many
-    pairs are turned (`turned_share`).
+    are turned (`turned_share`, `turned_thumb_share`).
 
     Raises:
         Interrupted: `progress` asked to stop.
@@ -112,21 +112,31 @@ def _out_of_fold_leads(
         found.append(calibration(np.array(known)))
         leads[part] *= found[-1].factor
     by_id = {label.id: float(lead) for label, lead in zip(labels, leads, strict=True)}
-    return by_id, _about_fit(fits, by_id, factors, found[0])
+    return by_id, _about_fit(fits, by_id, factors, found)
 
 
 def _about_fit(
-    fits: _Fits, leads: Mapping[str, float], factors: Mapping[str, float], of_pairs: Calibration
+    fits: _Fits, leads: Mapping[str, float], factors: Mapping[str, float], found: Sequence[Calibration]
 ) -> dict[str, Estimate]:
-    """Return the notes on the fit: the share of pairs turned round, and how often it is right about two answers of policies
-    and about thumbs; none on what there is none of."""
-    compared = [pair for pair in fits.pairs if not pair.tie and pair.source != "correction"]
-    asked: dict[str, Sequence[Pair | Thumb]] = {"fit_accuracy": compared, "thumb_fit_accuracy": fits.thumbs}
-    notes = {"turned_share": of_pairs.turned} if of_pairs.turned.n else {}
-    for name, labels in asked.items():
-        found = [leads[label.id] > 0 for label in labels if factors[label.rater]]
-        if found:
-            notes[name] = wilson(sum(found), len(found))
+    """Return the notes on the fit: the shares of pairs and thumbs turned round, and how often it is right about two answers
+    of policies and about thumbs, up and down counting alike; none on what there is none of.
+
+    Args:
+        found: what pairs and thumbs say about the fit's log-odds.
+    """
+    turned = zip(("turned_share", "turned_thumb_share"), found, strict=True)
+    notes = {name: one.turned for name, one in turned if one.turned.n}
+
+    def right(labels: Sequence[Pair | Thumb]) -> Estimate:
+        counted = [leads[label.id] > 0 for label in labels if factors[label.rater]]
+        return wilson(sum(counted), len(counted))
+
+    compared = right([pair for pair in fits.pairs if not pair.tie and pair.source != "correction"])
+    if compared.n:
+        notes["fit_accuracy"] = compared
+    ups, downs = (right([thumb for thumb in fits.thumbs if thumb.up is up]) for up in (True, False))
+    if ups.n and downs.n:  # balanced: where nearly all are up, "up" is right about nearly all
+        notes["thumb_fit_accuracy"] = mean_of([ups, downs])
     return notes
 
 

@@ -9,6 +9,7 @@ import math
 
 from alignment.config import ChoiceConfig
 from alignment.data_statistics import DataStatistics, RewardEvidence
+from alignment.intervals import Estimate
 from alignment.rater_weights import RATERS_FOR_CAP
 
 ROUNDING = 1e-6
@@ -161,22 +162,33 @@ def why_ranked(data: DataStatistics, config: ChoiceConfig) -> str:
 
 def why_ranked_by_fit(data: DataStatistics, config: ChoiceConfig) -> str:
     """Return why a fit to all labels may rank what KTO learns from; "" where a reward model should."""
+    if noisy := _turned(data.turned_thumb_share, "thumbs", config):
+        return noisy
     fit = data.thumb_fit_accuracy
     if fit is None or fit.low < config.fit_accuracy_low_min:
         return ""
-    return f"A fit to the other labels gives {fit.value:.0%} of the thumbs as people did ({fit.low:.0%} to {fit.high:.0%})."
+    return (
+        f"A fit to the other labels gives {fit.value:.0%} of the thumbs as people did, up and down counting alike "
+        f"({fit.low:.0%} to {fit.high:.0%})."
+    )
 
 
 def too_noisy(data: DataStatistics, config: ChoiceConfig) -> str:
     """Return what says that many labels are turned round, else ""."""
     if corrections_only(data, config):
         return ""
-    turned = data.turned_share
-    if turned and turned.high >= config.turned_share_high_min and turned.value >= config.turned_share_min:
-        return (
-            f"As a fit to the other labels tells, {turned.value:.0%} of the pairs are turned round ({turned.low:.0%} to "
-            f"{turned.high:.0%})."
-        )
+    if turned := _turned(data.turned_share, "pairs", config):
+        return turned
     if data.flip_rate >= config.noisy_flip_rate_min:
         return f"People choose alike so seldom that {data.flip_rate:.0%} of their choices must be wrong."
     return ""
+
+
+def _turned(share: Estimate | None, what: str, config: ChoiceConfig) -> str:
+    """Return what says that many labels of a kind contradict where the fit is surest, else ""."""
+    if not share or share.high < config.turned_share_high_min or share.value < config.turned_share_min:
+        return ""
+    return (
+        f"As a fit to the other labels tells, {share.value:.0%} of the {what} are turned round ({share.low:.0%} to "
+        f"{share.high:.0%})."
+    )

@@ -162,6 +162,15 @@ def test_kto_ranks_by_a_fit_where_that_gives_thumbs_as_people_did(
     assert ("of the thumbs" in choice.ranked_because) is by_fit
 
 
+def test_turned_thumbs_are_ranked_by_a_fit_too() -> None:
+    turned = Estimate(value=0.28, low=0.1, high=0.4, n=600)
+    noisy = replace(THUMBS, thumb_fit_accuracy=wilson(380, 600), turned_thumb_share=turned)
+    choice = choose_method(noisy, RULES, wanted="kto", available=ALL)
+    assert "28% of the thumbs are turned round" in choice.ranked_because
+    right = replace(noisy, turned_thumb_share=Estimate(value=0.0, low=0.0, high=0.06, n=600))
+    assert not choose_method(right, RULES, wanted="kto", available=ALL).ranked_because
+
+
 def test_noise_is_what_is_told_where_a_fit_is_good_too() -> None:
     both = replace(GOOD, fit_accuracy=wilson(950, 1000), agreement=wilson(660, 1000))
     assert "must be wrong" in choose_method(both, RULES, wanted="auto").ranked_because

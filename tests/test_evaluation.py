@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from alignment.evaluation import form_numbers, word_difference
 from alignment.golden import STARTER_FILE, GoldenQuestion, golden_file, load_golden, mentions, passes
 from alignment.intervals import (
     bootstrap_weights,
+    mean_of,
     mean_with_error,
     paired_bootstrap,
     ratio_bootstrap,
@@ -41,6 +43,19 @@ def test_wilson_interval_is_the_published_one() -> None:
     assert wilson(0, 10).low == 0.0
     assert wilson(10, 10).high == 1.0
     assert (wilson(0, 0).low, wilson(0, 0).high) == (0.0, 1.0)
+
+
+def test_the_mean_of_shares_is_as_uncertain_as_both_together() -> None:
+    many, few = wilson(90, 100), wilson(5, 10)
+    found = mean_of([many, few])
+    assert (found.value, found.n) == (pytest.approx(0.7), 110)
+    assert found.value - found.low == pytest.approx(math.hypot(0.9 - many.low, 0.5 - few.low) / 2)
+    alone = mean_of([many])
+    assert (alone.low, alone.high) == (pytest.approx(many.low), pytest.approx(many.high))
+    # Coverage, by simulation: 95% of the intervals hold the mean of 0.95 and 0.6.
+    drawn = np.random.default_rng(5).binomial([200, 20], [0.95, 0.6], size=(4000, 2))
+    made = [mean_of([wilson(int(a), 200), wilson(int(b), 20)]) for a, b in drawn]
+    assert 0.94 <= np.mean([one.low <= 0.775 <= one.high for one in made]) <= 0.975
 
 
 def test_mean_with_error_matches_the_plain_formula() -> None:

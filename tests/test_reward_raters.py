@@ -93,20 +93,47 @@ def test_edited_answers_and_ties_say_nothing_about_two_answers_of_policies(base:
     assert weighed(base, Preferences(pairs=tuple(some), thumbs=())).notes["fit_accuracy"].n == 30
 
 
+def rated(count: int, *, raters: int = 1, wrong: float = 0.0, up_share: float = 0.5) -> Preferences:
+    """Return thumbs of which so many are up, and each is turned round with the probability `wrong`."""
+    rng = random.Random(7)
+    found = []
+    for number, thumb in enumerate(make_thumbs(count)):
+        liked = rng.random() < up_share
+        found.append(
+            replace(
+                thumb,
+                answer_ids=(*thumb.answer_ids, *[LIKED if liked else OTHER] * 6),
+                up=liked is not (rng.random() < wrong),
+                rater=f"rater-{number % raters}",
+            )
+        )
+    return Preferences(pairs=(), thumbs=tuple(found))
+
+
 @pytest.mark.parametrize("raters", [1, 5])
 def test_a_fit_is_judged_by_thumbs_too(base: Base, raters: int) -> None:
-    thumbs = tuple(
-        replace(
-            thumb,
-            answer_ids=(*thumb.answer_ids, *[LIKED if thumb.up else OTHER] * 6),
-            rater=f"rater-{number % raters}",
-        )
-        for number, thumb in enumerate(make_thumbs(80))
-    )
-    notes = weighed(base, Preferences(pairs=(), thumbs=thumbs)).notes
+    notes = weighed(base, rated(80, raters=raters)).notes
     assert notes["thumb_fit_accuracy"].value > 0.9
     assert notes["thumb_fit_accuracy"].n == 80
+    assert notes["turned_thumb_share"].value == 0.0
     assert "fit_accuracy" not in notes
+    assert "turned_share" not in notes
+
+
+def test_thumbs_turned_round_are_seen(base: Base) -> None:
+    notes = weighed(base, rated(300, wrong=0.3)).notes
+    assert notes["turned_thumb_share"].low < 0.3 < notes["turned_thumb_share"].high
+    assert notes["turned_thumb_share"].value > 0.2
+
+
+def test_a_fit_that_calls_everything_good_is_not_right_because_nearly_everything_is(base: Base) -> None:
+    rng = random.Random(3)
+    thumbs = tuple(replace(thumb, up=rng.random() < 0.95, rater="r") for thumb in make_thumbs(300))
+    found = weighed(base, Preferences(pairs=(), thumbs=thumbs)).notes["thumb_fit_accuracy"]
+    assert found.value == pytest.approx(0.5, abs=0.15)
+    assert found.low < 0.8
+    only = tuple(replace(thumb, up=True) for thumb in thumbs)
+    assert "thumb_fit_accuracy" not in weighed(base, Preferences(pairs=(), thumbs=only)).notes
 
 
 def turned(pair: Pair) -> Pair:

@@ -173,21 +173,27 @@ class Study:
         )
 
     def told_about(self, condition: str) -> str:
-        """Return a Markdown row of what is said about the labels, and how often they and a fit to them are right."""
+        """Return a Markdown row: what is said about the labels, how often they are right, and for pairs a fit to them."""
         reward, seed = self.setting.config.reward, self.setting.seed
         base = load_base(str(STARTER), device="cpu")
         labels = spoilt(self.labels, condition, seed=seed)
         weighed = weighed_by_others(base, labels, reward, seed=seed, progress=Silent())
-        turned: Estimate = weighed.notes["turned_share"]
-        fit: Estimate = weighed.notes["fit_accuracy"]
-        better = {pair.id: pair.chosen_ids for pair in self.labels.pairs}
-        pairs = [pair for pair in weighed.pairs if not pair.tie]
-        right = [pair.chosen_ids == better[pair.id] for pair in pairs]
-        leads = _leads_of_fit(base, weighed, pairs, reward, seed=seed)
-        by_fit = [(lead > 0) is one for lead, one in zip(leads, right, strict=True)]
+        of_thumbs = self.setting.method == "kto"
+        turned: Estimate = weighed.notes["turned_thumb_share" if of_thumbs else "turned_share"]
+        fit: Estimate = weighed.notes["thumb_fit_accuracy" if of_thumbs else "fit_accuracy"]
+        if of_thumbs:
+            up = {thumb.id: thumb.up for thumb in self.labels.thumbs}
+            right, ranked = [thumb.up is up[thumb.id] for thumb in weighed.thumbs], "–"
+        else:
+            better = {pair.id: pair.chosen_ids for pair in self.labels.pairs}
+            pairs = [pair for pair in weighed.pairs if not pair.tie]
+            right = [pair.chosen_ids == better[pair.id] for pair in pairs]
+            leads = _leads_of_fit(base, weighed, pairs, reward, seed=seed)
+            by_fit = [(lead > 0) is one for lead, one in zip(leads, right, strict=True)]
+            ranked = f"{sum(by_fit) / len(by_fit):.0%}"
         return (
-            f"| {self.setting.name} {seed} | {condition} | {len(pairs)} | {sum(right) / len(right):.0%} | "
-            f"{sum(by_fit) / len(by_fit):.0%} | {fit.value:.0%} ({fit.low:.0%} to {fit.high:.0%}) | "
+            f"| {self.setting.name} {seed} | {condition} | {len(right)} | {sum(right) / len(right):.0%} | "
+            f"{ranked} | {fit.value:.0%} ({fit.low:.0%} to {fit.high:.0%}) | "
             f"{turned.value:.0%} ({turned.low:.0%} to {turned.high:.0%}) | "
             f"{len(weighed.notes['rater_warnings'])} |"
         )

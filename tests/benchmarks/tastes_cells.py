@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from made_up_tastes import TASTES, Taste
 
-from alignment.choose import RANKED_BECAUSE, Choice, Method, settled, statistics_of
+from alignment.choose import RANKED_BECAUSE, Choice, Method, choose_method, settled, statistics_of
 from alignment.config import AlignmentConfig
 from alignment.dpo import train_dpo
 from alignment.intervals import wilson
@@ -23,8 +23,9 @@ from alignment.kl_budget import kl_per_response
 from alignment.kto import train_kto
 from alignment.labels import Pair, Thumb
 from alignment.models import Base, add_policy, load_base, prompt_ids, save_adapter
+from alignment.policy_training import PolicyResult
 from alignment.ppo import train_ppo
-from alignment.preferences import Preferences
+from alignment.preferences import Preferences, weighted
 from alignment.progress import Silent
 from alignment.ranked_answers import pairs_to_learn, thumbs_to_learn
 from alignment.reward_model import train_reward_model
@@ -164,34 +165,46 @@ class Curve(Silent):
 
 
 def trained(base: Base, setting: Setting, pairs: list[Pair], round_number: int, curve: Curve) -> Any:
-    """Train the adapter "policy" by the method; its KL is measured on questions that it does not learn from, as in a run."""
+    """Train the adapter "policy" by the method, if a run would; its KL is measured on questions that it does not learn from,
+    as in a run."""
     config, seed = setting.config, setting.seed + round_number
+    thumbs = thumbs_of(base, pairs, setting.taste) if setting.method == "kto" else []
+    labels = Preferences(pairs=() if thumbs else tuple(pairs), thumbs=tuple(thumbs))
+    if short := too_few(config, labels):
+        return PolicyResult(metrics={}, steps=0, stopped_because=None, moved=False, held=short)
     unseen = asked(base, questions(config.dpo.kl_prompts, seed=seed + 500))
+    if setting.method == "ppo":
+        cut = len(pairs) * 4 // 5
+        known, kept = (Preferences(pairs=tuple(part), thumbs=()) for part in (pairs[:cut], pairs[cut:]))
+        scorer = train_reward_model(base, known, kept, config.reward, seed=seed, progress=Silent())
+        prompts = [pair.prompt_ids for pair in pairs]
+        return train_ppo(base, prompts, scorer, config.ppo, seed=seed, progress=curve, unseen=unseen)
     more = {
         tuple(prompt): f"more-{at}"
         for at, prompt in enumerate(asked(base, questions(setting.unlabelled, seed=seed + 300)))
     }
+    labels = weighed_by_others(base, labels, config.reward, seed=seed, progress=curve)
+    ranking = {"unlabelled": more, "seed": seed, "progress": curve}
     if setting.method == "dpo":
-        labels = Preferences(pairs=tuple(pairs), thumbs=())
-        labels = weighed_by_others(base, labels, config.reward, seed=seed, progress=curve)
         config, _ = as_in_a_run(config, "dpo", labels)
-        learnt, _ = pairs_to_learn(
-            base, labels, config.dpo, config.reward, unlabelled=more, seed=seed, progress=curve
-        )
+        learnt, _ = pairs_to_learn(base, labels, config.dpo, config.reward, **ranking)
         return train_dpo(base, learnt, config.dpo, seed=seed, progress=curve, unseen=unseen)
-    if setting.method == "kto":
-        labels = Preferences(pairs=(), thumbs=tuple(thumbs_of(base, pairs, setting.taste)))
-        labels = weighed_by_others(base, labels, config.reward, seed=seed, progress=curve)
-        config, _ = as_in_a_run(config, "kto", labels)
-        thumbs, _ = thumbs_to_learn(
-            base, labels, config.kto, config.reward, unlabelled=more, seed=seed, progress=curve
-        )
-        return train_kto(base, thumbs, config.kto, seed=seed, progress=curve, unseen=unseen)
-    cut = len(pairs) * 4 // 5
-    known, kept = (Preferences(pairs=tuple(part), thumbs=()) for part in (pairs[:cut], pairs[cut:]))
-    scorer = train_reward_model(base, known, kept, config.reward, seed=seed, progress=Silent())
-    prompts = [pair.prompt_ids for pair in pairs]
-    return train_ppo(base, prompts, scorer, config.ppo, seed=seed, progress=curve, unseen=unseen)
+    config, _ = as_in_a_run(config, "kto", labels)
+    rated, _ = thumbs_to_learn(base, labels, config.kto, config.reward, **ranking)
+    return train_kto(base, rated, config.kto, seed=seed, progress=curve, unseen=unseen)
+
+
+def too_few(config: AlignmentConfig, labels: Preferences) -> str:
+    """Return why a run would train nothing on these labels (rule 0), "" where it would.
+
+    They are the policy's part of a run's.
+    """
+    data = statistics_of(weighted(labels), corrections=0, on_policy_share=1.0)
+    part = (1 - config.data.held_out_share) * (1 - config.data.judge_share)
+    counts = ("pairs", "effective_pairs", "prompts", "thumbs", "thumb_prompts", "thumbs_up")
+    whole = replace(data, **{name: round(getattr(data, name) / part) for name in counts})
+    choice = choose_method(whole, config.choice, wanted="auto", available=("dpo", "kto"))
+    return choice.reason if choice.method is None else ""
 
 
 def as_in_a_run(config: AlignmentConfig, method: Method, weighed: Preferences) -> tuple[AlignmentConfig, str]:

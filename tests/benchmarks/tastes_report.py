@@ -64,9 +64,16 @@ def table(cells: list[Cell], columns: Sequence[str], ending: Callable[[Cell], st
             f"{wins if one['decided'] else 'none decided'} | "
             f"{one['right_intent_sampled_before']:.1%} → {one['right_intent_sampled_after']:.1%} | "
             f"{one['right_intent_before']:.1%} → {one['right_intent_after']:.1%} | "
-            f"{ending(one)} |" + (f" stopped: {one['stopped_because']} |" if one["stopped_because"] else "")
+            f"{ending(one)} |" + (f" {told} |" if (told := remark(one)) else "")
         )
     return "\n".join(rows)
+
+
+def remark(one: Cell) -> str:
+    """Return what else is to be said of a cell, "" for most."""
+    if not one["steps"]:
+        return f"not trained: {one['held'].partition(':')[0]}"
+    return f"stopped: {one['stopped_because']}" if one["stopped_because"] else ""
 
 
 def of_a_first_round(one: Cell) -> str:
@@ -79,10 +86,8 @@ def of_a_first_round(one: Cell) -> str:
 
 def of_a_later_round(one: Cell) -> str:
     """Return the further columns of the table of later rounds."""
-    return (
-        f"{one['kl_per_response_nats']:.2f} | {one['kl_from_base_nats']:.2f} | "
-        f"{one['training_base_kl_nats'][-1]:.2f} | {one['steps']}"
-    )
+    trained = f"{one['training_base_kl_nats'][-1]:.2f}" if one["steps"] else "–"
+    return f"{one['kl_per_response_nats']:.2f} | {one['kl_from_base_nats']:.2f} | {trained} | {one['steps']}"
 
 
 def picture(cells: list[Cell], path: Path) -> None:
