@@ -1,8 +1,8 @@
 """Everything that docs/gpu.md reports of a GPU, part by part, each in a process of its own with a limit of its own.
 
-Usage: python tests/benchmarks/gpu.py FOLDER [--only tests numerics memory profile trl large]. Tables are printed, and
-written to the folder as JSON. A part that fails is told, and the next one goes on. TRL is taken from the folder in
-KOTAE_TRL_FOLDER.
+Usage: python tests/benchmarks/gpu.py FOLDER [--only tests numerics memory profile trl large learning swaps serving].
+Tables are printed, and written to the folder as JSON. A part that fails is told, and the next one goes on. TRL is taken from
+the folder in KOTAE_TRL_FOLDER; swaps and serving need vLLM.
 """
 
 from __future__ import annotations
@@ -31,6 +31,13 @@ PARTS: dict[str, tuple[int, str]] = {
         "tests/benchmarks/against_trl_gpu.py --size qwen-7b --ratios 3:1 --rounds 1 --steps 3 --search-steps 1 "
         "--micro-batches 2 4 --search micro --out {out}",
     ),
+    "learning": (
+        400,
+        "tests/benchmarks/tastes.py --device cuda --tastes hurried --jobs 3 --json {out}/tastes.json --folder {out}/tastes",
+    ),
+    # vLLM takes two minutes to compile and to record its graphs, and the swaps start it twice
+    "swaps": (480, "tests/benchmarks/swaps.py --shape qwen-0.5b --swaps 200 --out {out}/swaps.json"),
+    "serving": (420, "tests/benchmarks/serving.py --shape qwen-0.5b --out {out}/serving.json"),
 }
 SHORT = "--device cpu --size tiny --shorter 16 --steps 2 --search-steps 1 --rounds 1 --micro-batches 16 8"
 ON_A_CPU = {
@@ -41,6 +48,9 @@ ON_A_CPU = {
     "profile": "--device cpu --size tiny --shorter 16",
     "trl": SHORT,
     "large": SHORT,
+    "learning": "--device cpu --methods dpo --labels 200 --fresh 20",
+    "swaps": "--shape tiny --swaps 4 --streams 2",
+    "serving": "--shape tiny --people 2 --seconds 3 --rounds 1",
 }
 
 
