@@ -72,7 +72,7 @@ def table(cells: list[Cell], columns: Sequence[str], ending: Callable[[Cell], st
 def remark(one: Cell) -> str:
     """Return what else is to be said of a cell, "" for most."""
     if not one["steps"]:
-        return f"not trained: {one['held'].partition(':')[0]}"
+        return f"not trained: {one['held'].rpartition('Or, for KTO: ')[2].partition(':')[0]}"
     return f"stopped: {one['stopped_because']}" if one["stopped_because"] else ""
 
 
@@ -106,7 +106,8 @@ def picture(cells: list[Cell], path: Path) -> None:
                 own.sort(key=lambda cell: int(cell["round"]))
                 rounds = [one["round"] + 1 for one in own]
                 label = f"{method.upper()} {taste}"
-                plot.plot(rounds, [one[name] for one in own], color=colour, marker=mark, label=label)
+                values = [one[name] if name != "wins" or one["decided"] else float("nan") for one in own]
+                plot.plot(rounds, values, color=colour, marker=mark, label=label)
         plot.set(title=title, xlabel="round")
         plot.set_xticks(range(1, 2 + max(one["round"] for one in cells)))
         plot.grid(alpha=0.3)
