@@ -21,6 +21,7 @@ from alignment.shortfalls import (
     too_few_thumbs,
     too_little,
     too_noisy,
+    too_noisy_thumbs,
     too_one_sided,
     too_shifted,
     too_weak,
@@ -244,7 +245,8 @@ def _warnings(
     told = [*data.rater_warnings, *(f"Trained although: {text}" for text in ignored)]
     if method == "dpo" and data.pairs < config.full_pairs:
         told.append(_few("pairs", data.pairs, config.full_pairs))
-    if method == "dpo" and (noisy := too_noisy(data, config)):
+    noise = {"dpo": too_noisy, "kto": too_noisy_thumbs}
+    if method in noise and (noisy := noise[method](data, config)):
         told.append(noisy)
     if method == "kto" and data.thumbs < config.full_thumbs:
         told.append(_few("thumbs", data.thumbs, config.full_thumbs))

@@ -162,7 +162,7 @@ def why_ranked(data: DataStatistics, config: ChoiceConfig) -> str:
 
 def why_ranked_by_fit(data: DataStatistics, config: ChoiceConfig) -> str:
     """Return why a fit to all labels may rank what KTO learns from; "" where a reward model should."""
-    if noisy := _turned(data.turned_thumb_share, "thumbs", config):
+    if noisy := too_noisy_thumbs(data, config):
         return noisy
     fit = data.thumb_fit_accuracy
     if fit is None or fit.low < config.fit_accuracy_low_min:
@@ -182,6 +182,11 @@ def too_noisy(data: DataStatistics, config: ChoiceConfig) -> str:
     if data.flip_rate >= config.noisy_flip_rate_min:
         return f"People choose alike so seldom that {data.flip_rate:.0%} of their choices must be wrong."
     return ""
+
+
+def too_noisy_thumbs(data: DataStatistics, config: ChoiceConfig) -> str:
+    """Return what says that many thumbs are turned round, else ""."""
+    return _turned(data.turned_thumb_share, "thumbs", config)
 
 
 def _turned(share: Estimate | None, what: str, config: ChoiceConfig) -> str:

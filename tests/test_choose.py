@@ -167,6 +167,7 @@ def test_turned_thumbs_are_ranked_by_a_fit_too() -> None:
     noisy = replace(THUMBS, thumb_fit_accuracy=wilson(380, 600), turned_thumb_share=turned)
     choice = choose_method(noisy, RULES, wanted="kto", available=ALL)
     assert "28% of the thumbs are turned round" in choice.ranked_because
+    assert choice.ranked_because in choice.warnings
     right = replace(noisy, turned_thumb_share=Estimate(value=0.0, low=0.0, high=0.06, n=600))
     assert not choose_method(right, RULES, wanted="kto", available=ALL).ranked_because
 
