@@ -49,7 +49,7 @@ def main() -> int:
 def arguments() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description="Kotae's training cost on a GPU beside TRL's")
-    parser.add_argument("--methods", nargs="+", choices=["dpo", "kto"], default=["dpo"])
+    parser.add_argument("--methods", nargs="+", choices=["dpo", "kto", "reward"], default=["dpo"])
     parser.add_argument("--ratios", nargs="+", choices=RATIOS, default=list(RATIOS))
     parser.add_argument("--size", choices=["tiny", "small", "qwen-0.5b", "qwen-7b"], default="qwen-0.5b")
     parser.add_argument("--device", default="cuda")
@@ -165,7 +165,8 @@ def training_flops(job: Job, size: str) -> float:
     Of n weights in the linear layers, l of the adapter on them, t tokens, p pairs of tokens that see each other, Q numbers
     of all query heads a layer, and a answer tokens with a head of V x D: 2 n t + 4 Q p + 2 V D a for a forward pass of the
     frozen model, which the reference needs; with the adapter 2 l t more; backward as much again, as the frozen weights
-    have no gradient, and 2 l t for the adapter's. The scores that attention computes again are not counted.
+    have no gradient, and 2 l t for the adapter's. A reward model has neither reference nor such a head. The scores that
+    attention computes again are not counted.
     """
     from transformers import AutoConfig
 
@@ -181,8 +182,9 @@ def training_flops(job: Job, size: str) -> float:
         tokens += prompt + sum(answers)
         forward += 2 * shape.layers * layer_parameters(shape) * (prompt + sum(answers))
         forward += 4 * shape.layers * shape.query_width * pairs
-        forward += 2 * shape.vocabulary * shape.hidden * sum(answers)
-    return 3 * forward + 6 * lora_parameters(shape, RANK) * tokens
+        if job.method != "reward":
+            forward += 2 * shape.vocabulary * shape.hidden * sum(answers)
+    return (2 if job.method == "reward" else 3) * forward + 6 * lora_parameters(shape, RANK) * tokens
 
 
 def matmul_tflops(device: str, *, size: int = 8192, count: int = 20) -> float:

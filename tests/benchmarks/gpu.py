@@ -1,6 +1,6 @@
 """Everything that docs/gpu.md reports of a GPU, part by part, each in a process of its own with a limit of its own.
 
-Usage: python tests/benchmarks/gpu.py FOLDER [--only tests numerics memory profile trl large learning swaps serving].
+Usage: python tests/benchmarks/gpu.py FOLDER [--only tests numerics memory profile trl others large learning swaps serving].
 Tables are printed, and written to the folder as JSON. A part that fails is told, and the next one goes on. TRL is taken from
 the folder in KOTAE_TRL_FOLDER; swaps and serving need vLLM.
 """
@@ -26,6 +26,10 @@ PARTS: dict[str, tuple[int, str]] = {
     "memory": (90, "tests/benchmarks/gpu_memory.py --out {out}"),
     "profile": (60, "tests/benchmarks/gpu_profile.py --out {out}"),
     "trl": (300, "tests/benchmarks/against_trl_gpu.py --out {out}"),
+    "others": (
+        240,
+        "tests/benchmarks/against_trl_gpu.py --methods reward kto --ratios 3:1 --steps 4 --search-steps 1 --out {out}/others",
+    ),
     "large": (
         240,
         "tests/benchmarks/against_trl_gpu.py --size qwen-7b --ratios 3:1 --rounds 1 --steps 3 --search-steps 1 "
@@ -47,6 +51,7 @@ ON_A_CPU = {
     "memory": "--device cpu --tiny",
     "profile": "--device cpu --size tiny --shorter 16",
     "trl": SHORT,
+    "others": SHORT,
     "large": SHORT,
     "learning": "--device cpu --methods dpo --labels 200 --fresh 20",
     "swaps": "--shape tiny --swaps 4 --streams 2",

@@ -8,6 +8,7 @@ learning-rate schedule (the job's), and it listens to the loss of each micro-bat
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import math
@@ -112,10 +113,22 @@ def load(job: Job) -> Any:
     """Return the base model, with a scalar head for a reward model."""
     dtype = getattr(torch, job.dtype)
     if not has_weights(job.model):
-        return drawn(job.model, dtype=dtype, device=job.device)
+        model = drawn(job.model, dtype=dtype, device=job.device)
+        return classifier(model) if job.method == "reward" else model
     if job.method == "reward":
         return AutoModelForSequenceClassification.from_pretrained(job.model, num_labels=1, dtype=dtype)
     return AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
+
+
+def classifier(model: Any) -> Any:
+    """Return the causal LM's layers under a scalar head in place of its own."""
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    with torch.device("meta"):
+        made = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
+    made.model, weight = model.model, made.score.weight
+    made.score = torch.nn.Linear(weight.shape[1], 1, bias=False, device=model.device, dtype=model.dtype)
+    return made
 
 
 def data_set(rows: list[dict[str, Any]]) -> Dataset:
