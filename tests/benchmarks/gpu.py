@@ -28,7 +28,7 @@ PARTS: dict[str, tuple[int, str]] = {
     "trl": (300, "tests/benchmarks/against_trl_gpu.py --out {out}"),
     "others": (
         240,
-        "tests/benchmarks/against_trl_gpu.py --methods reward kto --ratios 3:1 --steps 4 --search-steps 1 --out {out}/others",
+        "tests/benchmarks/against_trl_gpu.py --methods reward kto --ratios 3:1 --steps 4 --out {out}/others",
     ),
     "large": (
         240,
