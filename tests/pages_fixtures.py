@@ -294,3 +294,11 @@ def sign_in(browser: Browser, site: Site, name: str, path: str = "/", **options:
     page.click("button[type=submit]")
     page.wait_for_selector(".k-person", state="attached")
     return page
+
+
+def write(page: Page, box: str, text: str) -> None:
+    """Fill a text box as a person does, who sees when it is not there: a tab that opens for the first time on a busy machine
+    sets its own values a moment after it is shown."""
+    while page.input_value(box) != text:
+        page.fill(box, text)
+        page.wait_for_timeout(500)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from pages_fixtures import chromium
+from pages_fixtures import chromium, write
 from running_server import Server
 from storage import deployments, feedback, people
 from storage.records import Turn
@@ -37,14 +37,6 @@ def ask(page: Page, question: str) -> None:
     page.fill("#chat-question textarea", question)
     page.press("#chat-question textarea", "Enter")
     expect(page.locator("#chat-bar [data-act=up]")).to_be_visible()
-
-
-def write(page: Page, box: str, text: str) -> None:
-    """Fill a text box as a person does, who sees when it is not there: a tab that opens for the first time on a busy machine
-    sets its own values a moment after it is shown."""
-    while page.input_value(box) != text:
-        page.fill(box, text)
-        page.wait_for_timeout(500)
 
 
 def latest(store: Store) -> Turn:

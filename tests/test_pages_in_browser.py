@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from assistant.engine.errors import EngineUnavailable
 from assistant.shadow_watch import ShadowWatch
-from pages_fixtures import add_candidate, add_dialogue, add_running_run, make_pages_site, sign_in
+from pages_fixtures import add_candidate, add_dialogue, add_running_run, make_pages_site, sign_in, write
 from storage import conversations, deployments, feedback, policies, settings
 from storage.records import Rating, Turn
 from web_fixtures import Site, running, wait_until
@@ -226,7 +226,7 @@ def test_a_comparison_is_blind_counted_once_and_then_tells_who_was_who(staff: Pa
     site.engine.enqueue(["answer number one", "answer number two"])
     before = len(feedback.comparisons(site.store))
     staff.get_by_role("tab", name="Compare").click()
-    staff.fill("#compare-question textarea", "Which one is better?")
+    write(staff, "#compare-question textarea", "Which one is better?")
     staff.press("#compare-question textarea", "Enter")
     expect(staff.locator(".k-vote")).to_have_count(4)
     expect(staff.locator("#compare-answers")).not_to_contain_text("policy-")
