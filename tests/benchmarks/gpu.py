@@ -66,6 +66,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--cpu", action="store_true", help="tiny, to see that everything runs")
     asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
     failed = 0
     for name in asked.only:
         limit_s, arguments = PARTS[name]
