@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from assistant.engine.adapter_gate import base_shape, check_adapter
@@ -180,11 +180,9 @@ class Release:
         self._checked: set[str] = set()
         """Policies that the engine had and that passed their probes when it was last asked."""
 
-    @contextmanager
-    def lease(self, conversation_id: str) -> Iterator[Deployment]:
+    def lease(self, conversation_id: str) -> AbstractContextManager[Deployment]:
         """Yield the deployment that answers now; its policy stays loaded until the lease ends."""
-        with self.using(self._assigned(conversation_id)) as deployment:
-            yield deployment
+        return self.using(self._assigned(conversation_id))
 
     @contextmanager
     def using(self, deployment: Deployment) -> Iterator[Deployment]:

@@ -9,7 +9,7 @@ Times are Unix seconds (UTC) as float, durations end in ``_s``, ids are sortable
 
 from __future__ import annotations
 
-import secrets
+import os
 import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -34,7 +34,7 @@ ROLES: tuple[Role, ...] = ("staff", "reviewer", "operator", "admin")
 
 def new_id(kind: str) -> str:
     """Return a fresh id: `kind`, milliseconds in hex (so that ids sort by time), 40 random bits."""
-    return f"{kind}_{int(time.time() * 1000):012x}-{secrets.token_hex(5)}"
+    return f"{kind}_{int(time.time() * 1000):012x}-{os.urandom(5).hex()}"
 
 
 def now() -> float:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from storage.errors import Busy, Conflict, CorruptData, InvalidField, KotaeError, StorageUnavailable
@@ -59,18 +59,27 @@ def _write_ahead(connection: sqlite3.Connection) -> str:
             time.sleep(WAIT_S)
 
 
-@contextmanager
-def translated(values: Mapping[str, Any] | None = None) -> Iterator[None]:
+class translated:
     """Turn SQLite's errors into Kotae's; `values` are the columns being written, for the message."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise translate(error, values or {}) from error
-    except UnicodeEncodeError as error:
-        field = _unpaired(values or {})
-        raise InvalidField(field, error.object, "remove the unpaired surrogate characters") from error
-    except OverflowError as error:
-        raise InvalidField("number", dict(values or {}), "use integers below 2**63") from error
+
+    __slots__ = ("values",)
+
+    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
+        self.values = values or {}
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, sqlite3.Error):
+            raise translate(error, self.values) from error
+        if isinstance(error, UnicodeEncodeError):
+            field = _unpaired(self.values)
+            raise InvalidField(field, error.object, "remove the unpaired surrogate characters") from error
+        if isinstance(error, OverflowError):
+            raise InvalidField("number", dict(self.values), "use integers below 2**63") from error
 
 
 def translate(error: sqlite3.Error, values: Mapping[str, Any]) -> KotaeError:

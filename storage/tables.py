@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from types import UnionType
@@ -117,7 +117,7 @@ def columns_of(record_type: type[Any]) -> tuple[Column, ...]:
 
 def column_list(record_type: type[Any]) -> str:
     """Return the columns of `record_type` for a SELECT."""
-    return ", ".join(column.name for column in columns_of(record_type))
+    return _column_list(cast(Hashable, record_type))
 
 
 def encode(record: Any) -> dict[str, Any]:
@@ -146,7 +146,11 @@ def encode_changes(record_type: type[Any], changes: Mapping[str, Any]) -> dict[s
 
 def decode(record_type: type[Record], row: Mapping[str, Any]) -> Record:
     """Return the record that lies in `row`."""
-    values = {column.name: _decode_value(column, row[column.name]) for column in columns_of(record_type)}
+    plain, others = _decoders(cast(Hashable, record_type))
+    values = {name: row[name] for name in plain}
+    for name, read in others:
+        value = row[name]
+        values[name] = None if value is None else read(value)
     return record_type(**values)
 
 
@@ -205,12 +209,23 @@ def _expect(column: Column, value: Any, fits: bool, fix: str) -> Any:
     return value
 
 
-def _decode_value(column: Column, value: Any) -> Any:
-    if value is None:
-        return None
-    if column.kind in ("list", "object", "json"):
-        return json.loads(value)
-    return bool(value) if column.kind == "boolean" else value
+@cache
+def _decoders(record_type: Any) -> tuple[tuple[str, ...], tuple[tuple[str, Callable[[Any], Any]], ...]]:
+    """Return the columns that are as they lie there, and the others with what reads them."""
+    read: dict[Kind, Callable[[Any], Any]] = {
+        "list": json.loads,
+        "object": json.loads,
+        "json": json.loads,
+        "boolean": bool,
+    }
+    columns = columns_of(record_type)
+    plain = tuple(column.name for column in columns if column.kind not in read)
+    return plain, tuple((column.name, read[column.kind]) for column in columns if column.kind in read)
+
+
+@cache
+def _column_list(record_type: Any) -> str:
+    return ", ".join(column.name for column in columns_of(record_type))
 
 
 @cache

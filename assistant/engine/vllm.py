@@ -30,7 +30,7 @@ from assistant.engine.errors import (
 )
 from assistant.engine.pace import Pace
 from assistant.engine.protocol import Health, Piece, ProbeResult, Queue, Sampling
-from assistant.engine.vllm_http import Connections, posted
+from assistant.engine.vllm_http import Connections, post
 from storage.errors import InvalidField, KotaeError
 from storage.records import Json
 
@@ -85,9 +85,11 @@ class VllmEngine:
         self._replicas = [_Replica(url.rstrip("/").removesuffix("/v1")) for url in urls]
         self._transport = transport or Connections()
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        limits = httpx.Timeout(read_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None)
+        self._timeout = limits.as_dict()
         self._client = httpx.AsyncClient(
             headers=self._headers | {"Accept-Encoding": "identity"},
-            timeout=httpx.Timeout(read_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
+            timeout=limits,
             transport=self._transport,
         )
 
@@ -131,13 +133,14 @@ class VllmEngine:
         begun, finished, tokens, first_at = False, False, 0, 0.0
         replica.in_flight += 1
         try:
-            async with posted(
+            response = await post(
                 self._transport,
                 f"{replica.url}/v1/chat/completions",
                 wire.encoded(body),
                 headers=self._headers | {"X-Request-Id": request_id, "Content-Type": "application/json"},
-                timeout=self._client.timeout,
-            ) as response:
+                timeout=self._timeout,
+            )
+            async with aclosing(response):
                 await _raise_for_status(response, policy_id=policy_id, url=replica.url)
                 replica.ready = True
                 assert isinstance(response.stream, httpx.AsyncByteStream)
@@ -145,12 +148,14 @@ class VllmEngine:
                     event = wire.parse_event(data)
                     if "error" in event:
                         raise wire.stream_error(event, policy_id=policy_id, url=replica.url, begun=begun)
-                    piece = wire.read_chunk(event, model=model, served_by=policy_id)
-                    prompt = piece.prompt_token_ids if piece and piece.prompt_token_ids else prompt
-                    if piece is None or not (piece.text or piece.token_ids or piece.finish_reason):
+                    piece = wire.read_chunk(event, model=model, served_by=policy_id, prompt=prompt)
+                    if piece is None:
+                        continue
+                    prompt = piece.prompt_token_ids
+                    if not (piece.text or piece.token_ids or piece.finish_reason):
                         continue
                     if not begun:
-                        piece, first_at = replace(piece, prompt_token_ids=prompt), time.monotonic()
+                        prompt, first_at = None, time.monotonic()
                     tokens += len(piece.token_ids)
                     yield piece
                     begun, finished = True, piece.finish_reason is not None

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
 from functools import cache, lru_cache
 from typing import cast
 
 import httptools
 import httpx
+
+from storage.records import Json
 
 KEEP_ALIVE_S = 3.0
 """An idle connection is used again; below the 5 s after which vLLM closes it, so that no question meets a closed one."""
@@ -241,23 +242,27 @@ def _head(request: httpx.Request) -> bytes:
     return b"\r\n".join([line, *(b"%s: %s" % header for header in request.headers.raw), b"", b""])
 
 
-@asynccontextmanager
-async def posted(
+async def post(
     transport: httpx.AsyncBaseTransport,
     url: str,
     body: bytes,
     *,
     headers: dict[str, str],
-    timeout: httpx.Timeout,
-) -> AsyncIterator[httpx.Response]:
-    """Yield the response to a question while it streams, straight from the connections.
+    timeout: Json,
+) -> httpx.Response:
+    """Return the response to a question, to be closed, while it streams: straight from the connections.
 
-    httpx's client would look for redirects, cookies and credentials first: half a millisecond for each answer.
+    httpx's client would look for redirects, cookies and credentials first, and its request work out what it is made of:
+    half a millisecond for each answer.
     """
+    place = _parsed(url)
     request = httpx.Request(
-        "POST", _parsed(url), content=body, headers=headers, extensions={"timeout": timeout.as_dict()}
+        "POST",
+        place,
+        headers={"Host": place.netloc.decode(), "Content-Length": str(len(body)), **headers},
+        stream=httpx.ByteStream(body),
+        extensions={"timeout": timeout},
     )
     response = await transport.handle_async_request(request)
     response.request = request
-    async with aclosing(response):
-        yield response
+    return response

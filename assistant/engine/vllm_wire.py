@@ -126,13 +126,16 @@ def parse_event(data: bytes) -> Json:
     return event
 
 
-def read_chunk(event: Json, *, model: str, served_by: str) -> Piece | None:
+def read_chunk(
+    event: Json, *, model: str, served_by: str, prompt: tuple[int, ...] | None = None
+) -> Piece | None:
     """Return the piece in a chunk of a stream, or None for one without a choice (such as usage).
 
     Args:
         event: the chunk, without an error in it.
         model: the name that was asked for, which the chunk must echo.
         served_by: what that name is called on our side.
+        prompt: the prompt's ids, where an earlier chunk brought them and the piece shall too.
 
     Raises:
         StreamBroken: another model answered, token ids are missing, or the answer was aborted.
@@ -147,11 +150,11 @@ def read_chunk(event: Json, *, model: str, served_by: str) -> Piece | None:
         raise StreamBroken(f"finish_reason: got {finish!r}, the engine gave the answer up; ask again")
     if text and choice.get("token_ids") is None:
         raise StreamBroken("token_ids: the engine sends none; use vLLM 0.32 or later")
-    prompt = event.get("prompt_token_ids")
+    ids = event.get("prompt_token_ids")
     return Piece(
         text=text,
         token_ids=tuple(choice.get("token_ids") or ()),
-        prompt_token_ids=None if prompt is None else tuple(prompt),
+        prompt_token_ids=prompt if ids is None else tuple(ids),
         finish_reason=None if finish is None else FINISH_REASONS[finish],
         served_by=served_by,
     )

@@ -129,6 +129,13 @@ def error_response(error: BaseException) -> JSONResponse:
     return JSONResponse(error_body(error), status_code=kind_of(error).status, headers=error_headers(error))
 
 
+def told(request: Request, error: Exception) -> JSONResponse:
+    """Return the response that tells of an error that was foreseen; what the server is to blame for is logged."""
+    if kind_of(error).status >= 500:
+        log.warning("%s %s: %s", request.method, request.url.path, error)
+    return error_response(error)
+
+
 def error_headers(error: BaseException) -> dict[str, str]:
     """Return the headers that go with `error`."""
     if isinstance(error, NotSignedIn):
@@ -143,9 +150,7 @@ def add_error_handlers(app: FastAPI) -> None:
     """Let every route of `app` answer errors in this form."""
 
     async def foreseen(request: Request, error: Exception) -> JSONResponse:
-        if kind_of(error).status >= 500:
-            log.warning("%s %s: %s", request.method, request.url.path, error)
-        return error_response(error)
+        return told(request, error)
 
     async def unforeseen(request: Request, error: Exception) -> JSONResponse:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)

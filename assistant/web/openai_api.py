@@ -29,6 +29,7 @@ from storage.records import Conversation, Json, Person, Turn
 
 log = logging.getLogger("kotae.web")
 
+COMPLETIONS = "/v1/chat/completions"
 CONVERSATION_HEADER = "x-conversation-id"
 EARLIER_TURNS = 32
 """How far back the turn that a dialogue continues is looked for."""
@@ -47,8 +48,8 @@ class OpenAiApi:
     def router(self) -> APIRouter:
         """Return the routes, to be included before the mounts."""
         router = APIRouter(prefix="/v1")
-        # Starlette's own route: FastAPI would look for what to inject, on the way to each first token.
-        router.add_route("/v1/chat/completions", self.complete, methods=["POST"])
+        # A POST takes the shortcut (`assistant.web.shortcut`); the route tells of other methods.
+        router.add_route(COMPLETIONS, self.complete, methods=["POST"])
         router.add_api_route("/models", self.list_models, methods=["GET"], response_model=None)
         router.add_api_route("/models/{name}", self.show_model, methods=["GET"], response_model=None)
         return router

@@ -27,10 +27,11 @@ from assistant.web.guard import Guard, person_id_of
 from assistant.web.headers import SecurityHeaders
 from assistant.web.health import HealthApi
 from assistant.web.limits import BodyLimit, SignInLimit
-from assistant.web.openai_api import OpenAiApi
+from assistant.web.openai_api import COMPLETIONS, OpenAiApi
 from assistant.web.plain_pages import ICON
 from assistant.web.services import Services
 from assistant.web.sessions import Sessions
+from assistant.web.shortcut import Shortcut
 from assistant.web.sign_in import SignIn
 from assistant.web.theme import mount
 from storage.records import Role
@@ -55,11 +56,13 @@ def build_app(services: Services, *, secure_cookies: bool, pages: Pages | None =
     )
     # The last one added sees a request first. The empty CORS rule keeps Gradio from adding a wider one.
     app.add_middleware(CORSMiddleware, allow_origins=())
+    completions = OpenAiApi(services, sessions)
+    app.add_middleware(Shortcut, path=COMPLETIONS, endpoint=completions.complete)
     app.add_middleware(BodyLimit)
     app.add_middleware(SecurityHeaders)
     add_error_handlers(app)
     app.include_router(SignIn(sessions, SignInLimit()).router())
-    app.include_router(OpenAiApi(services, sessions).router())
+    app.include_router(completions.router())
     app.include_router(FeedbackApi(services, sessions).router())
     app.include_router(HealthApi(services, sessions).router())
     _add_icon(app)

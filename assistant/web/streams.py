@@ -20,6 +20,12 @@ from storage.records import Json
 
 Result = TypeVar("Result")
 DONE = b"data: [DONE]\n\n"
+EVENT_STREAM = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache, no-store"),
+    (b"x-accel-buffering", b"no"),
+)
+"""Nobody on the way is to keep or to collect the events."""
 
 
 def sse(data: Json) -> bytes:
@@ -71,13 +77,11 @@ class EventStream(Response):
     What the source raises before its first event is still answered with an HTTP status, which is what clients retry on.
     """
 
-    media_type = "text/event-stream"
-
     def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
         self.events = events
         self.status_code = 200
         self.background = None
-        self.init_headers({"Cache-Control": "no-cache, no-store", "X-Accel-Buffering": "no"})
+        self.raw_headers = [*EVENT_STREAM]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until they end or nobody listens."""
