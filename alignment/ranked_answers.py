@@ -274,7 +274,7 @@ def _fit_scores(
         base, None, [*items.trees, *trees], batch_tokens=reward.batch_tokens, progress=progress, crew=crew
     )
     labelled = sum(len(tree.completions) for tree in items.trees)
-    head = fitted_head(base, states[:labelled], items, one, seed=seed)["heads"][0]
+    head = fitted_head(base, states[:labelled], items, one)["heads"][0]
     return _by_question((states[labelled:] @ head).tolist(), asked)
 
 

@@ -218,7 +218,7 @@ class _Fits:
             pairs = [replace(pair, weight=pair.weight * factors[pair.rater]) for pair in pairs]
             thumbs = [replace(thumb, weight=thumb.weight * factors[thumb.rater]) for thumb in thumbs]
         items = make_items(self.base, pairs, thumbs, replace(self.config, members=1), seed=self.seed)
-        own = fitted_head(self.base, self.states[self._rows(numbers)], items, self.config, seed=self.seed)
+        own = fitted_head(self.base, self.states[self._rows(numbers)], items, self.config)
         return _Fit(own, {rater: row for row, rater in enumerate(sorted({thumb.rater for thumb in thumbs}))})
 
     def leads(self, fit: _Fit, numbers: Sequence[int]) -> Floats:

@@ -166,11 +166,15 @@ def train_member_heads(
 
 
 def fitted_head(
-    base: Base, states: torch.Tensor, items: Items, config: RewardConfig, *, seed: int
+    base: Base, states: torch.Tensor, items: Items, config: RewardConfig
 ) -> dict[str, torch.Tensor]:
-    """Return one head fitted to the items' `states` (C, D) alone, with its slope and biases: `fit_heads`, no ensemble."""
+    """Return one head fitted to the items' `states` (C, D) alone, with its slope and biases: `fit_heads`, no ensemble.
+
+    It is pulled to zero. A random start is what lets members differ where labels say nothing; in a head that stands alone
+    it is an opinion of nobody's, and where labels contradict each other much of it is left.
+    """
     one = replace(config, members=1)
-    own = new_parameters(base, items, one, seed=seed)
+    own = new_parameters(base, items, one, seed=0, former=torch.zeros(1, states.shape[1]))
     fit_heads(states, own, items, one)
     return {name: value.detach() for name, value in own.items()}
 

@@ -18,7 +18,7 @@ from alignment.reward_items import bootstrap_counts, make_items
 from alignment.reward_metrics import length_slopes
 from alignment.reward_model import RewardConfig, Scores, load_reward_model, train_reward_model
 from alignment.reward_raters import rater_folds
-from alignment.reward_training import add_gradients, new_parameters
+from alignment.reward_training import add_gradients, fitted_head, last_states, new_parameters
 from learning_fixtures import StopAfter, make_pairs, make_thumbs, randomise
 from storage.errors import InvalidField
 from tiny_models import make_tiny_model
@@ -119,6 +119,24 @@ def test_the_fit_of_the_heads_does_not_depend_on_micro_batches(model: Path) -> N
         for tokens in (1, 10**6)
     ]
     assert scores[1] == pytest.approx(scores[0], abs=1e-3)
+
+
+def test_a_head_that_stands_alone_says_nothing_where_the_labels_do(model: Path) -> None:
+    base, pairs = load_base(str(model)), make_pairs(20)
+    turned = [replace(p, chosen_ids=p.rejected_ids, rejected_ids=p.chosen_ids) for p in pairs]
+    heads = {}
+    for name, given in (
+        ("ties", [replace(p, tie=True) for p in pairs]),
+        ("both", pairs + turned),
+        ("one", pairs),
+    ):
+        items = make_items(base, [replace(p, margin=0.0) for p in given], [], CONFIG, seed=3)
+        states = last_states(base, None, items.trees, batch_tokens=0, progress=Silent())
+        heads[name] = fitted_head(base, states, items, CONFIG)["heads"]
+    norms = {name: float(head.norm()) for name, head in heads.items()}
+    assert norms["one"] > 0.01
+    assert norms["ties"] < 1e-6
+    assert norms["both"] < 1e-6
 
 
 def test_a_seed_reproduces_and_members_differ(model: Path) -> None:

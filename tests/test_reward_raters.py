@@ -15,8 +15,10 @@ from alignment.reward_raters import weighed_by_others
 from alignment.training_config import RewardConfig
 from learning_fixtures import make_pairs, make_thumbs
 
-LIKED, OTHER = 20, 30
-"""Tokens that answers end with: people like the first one, and a fit to the last states can see it."""
+LIKED, BETWEEN, OTHER = 20, 40, 30
+"""Tokens that answers end with: people like the first one most, and a fit to the last states can see it."""
+FAR_APART = ((LIKED, OTHER),)
+ALSO_NEAR = ((LIKED, BETWEEN), (BETWEEN, OTHER), (LIKED, OTHER))
 
 
 @pytest.fixture
@@ -24,12 +26,20 @@ def base(model: Path) -> Base:
     return load_base(str(model))
 
 
-def labels(count: int, *, raters: int, wrong: float = 0.0, source: str = "comparison") -> Preferences:
-    """Return pairs of which each is turned round with the probability `wrong`."""
+def labels(
+    count: int,
+    *,
+    raters: int,
+    wrong: float = 0.0,
+    source: str = "comparison",
+    kinds: tuple[tuple[int, int], ...] = FAR_APART,
+) -> Preferences:
+    """Return pairs of these kinds in turn, each turned round with the probability `wrong`."""
     rng = random.Random(7)
     pairs = []
     for number, pair in enumerate(make_pairs(count, seed=3)):
-        ends = (OTHER, LIKED) if rng.random() < wrong else (LIKED, OTHER)
+        ends = kinds[number // raters % len(kinds)]
+        ends = ends[::-1] if rng.random() < wrong else ends
         pairs.append(
             replace(
                 pair,
@@ -57,7 +67,8 @@ def test_a_fit_that_sees_what_people_like_is_right_about_new_prompts(base: Base,
 
 @pytest.mark.parametrize("raters", [1, 5])
 def test_labels_turned_round_are_seen_with_one_rater_too(base: Base, raters: int) -> None:
-    notes = weighed(base, labels(300, raters=raters, wrong=0.3)).notes
+    # Where all pairs are equally far apart, three of ten turned round look as a taste does that is no surer of itself.
+    notes = weighed(base, labels(900, raters=raters, wrong=0.3, kinds=ALSO_NEAR)).notes
     assert notes["turned_share"].low < 0.3 < notes["turned_share"].high
     assert notes["turned_share"].value > 0.2
     assert 0.5 < notes["fit_accuracy"].value < 0.75  # against the labels, 70% of which are right

@@ -208,7 +208,7 @@ def _leads_of_fit(
     trees = [make_tree(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
     states = last_states(base, None, [*items.trees, *trees], batch_tokens=0, progress=Silent())
     labelled = 2 * len(labels.pairs)
-    scores = states[labelled:] @ fitted_head(base, states[:labelled], items, one, seed=seed)["heads"][0]
+    scores = states[labelled:] @ fitted_head(base, states[:labelled], items, one)["heads"][0]
     leads: list[float] = (scores[0::2] - scores[1::2]).tolist()
     return leads
 
