@@ -44,7 +44,6 @@ from alignment.kto import train_kto
 from alignment.models import Base, add_policy, load_base
 from alignment.preferences import Pair, Preferences, Thumb
 from alignment.progress import Silent
-from alignment.ranked_answers import pairs_to_learn, thumbs_to_learn
 from alignment.reward_items import make_items
 from alignment.reward_raters import weighed_by_others
 from alignment.reward_training import fitted_head, last_states
@@ -135,22 +134,12 @@ class Study:
             labels = weighed_by_others(base, labels, config.reward, seed=seed, progress=progress)
         weighed = time.process_time()
         add_policy(base, config.dpo.lora, seed=seed)
-        if setting.method == "kto":
-            thumbs: Sequence[Thumb] = labels.thumbs
-            if as_a_run:
-                config, ranked = as_in_a_run(config, "kto", labels)
-                thumbs, _ = thumbs_to_learn(
-                    base, labels, config.kto, config.reward, seed=seed, progress=progress
-                )
-            outcome = train_kto(base, thumbs, config.kto, seed=seed, progress=progress)
+        if as_a_run:
+            outcome, ranked = as_in_a_run(base, setting, labels, seed=seed, progress=progress)
+        elif setting.method == "kto":
+            outcome = train_kto(base, labels.thumbs, config.kto, seed=seed, progress=progress)
         else:
-            pairs: Sequence[Pair] = labels.pairs
-            if as_a_run:
-                config, ranked = as_in_a_run(config, "dpo", labels)
-                pairs, _ = pairs_to_learn(
-                    base, labels, config.dpo, config.reward, seed=seed, progress=progress
-                )
-            outcome = train_dpo(base, pairs, config.dpo, seed=seed, progress=progress)
+            outcome = train_dpo(base, labels.pairs, config.dpo, seed=seed, progress=progress)
         trained = time.process_time()
         gains = [
             setting.taste(new) - setting.taste(old)

@@ -6,9 +6,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -26,7 +27,7 @@ from alignment.models import Base, add_policy, load_base, prompt_ids, save_adapt
 from alignment.policy_training import PolicyResult
 from alignment.ppo import train_ppo
 from alignment.preferences import Preferences, weighted
-from alignment.progress import Silent
+from alignment.progress import Progress, Silent
 from alignment.ranked_answers import pairs_to_learn, thumbs_to_learn
 from alignment.reward_model import train_reward_model
 from alignment.reward_raters import weighed_by_others
@@ -184,14 +185,8 @@ def trained(base: Base, setting: Setting, pairs: list[Pair], round_number: int, 
         for at, prompt in enumerate(asked(base, questions(setting.unlabelled, seed=seed + 300)))
     }
     labels = weighed_by_others(base, labels, config.reward, seed=seed, progress=curve)
-    ranking = {"unlabelled": more, "seed": seed, "progress": curve}
-    if setting.method == "dpo":
-        config, _ = as_in_a_run(config, "dpo", labels)
-        learnt, _ = pairs_to_learn(base, labels, config.dpo, config.reward, **ranking)
-        return train_dpo(base, learnt, config.dpo, seed=seed, progress=curve, unseen=unseen)
-    config, _ = as_in_a_run(config, "kto", labels)
-    rated, _ = thumbs_to_learn(base, labels, config.kto, config.reward, **ranking)
-    return train_kto(base, rated, config.kto, seed=seed, progress=curve, unseen=unseen)
+    outcome, _ = as_in_a_run(base, setting, labels, seed=seed, progress=curve, unlabelled=more, unseen=unseen)
+    return outcome
 
 
 def too_few(config: AlignmentConfig, labels: Preferences) -> str:
@@ -207,11 +202,28 @@ def too_few(config: AlignmentConfig, labels: Preferences) -> str:
     return choice.reason if choice.method is None else ""
 
 
-def as_in_a_run(config: AlignmentConfig, method: Method, weighed: Preferences) -> tuple[AlignmentConfig, str]:
-    """Return the settings that a run would take for these labels, and why a fit ranks what is learnt from; "" where not."""
+def as_in_a_run(
+    base: Base,
+    setting: Setting,
+    weighed: Preferences,
+    *,
+    seed: int,
+    progress: Progress,
+    unlabelled: Mapping[tuple[int, ...], str] = MappingProxyType({}),
+    unseen: Sequence[Sequence[int]] = (),
+) -> tuple[PolicyResult, str]:
+    """Train "policy" by DPO or KTO on what a run would learn from; return that and why a fit ranks it, "" if none does."""
+    method: Method = "dpo" if setting.method == "dpo" else "kto"
     data = statistics_of(weighed, corrections=0, on_policy_share=1.0)
-    why = RANKED_BECAUSE[method](data, config.choice)
-    return settled(config, Choice(method=method, rule="", reason="", ranked_because=why)), why
+    why = RANKED_BECAUSE[method](data, setting.config.choice)
+    config = settled(setting.config, Choice(method=method, rule="", reason="", ranked_because=why))
+    ranking: dict[str, Any] = {"unlabelled": unlabelled, "seed": seed, "progress": progress}
+    training: dict[str, Any] = {"seed": seed, "progress": progress, "unseen": unseen}
+    if method == "dpo":
+        pairs, _ = pairs_to_learn(base, weighed, config.dpo, config.reward, **ranking)
+        return train_dpo(base, pairs, config.dpo, **training), why
+    thumbs, _ = thumbs_to_learn(base, weighed, config.kto, config.reward, **ranking)
+    return train_kto(base, thumbs, config.kto, **training), why
 
 
 def judged(base: Base, setting: Setting, round_number: int) -> dict[str, Any]:
