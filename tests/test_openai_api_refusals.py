@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import Request
 
 from assistant.engine.errors import (
     ContextTooLong,
@@ -15,7 +17,8 @@ from assistant.engine.errors import (
     PolicyNotLoaded,
     StreamBroken,
 )
-from assistant.web.errors import error_response
+from assistant.web.bodies import read_json
+from assistant.web.errors import ClientGone, error_response
 from storage import people
 from web_fixtures import QUESTION, Site, error_of, make_site, post
 
@@ -135,3 +138,18 @@ def test_an_unknown_path_is_answered_in_the_same_form(site: Site) -> None:
     assert reply.status_code == 404
     assert "GET /v1/embeddings" in error_of(reply)["message"]
     assert site.client().get("/v1/chat/completions").status_code == 405
+
+
+def test_a_client_that_hangs_up_in_mid_question_is_no_fault_of_the_server() -> None:
+    messages = [
+        {"type": "http.request", "body": b'{"messages": [', "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0)
+
+    request = Request({"type": "http", "method": "POST", "headers": []}, receive)
+    with pytest.raises(ClientGone, match="before the request was complete"):
+        asyncio.run(read_json(request))
+    assert error_response(ClientGone("connection: closed")).status_code == 499
