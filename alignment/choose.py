@@ -41,6 +41,8 @@ __all__ = [
     "statistics_of",
 ]
 Method = Literal["dpo", "ppo", "kto"]
+LOUD_SHARE = 0.5
+"""Of the weight, that of one of few raters that is worth a warning; of ten or more it is twice what one was to have."""
 RANKED_BECAUSE = {"dpo": why_ranked, "kto": why_ranked_by_fit}
 
 
@@ -254,8 +256,13 @@ def _warnings(
         told.append("Agreement is unknown: nobody compared the same two answers as somebody else.")
     elif data.agreement.n < config.min_agreement_meetings:
         told.append(f"Agreement rests on {data.agreement.n} double ratings only and was not used.")
-    if 1 < data.raters < RATERS_FOR_CAP and data.largest_rater_share > 0.5:
-        told.append(f"One of {data.raters} raters gave {data.largest_rater_share:.0%} of the weight.")
+    share = data.thumb_raters if method == "kto" else data.pair_raters
+    if (
+        share
+        and share.raters > 1
+        and share.largest > (LOUD_SHARE if share.raters < RATERS_FOR_CAP else 2 * share.cap)
+    ):
+        told.append(f"One of {share.raters} raters holds {share.largest:.0%} of the weight.")
     return tuple(told)
 
 

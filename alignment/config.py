@@ -50,6 +50,8 @@ class ChoiceConfig:
     """Different questions below which nothing is trained: each of the three parts needs its own."""
     min_effective_pairs: float = 100.0
     """Kish's effective number of pairs, (sum w)^2 / sum w^2: rater weights and caps must leave as many."""
+    rater_share_max: float = 0.5
+    """Most of the pairs' or thumbs' weight that one of ten or more raters may hold after the cap (rule 0)."""
     agreement_low_min: float = 0.55
     """Lower end of the 95% interval of agreement between raters that must be exceeded (rule 0)."""
     agreement_min: float = 0.6

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 from alignment.intervals import Estimate, wilson
 from alignment.preferences import Preferences
-from alignment.rater_weights import CAP_SHARE
+from alignment.rater_weights import RaterShare
 from storage.records import Json
 
 
@@ -25,8 +25,6 @@ class DataStatistics:
     thumbs: int
     corrections: int
     raters: int
-    largest_rater_share: float
-    """Of the labels' weight, after the cap."""
     agreement: Estimate | None
     """Share of rater pairs that chose alike on the same two answers; None when nobody rated the same."""
     on_policy_share: float
@@ -40,8 +38,10 @@ class DataStatistics:
     thumbs_up: int = 0
     effective_sample_share: float | None = None
     """What the pairs' answers are worth under the served policy, as a share of them; None when not measured."""
-    rater_cap: float = CAP_SHARE
-    """Most of the weight that one rater may have."""
+    pair_raters: RaterShare | None = None
+    """How the pairs' weight is shared out; None without pairs."""
+    thumb_raters: RaterShare | None = None
+    """The same of the thumbs."""
     rater_reliability: Mapping[str, Estimate] = field(default_factory=dict)
     """By person's name: how often their labels are right, as the others' labels tell (`alignment.rater_weights`)."""
     rater_weights: Mapping[str, float] = field(default_factory=dict)
@@ -112,7 +112,6 @@ def statistics_of(
         thumbs=len(preferences.thumbs),
         corrections=corrections,
         raters=int(notes["raters"]),
-        largest_rater_share=float(notes["largest_rater_share"]),
         agreement=wilson(float(notes["agreement"]) * meetings, meetings) if meetings else None,
         on_policy_share=on_policy_share,
         dropped=dict(notes["dropped"]),
@@ -120,7 +119,8 @@ def statistics_of(
         thumb_prompts=len({thumb.prompt_key for thumb in preferences.thumbs}),
         thumbs_up=sum(thumb.up for thumb in preferences.thumbs),
         effective_sample_share=effective_sample_share,
-        rater_cap=float(notes.get("rater_cap", CAP_SHARE)),
+        pair_raters=notes.get("pair_raters"),
+        thumb_raters=notes.get("thumb_raters"),
         rater_reliability={names.get(r, r): one for r, one in notes.get("rater_reliability", {}).items()},
         rater_weights={names.get(r, r): weight for r, weight in notes.get("rater_weights", {}).items()},
         rater_warnings=tuple(notes.get("rater_warnings", ())),

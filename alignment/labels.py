@@ -41,6 +41,13 @@ class Pair:
     """Equal for prompts that must not be split between training and held-out data."""
     rater: str
     tie: bool = False
+    other_rater: str = ""
+    """Who gave the thumb down, where the pair is made of two people's thumbs; `rater` gave the one up."""
+
+    @property
+    def raters(self) -> tuple[str, ...]:
+        """Whose word it is."""
+        return (self.rater, self.other_rater) if self.other_rater else (self.rater,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +61,11 @@ class Thumb:
     weight: float
     prompt_key: str
     rater: str
+
+    @property
+    def raters(self) -> tuple[str, ...]:
+        """Whose word it is."""
+        return (self.rater,)
 
 
 class LabelledTurns:
@@ -215,6 +227,7 @@ def pairs_of_thumbs(thumbs: Sequence[Thumb]) -> list[Pair]:
             source="ratings",
             prompt_key=up.prompt_key,
             rater=up.rater,
+            other_rater="" if up.rater == down.rater else down.rater,
         )
         for up in thumbs
         if up.up

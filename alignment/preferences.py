@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from alignment.labels import (
     prompt_key,
 )
 from alignment.rater_weights import (
+    RaterShare,
     Vote,
     agreement,
     cap_factors,
@@ -59,9 +60,13 @@ class Preferences:
     pairs: tuple[Pair, ...]
     thumbs: tuple[Thumb, ...]
     notes: dict[str, Any] = field(default_factory=dict)
-    """`pairs`, `ties`, `thumbs`, `dropped` {reason: labels}, `raters`, `agreement`, `agreement_meetings`,
-    `largest_rater_share`, `rater_cap`, `rater_cap_enforced`, `rater_weights`, `rater_reliability`, `rater_warnings`,
-    `names`"""
+    """`pairs`, `ties`, `thumbs`, `dropped` {reason: labels}, `raters`, `agreement`, `agreement_meetings`, `pair_raters`,
+    `thumb_raters` (`RaterShare`), `rater_weights`, `rater_reliability`, `rater_warnings`, `names`"""
+
+    @property
+    def labels(self) -> list[Pair | Thumb]:
+        """Pairs, then thumbs."""
+        return [*self.pairs, *self.thumbs]
 
 
 Weigh = Callable[[Preferences], Preferences]
@@ -145,8 +150,7 @@ def split_by_prompt(
     """
     if not 0 <= held_out < 1:
         raise InvalidField("held_out", held_out, "use a share from 0 to below 1")
-    items: list[Pair | Thumb] = [*preferences.pairs, *preferences.thumbs]
-    keys = {item.prompt_key for item in items}
+    keys = {item.prompt_key for item in preferences.labels}
     order = sorted(keys, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
     kept_back = set(order[: math.ceil(held_out * len(order))])
     return _part(preferences, keys - kept_back), _part(preferences, kept_back)
@@ -182,7 +186,8 @@ def _without_repeats(pairs: Sequence[Pair], dropped: Counter[str]) -> list[Pair]
 def weighted(labels: Preferences, leads: Mapping[str, float] | None = None) -> Preferences:
     """Apply the raters' weights and the cap, scale to a mean of 1, and write the notes.
 
-    Raters who contradict the others are left out.
+    Raters who contradict the others are left out. A label of two people counts as the less reliable one's. Pairs and thumbs
+    are capped apart: DPO learns from the ones alone, KTO from the others.
 
     Args:
         labels: with the weights of their kinds alone.
@@ -190,37 +195,54 @@ def weighted(labels: Preferences, leads: Mapping[str, float] | None = None) -> P
     """
     votes = _votes(labels, leads or {})
     known = reliabilities(votes)
-    items: list[Pair | Thumb] = [*labels.pairs, *labels.thumbs]
-    reliable = reliability_weights(sorted({item.rater for item in items}), known)
-    totals = dict.fromkeys(reliable, 0.0)
-    for item in items:
-        totals[item.rater] += item.weight * reliable[item.rater]
-    caps = cap_factors(totals, cap=rater_cap(reliable))
-    factors = {rater: reliable[rater] * caps[rater] for rater in reliable}
-    shares = [totals[rater] * caps[rater] for rater in totals]
-    scale = sum(factors[item.rater] > 0 for item in items) / (sum(shares) or 1.0)
+    reliable = reliability_weights(sorted({name for one in labels.labels for name in one.raters}), known)
+    pairs, pair_share = _capped(labels.pairs, reliable)
+    thumbs, thumb_share = _capped(labels.thumbs, reliable)
+    whole = sum(pair.weight for pair in pairs) + sum(thumb.weight for thumb in thumbs)
+    scale = (len(pairs) + len(thumbs)) / (whole or 1.0)
     left = Preferences(
-        pairs=tuple(
-            _scaled(pair, scale * factors[pair.rater]) for pair in labels.pairs if factors[pair.rater]
-        ),
-        thumbs=tuple(_scaled(one, scale * factors[one.rater]) for one in labels.thumbs if factors[one.rater]),
+        pairs=tuple(replace(pair, weight=scale * pair.weight) for pair in pairs),
+        thumbs=tuple(replace(thumb, weight=scale * thumb.weight) for thumb in thumbs),
     )
     met = agreement([vote for vote in votes if reliable[vote.rater]])
     notes = {
         "agreement": met.mean,
         "agreement_meetings": met.meetings,
-        "largest_rater_share": max(shares, default=0.0) / (sum(shares) or 1.0),
-        "rater_cap": rater_cap(reliable),
-        "rater_cap_enforced": any(factor < 1 for factor in caps.values()),
-        "rater_weights": factors,
+        "pair_raters": pair_share,
+        "thumb_raters": thumb_share,
+        "rater_weights": reliable,
         "rater_reliability": known.raters,
         "rater_warnings": rater_warnings(known.raters, reliable, labels.notes.get("names", {})),
     }
     return replace(left, notes={**_counts(labels, left), **notes})
 
 
-def _scaled(label: Item, factor: float) -> Item:
-    return replace(label, weight=label.weight * factor)
+def _capped(labels: Sequence[Item], reliable: Mapping[str, float]) -> tuple[list[Item], RaterShare | None]:
+    """Return labels of one kind with their raters' weights, capped, without those left out; and how they are shared out."""
+    weighed = [replace(one, weight=one.weight * min(reliable[name] for name in one.raters)) for one in labels]
+    left = [one for one in weighed if one.weight > 0]
+    before = _totals(left)
+    cap = rater_cap({rater: reliable[rater] for rater in before})
+    factors = cap_factors(before, cap=cap, labels=len(left))
+    found = [replace(one, weight=one.weight * min(factors[name] for name in one.raters)) for one in left]
+    after = _totals(found)
+    whole = sum(after.values()) or 1.0
+    share = RaterShare(
+        raters=len(after),
+        largest=max(after.values(), default=0.0) / whole,
+        cap=cap,
+        cap_enforced=any(factor < 1 for factor in factors.values()),
+    )
+    return found, share if found else None
+
+
+def _totals(labels: Sequence[Pair | Thumb]) -> dict[str, float]:
+    """Return each rater's weight; a label of two people is half each one's."""
+    found: dict[str, float] = defaultdict(float)
+    for label in labels:
+        for rater in label.raters:
+            found[rater] += label.weight / len(label.raters)
+    return dict(found)
 
 
 def _counts(before: Preferences, left: Preferences) -> dict[str, Any]:
@@ -232,7 +254,7 @@ def _counts(before: Preferences, left: Preferences) -> dict[str, Any]:
         "pairs": sum(not pair.tie for pair in left.pairs),
         "ties": sum(pair.tie for pair in left.pairs),
         "thumbs": len(left.thumbs),
-        "raters": len({pair.rater for pair in left.pairs} | {thumb.rater for thumb in left.thumbs}),
+        "raters": len({name for label in left.labels for name in label.raters}),
     }
 
 

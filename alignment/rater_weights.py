@@ -39,6 +39,8 @@ CAP_SHARE = 0.10
 """Most of the weight that one rater may have: poisoning DPO takes 0.5% of the data (arXiv 2406.12091)."""
 RATERS_FOR_CAP = 10
 """With fewer raters somebody must be over the cap; then it is reported, not enforced."""
+LABELS_LEFT = 200
+"""Average labels that the cap leaves at least, so that none carries over 0.5% of the weight (the same source)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +238,19 @@ def rater_warnings(
     return told
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RaterShare:
+    """How the weight of pairs or of thumbs is shared out among their raters."""
+
+    raters: int
+    largest: float
+    """Share of the rater with the most, after the cap."""
+    cap: float
+    """Most that one was to have."""
+    cap_enforced: bool
+    """Whether anybody's labels weigh less for it."""
+
+
 def rater_cap(weights: Mapping[str, float]) -> float:
     """Return the most of the weight that one rater may have: 10%, or an equal part among those who can be relied on.
 
@@ -245,20 +260,42 @@ def rater_cap(weights: Mapping[str, float]) -> float:
     return max(CAP_SHARE, max(weights.values(), default=1.0) / max(sum(weights.values()), 1e-9))
 
 
-def cap_factors(totals: Mapping[str, float], *, cap: float = CAP_SHARE) -> dict[str, float]:
-    """Return the factor on each rater's labels so that nobody has more than `cap` of what remains.
+def cap_factors(totals: Mapping[str, float], *, cap: float = CAP_SHARE, labels: int) -> dict[str, float]:
+    """Return the factor on each rater's labels so that nobody has more than `cap` of what remains, as far as sense allows.
 
-    With fewer than ten raters that is impossible and every factor is 1.
+    With fewer than ten raters that is impossible and every factor is 1. Where ten or more have very unlike numbers of
+    labels, it would leave the many next to nothing, and the few labels of a newcomer a tenth of the weight: the poison
+    that it is against. So what remains is worth `LABELS_LEFT` average labels, or half of them all, whatever the shares.
+
+    Args:
+        totals: weight of each rater's labels.
+        labels: how many those are together.
     """
-    if sum(total > 0 for total in totals.values()) < RATERS_FOR_CAP:
+    given = {rater: total for rater, total in totals.items() if total > 0}
+    if len(given) < RATERS_FOR_CAP:
         return dict.fromkeys(totals, 1.0)
+    worth = sum(given.values()) / max(1, labels) * min(LABELS_LEFT, labels / 2)
+    most = max(_most_within(given, cap), _most_that_leaves(given, worth))
+    return {rater: min(1.0, most / total) if total > 0 else 1.0 for rater, total in totals.items()}
+
+
+def _most_within(totals: Mapping[str, float], cap: float) -> float:
+    """Return the most that one rater may hold so that nobody has more than `cap` of the rest of it."""
     capped: set[str] = set()
-    limit = float("inf")
     while True:
         free = sum(total for rater, total in totals.items() if rater not in capped)
-        room = 1 - cap * len(capped)
-        limit = cap * free / room
-        over = {rater for rater, total in totals.items() if total > limit * (1 + 1e-9)} - capped
+        most = cap * free / (1 - cap * len(capped))
+        over = {rater for rater, total in totals.items() if total > most * (1 + 1e-9)} - capped
         if not over:
-            return {rater: limit / totals[rater] if rater in capped else 1.0 for rater in totals}
+            return most
         capped |= over
+
+
+def _most_that_leaves(totals: Mapping[str, float], worth: float) -> float:
+    """Return the least that the largest must be cut to so that `worth` is left of all."""
+    left, ordered = worth, sorted(totals.values())
+    for number, total in enumerate(ordered):
+        if total * (len(ordered) - number) >= left:
+            return left / (len(ordered) - number)
+        left -= total
+    return ordered[-1]

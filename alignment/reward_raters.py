@@ -62,13 +62,14 @@ def weighed_by_others(
     )
     enough = len(found.notes["rater_weights"]) >= FEWEST_RATERS
     for _ in range(ROUNDS if enough else 1):
-        leads, about_fit = _out_of_fold_leads(fits, found.notes["rater_weights"])
+        weights = {label.id: label.weight for label in found.labels}
+        leads, about_fit = _out_of_fold_leads(fits, sorted(found.notes["rater_weights"]), weights)
         found = weighted(labels, leads if enough else None)
     return replace(found, notes={**found.notes, **about_fit})
 
 
 def _out_of_fold_leads(
-    fits: _Fits, factors: Mapping[str, float]
+    fits: _Fits, everybody: Sequence[str], weights: Mapping[str, float]
 ) -> tuple[dict[str, float], dict[str, Estimate]]:
     """Return by id the log-odds that a label is right, from a fit to others' labels of other prompts, calibrated; and
     the notes on the fit.
@@ -77,7 +78,8 @@ def _out_of_fold_leads(
     Where there are too few raters to leave some out, only the prompts are others.
 
     Args:
-        factors: the raters' weights in the fit.
+        everybody: the raters.
+        weights: of the labels in the fit, by id; one that is left out is absent.
     """
     labels: list[Pair | Thumb] = [*fits.pairs, *fits.thumbs]
     prompts = sorted(
@@ -85,7 +87,6 @@ def _out_of_fold_leads(
     )
     fold_of = {key: number % PROMPT_FOLDS for number, key in enumerate(prompts)}
     leads = np.zeros(len(labels))
-    everybody = sorted(factors)
     groups = [(group, set(everybody) - group) for group in rater_folds(everybody, RATER_FOLDS)]
     for group, rest in groups or [(set(everybody), set(everybody))]:
         for fold in range(PROMPT_FOLDS):
@@ -97,9 +98,9 @@ def _out_of_fold_leads(
             others = [
                 number
                 for number, label in enumerate(labels)
-                if label.rater in rest and fold_of[label.prompt_key] != fold and factors[label.rater]
+                if label.rater in rest and fold_of[label.prompt_key] != fold and label.id in weights
             ]
-            fit = fits.fit(others, factors) if inside else None
+            fit = fits.fit(others, weights) if inside else None
             if fit is not None:
                 leads[inside] = fits.leads(fit, inside)
     found = []
@@ -107,16 +108,16 @@ def _out_of_fold_leads(
         known = [
             lead
             for lead, label in zip(leads[part], labels[part], strict=True)
-            if factors[label.rater] and not (isinstance(label, Pair) and label.tie)
+            if label.id in weights and not (isinstance(label, Pair) and label.tie)
         ]
         found.append(calibration(np.array(known)))
         leads[part] *= found[-1].factor
     by_id = {label.id: float(lead) for label, lead in zip(labels, leads, strict=True)}
-    return by_id, _about_fit(fits, by_id, factors, found)
+    return by_id, _about_fit(fits, by_id, weights, found)
 
 
 def _about_fit(
-    fits: _Fits, leads: Mapping[str, float], factors: Mapping[str, float], found: Sequence[Calibration]
+    fits: _Fits, leads: Mapping[str, float], weights: Mapping[str, float], found: Sequence[Calibration]
 ) -> dict[str, Estimate]:
     """Return the notes on the fit: the shares of pairs and thumbs turned round, and how often it is right about two answers
     of policies and about thumbs, up and down counting alike; none on what there is none of.
@@ -128,7 +129,7 @@ def _about_fit(
     notes = {name: one.turned for name, one in turned if one.turned.n}
 
     def right(labels: Sequence[Pair | Thumb]) -> Estimate:
-        counted = [leads[label.id] > 0 for label in labels if factors[label.rater]]
+        counted = [leads[label.id] > 0 for label in labels if label.id in weights]
         return wilson(sum(counted), len(counted))
 
     compared = right([pair for pair in fits.pairs if not pair.tie and pair.source != "correction"])
@@ -208,15 +209,15 @@ class _Fits:
     seed: int
     progress: Progress
 
-    def fit(self, numbers: Sequence[int], factors: Mapping[str, float] | None = None) -> _Fit | None:
-        """Return a fit to the labels `numbers`, weighted by their raters' `factors` too; None when there are none."""
+    def fit(self, numbers: Sequence[int], weights: Mapping[str, float] | None = None) -> _Fit | None:
+        """Return a fit to the labels `numbers`, with other `weights` than their own if given; None when there are none."""
         stop_if_asked(self.progress, "the reward model")
         if not numbers:
             return None
         pairs, thumbs = self._split(numbers)
-        if factors is not None:
-            pairs = [replace(pair, weight=pair.weight * factors[pair.rater]) for pair in pairs]
-            thumbs = [replace(thumb, weight=thumb.weight * factors[thumb.rater]) for thumb in thumbs]
+        if weights is not None:
+            pairs = [replace(pair, weight=weights[pair.id]) for pair in pairs]
+            thumbs = [replace(thumb, weight=weights[thumb.id]) for thumb in thumbs]
         items = make_items(self.base, pairs, thumbs, replace(self.config, members=1), seed=self.seed)
         own = fitted_head(self.base, self.states[self._rows(numbers)], items, self.config)
         return _Fit(own, {rater: row for row, rater in enumerate(sorted({thumb.rater for thumb in thumbs}))})

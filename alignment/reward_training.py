@@ -41,12 +41,9 @@ FIT_ITERATIONS = 200
 def new_parameters(
     base: Base, items: Items, config: RewardConfig, *, seed: int, former: torch.Tensor | None = None
 ) -> Parameters:
-    """Heads from N(0, 1 / (D + 1)) (arXiv 2403.17031, detail 8) or the `former` (M, D) ones, slopes of 1, biases of 0."""
+    """Return random heads or the `former` (M, D) ones, slopes of 1, biases of 0."""
     size = int(base.model.config.hidden_size)
-    generator = torch.Generator().manual_seed(seed)
-    heads = torch.randn(config.members, size, generator=generator) / math.sqrt(size + 1)
-    if former is not None:
-        heads = former.clone()
+    heads = random_heads(config.members, size, seed=seed) if former is None else former.clone()
     raters = int(items.raters.max()) + 1 if len(items.thumbs) else 0
     start = {
         "heads": heads,
@@ -54,6 +51,17 @@ def new_parameters(
         "biases": torch.zeros(raters, config.members),
     }
     return {name: torch.nn.Parameter(value.to(base.device)) for name, value in start.items()}
+
+
+def random_heads(members: int, size: int, *, seed: int) -> torch.Tensor:
+    """Return (M, D) draws from N(0, 1 / (D + 1)) (arXiv 2403.17031, detail 8), centred; a single one is zero.
+
+    A random start is what lets members differ where the labels say nothing. Their mean is to say nothing there either: it
+    would be an opinion of nobody's, and where labels contradict each other much of it is left.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(members, size, generator=generator) / math.sqrt(size + 1)
+    return (drawn - drawn.mean(dim=0)) * math.sqrt(members / max(1, members - 1))
 
 
 def last_states(
@@ -170,11 +178,10 @@ def fitted_head(
 ) -> dict[str, torch.Tensor]:
     """Return one head fitted to the items' `states` (C, D) alone, with its slope and biases: `fit_heads`, no ensemble.
 
-    It is pulled to zero. A random start is what lets members differ where labels say nothing; in a head that stands alone
-    it is an opinion of nobody's, and where labels contradict each other much of it is left.
+    It is pulled to zero, as a member's random start would be nothing but an error here.
     """
     one = replace(config, members=1)
-    own = new_parameters(base, items, one, seed=0, former=torch.zeros(1, states.shape[1]))
+    own = new_parameters(base, items, one, seed=0)
     fit_heads(states, own, items, one)
     return {name: value.detach() for name, value in own.items()}
 

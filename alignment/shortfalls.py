@@ -10,7 +10,7 @@ import math
 from alignment.config import ChoiceConfig
 from alignment.data_statistics import DataStatistics, RewardEvidence
 from alignment.intervals import Estimate
-from alignment.rater_weights import RATERS_FOR_CAP
+from alignment.rater_weights import RATERS_FOR_CAP, RaterShare
 
 ROUNDING = 1e-6
 
@@ -32,7 +32,17 @@ def too_little(data: DataStatistics, config: ChoiceConfig) -> str:
             f"Weighted by their raters, the {data.pairs} pairs are worth {data.effective_pairs:.0f} "
             f"({config.min_effective_pairs:.0f} needed): collect comparisons from more people."
         )
-    return ""
+    return _too_much_of_one("pairs", data.pair_raters, config)
+
+
+def _too_much_of_one(what: str, share: RaterShare | None, config: ChoiceConfig) -> str:
+    """Return that one of many raters holds too much of the weight, else "": with few raters somebody must."""
+    if share is None or share.raters < RATERS_FOR_CAP or share.largest <= config.rater_share_max + ROUNDING:
+        return ""
+    return (
+        f"One of {share.raters} raters holds {share.largest:.0%} of the {what}' weight (at most "
+        f"{config.rater_share_max:.0%}): collect labels from the others."
+    )
 
 
 def corrections_only(data: DataStatistics, config: ChoiceConfig) -> bool:
@@ -65,7 +75,7 @@ def too_few_thumbs(data: DataStatistics, config: ChoiceConfig) -> str:
             f"The {data.thumbs} thumbs are about {data.thumb_prompts} different questions ({config.min_prompts} needed): "
             "collect thumbs on different questions."
         )
-    return ""
+    return _too_much_of_one("thumbs", data.thumb_raters, config)
 
 
 def too_one_sided(data: DataStatistics, config: ChoiceConfig) -> str:
@@ -121,11 +131,6 @@ def too_doubtful(data: DataStatistics, config: ChoiceConfig) -> str:
             )
         if agreement.value < config.agreement_min:
             return f"Raters agree on {agreement.value:.0%} (needed {config.agreement_min:.0%}): settle the rubric first."
-    if data.raters >= RATERS_FOR_CAP and data.largest_rater_share > data.rater_cap + ROUNDING:
-        return (
-            f"One of {data.raters} raters holds {data.largest_rater_share:.0%} of the weight (at most "
-            f"{data.rater_cap:.0%}): collect comparisons from the others."
-        )
     return ""
 
 

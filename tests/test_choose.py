@@ -11,9 +11,12 @@ import pytest
 from alignment.choose import Choice, DataStatistics, Method, RewardEvidence, choose_method, reward_evidence
 from alignment.config import ChoiceConfig
 from alignment.intervals import Estimate, wilson
+from alignment.rater_weights import RaterShare
 from storage.errors import InvalidField
 
 RULES = ChoiceConfig()
+LOUD = RaterShare(raters=12, largest=0.6, cap=0.1, cap_enforced=True)
+ALONE = RaterShare(raters=1, largest=1.0, cap=1.0, cap_enforced=False)
 GOOD = DataStatistics(
     pairs=600,
     effective_pairs=600.0,
@@ -21,7 +24,7 @@ GOOD = DataStatistics(
     thumbs=40,
     corrections=12,
     raters=4,
-    largest_rater_share=0.3,
+    pair_raters=RaterShare(raters=4, largest=0.3, cap=0.25, cap_enforced=False),
     agreement=wilson(160, 200),
     on_policy_share=0.9,
     dropped={},
@@ -50,7 +53,7 @@ def test_enough_pairs_of_the_served_policy_by_raters_who_agree_give_dpo() -> Non
 
 
 def test_four_hundred_comparisons_of_one_person_train_with_warnings() -> None:
-    small = replace(GOOD, pairs=400, effective_pairs=400.0, raters=1, largest_rater_share=1.0, agreement=None)
+    small = replace(GOOD, pairs=400, effective_pairs=400.0, raters=1, pair_raters=ALONE, agreement=None)
     choice = choose_method(small, RULES, wanted="auto")
     assert choice.method == "dpo"
     assert any("400 pairs, fewer than the 500" in warning for warning in choice.warnings)
@@ -66,7 +69,7 @@ def test_four_hundred_comparisons_of_one_person_train_with_warnings() -> None:
         ({"prompts": 29}, "0: not enough data", "different questions"),
         ({"agreement": wilson(110, 200)}, "0: raters disagree", "settle the rubric"),
         ({"agreement": wilson(5900, 10000)}, "0: raters disagree", "Raters agree on 59%"),
-        ({"raters": 12, "largest_rater_share": 0.2}, "0: raters disagree", "holds 20% of the weight"),
+        ({"pair_raters": LOUD}, "0: not enough data", "One of 12 raters holds 60% of the pairs' weight"),
         ({"on_policy_share": 0.49}, "4: shifted data", "fresh A/B answers"),
     ],
 )
@@ -80,8 +83,24 @@ def test_data_that_do_not_allow_training_say_what_to_collect(
 
 
 def test_the_cap_on_one_rater_holds_only_from_ten_raters_on() -> None:
-    nine = replace(GOOD, raters=9, largest_rater_share=0.5)
-    assert choose_method(nine, RULES, wanted="auto").method == "dpo"
+    nine = choose_method(replace(GOOD, pair_raters=replace(LOUD, raters=9)), RULES, wanted="auto")
+    assert nine.method == "dpo"
+    assert "One of 9 raters holds 60% of the weight." in nine.warnings
+
+
+def test_a_rater_who_holds_twice_the_cap_is_told_of_and_one_who_gives_all_comparisons_is_no_matter_for_thumbs() -> (
+    None
+):
+    told = choose_method(replace(GOOD, pair_raters=replace(LOUD, largest=0.21)), RULES, wanted="auto")
+    assert told.method == "dpo"
+    assert "One of 12 raters holds 21% of the weight." in told.warnings
+    fair = choose_method(replace(GOOD, pair_raters=replace(LOUD, largest=0.12)), RULES, wanted="auto")
+    assert not any("of the weight" in warning for warning in fair.warnings)
+    spread = RaterShare(raters=12, largest=0.1, cap=0.1, cap_enforced=True)
+    thumbs = auto(replace(THUMBS, pair_raters=ALONE, thumb_raters=spread))
+    assert thumbs.method == "kto"
+    assert not any("of the weight" in warning for warning in thumbs.warnings)
+    assert auto(replace(THUMBS, thumb_raters=LOUD)).method is None
 
 
 def test_agreement_over_few_double_ratings_counts_as_unknown() -> None:

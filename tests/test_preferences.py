@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from alignment.preferences import Preferences, load_preferences, split_by_prompt, take_snapshot
+from alignment.labels import Pair, Thumb, pairs_of_thumbs
+from alignment.preferences import Preferences, load_preferences, split_by_prompt, take_snapshot, weighted
 from alignment.rater_weights import Vote, agreement, cap_factors
 from learning_fixtures import make_pairs, make_thumbs
 from storage import conversations, deployments, feedback, people, policies, runs
@@ -232,31 +233,86 @@ def test_agreement_counts_ties_half_and_own_repeats() -> None:
 
 
 def test_no_rater_keeps_more_than_a_tenth_of_the_weight() -> None:
-    totals = {f"rater-{number}": 1.0 for number in range(19)} | {"loud": 100.0, "louder": 900.0}
-    factors = cap_factors(totals)
+    totals = {f"rater-{number}": 20.0 for number in range(19)} | {"loud": 2000.0, "louder": 18000.0}
+    factors = cap_factors(totals, labels=20380)
     capped = {rater: totals[rater] * factors[rater] for rater in totals}
     whole = sum(capped.values())
-    # the two loud ones are left 10% each, 19 share 80%: 19 / 0.8 * 0.1 = 2.375
-    assert capped["loud"] == pytest.approx(2.375)
+    # the two loud ones are left 10% each, 19 share 80%: 380 / 0.8 * 0.1 = 47.5
+    assert capped["loud"] == pytest.approx(47.5)
     assert capped["louder"] / whole == pytest.approx(0.1)
     assert factors["rater-0"] == 1.0
 
 
 def test_with_few_raters_the_cap_is_reported_and_not_enforced(world: World) -> None:
-    assert cap_factors({"a": 9.0, "b": 1.0}) == {"a": 1.0, "b": 1.0}
+    assert cap_factors({"a": 9.0, "b": 1.0}, labels=10) == {"a": 1.0, "b": 1.0}
     compared(world, "left")
     notes = loaded(world).notes
     assert notes["raters"] == 1
-    assert notes["largest_rater_share"] == 1.0
-    assert notes["rater_cap_enforced"] is False
+    assert notes["pair_raters"].largest == 1.0
+    assert notes["pair_raters"].cap_enforced is False
+    assert notes["thumb_raters"] is None
 
 
 def test_ten_raters_are_capped_to_equal_parts_in_the_training_data(world: World) -> None:
     for number in range(10):
         rater = people.add_person(world.store, name=f"rater {number}", role="reviewer", actor="system")
-        for answer in range(8 if number == 0 else 1):
+        for answer in range(4 if number == 0 else 2):
             compared(world, "left", person=rater, ids=((10 * number + answer + 20, EOS), (6, EOS)))
     found = loaded(world)
-    assert found.notes["rater_cap_enforced"]
-    assert found.notes["largest_rater_share"] == pytest.approx(0.1)
+    assert found.notes["pair_raters"].cap_enforced
+    assert found.notes["pair_raters"].largest == pytest.approx(0.1)
     assert sum(pair.weight for pair in found.pairs) == pytest.approx(len(found.pairs))
+
+
+def thumbs_by(rater: str, count: int, *, up: bool, answer: int) -> list[Thumb]:
+    """One answer to each of `count` questions."""
+    return [
+        Thumb(
+            id=f"{rater}-{number}-{answer}",
+            prompt_ids=(number + 10,),
+            answer_ids=(answer, EOS),
+            up=up,
+            weight=1.0,
+            prompt_key=f"q{number}",
+            rater=rater,
+        )
+        for number in range(count)
+    ]
+
+
+def test_thumbs_of_who_is_left_out_make_no_pairs_either() -> None:
+    honest = [thumb for rater in "abcd" for thumb in thumbs_by(rater, 60, up=True, answer=5)]
+    honest += [thumb for rater in "abcd" for thumb in thumbs_by(rater, 60, up=False, answer=6)]
+    wrong = thumbs_by("mal", 60, up=False, answer=5) + thumbs_by("mal", 60, up=True, answer=6)
+    thumbs = tuple(honest + wrong)
+    found = weighted(Preferences(pairs=tuple(pairs_of_thumbs(thumbs)), thumbs=thumbs))
+    assert "mal" not in {thumb.rater for thumb in found.thumbs}
+    assert {pair.chosen_ids[0] for pair in found.pairs} == {5}
+    assert not any("mal" in pair.raters for pair in found.pairs)
+    assert found.notes["pair_raters"].raters == 4
+
+
+def test_pairs_and_thumbs_are_capped_apart() -> None:
+    thumbs = tuple(
+        thumb
+        for number in range(12)
+        for thumb in thumbs_by(f"rater-{number}", 200, up=True, answer=20 + number)
+    )
+    pairs = tuple(
+        Pair(
+            id=f"pair-{number}",
+            prompt_ids=(number + 10,),
+            chosen_ids=(5, EOS),
+            rejected_ids=(6, EOS),
+            weight=1.0,
+            margin=0.0,
+            source="comparison",
+            prompt_key=f"q{number}",
+            rater="alone",
+        )
+        for number in range(220)
+    )
+    notes = weighted(Preferences(pairs=pairs, thumbs=thumbs)).notes
+    assert notes["pair_raters"].largest == 1.0
+    assert notes["pair_raters"].raters == 1
+    assert notes["thumb_raters"].largest == pytest.approx(1 / 12)

@@ -143,9 +143,9 @@ def test_nobody_is_left_out_when_it_is_word_against_word(honest: str, others: st
 def test_the_cap_does_not_lift_the_unreliable_among_ten() -> None:
     weights = {f"rater-{number}": 1.0 for number in range(8)} | {"poor": 0.2, "worse": 0.2}
     assert rater_cap(weights) == pytest.approx(1 / 8.4)
-    assert set(cap_factors(weights, cap=rater_cap(weights)).values()) == {1.0}
-    loud = {**weights, "rater-0": 50.0}  # many labels
-    factors = cap_factors(loud, cap=rater_cap(weights))
+    assert set(cap_factors(weights, cap=rater_cap(weights), labels=84).values()) == {1.0}
+    loud = {**weights, "rater-0": 5.0}  # many labels
+    factors = cap_factors(loud, cap=rater_cap(weights), labels=134)
     kept = {rater: loud[rater] * factors[rater] for rater in loud}
     assert max(kept.values()) / sum(kept.values()) <= 1 / 8.4 + 1e-9
     assert rater_cap(dict.fromkeys("abcdefghijkl", 1.0)) == 0.1
@@ -169,3 +169,33 @@ def test_turned_labels_are_told_from_a_model_that_knows_little() -> None:
     assert blind.turned.high == 0.45  # and nothing is ruled out
     nothing = calibration(np.zeros(0))
     assert (nothing.factor, nothing.turned.n) == (1.0, 0)
+
+
+def labels_of(totals: dict[str, float]) -> tuple[dict[str, float], float]:
+    """Return what a label of each weighs after the cap, 1 before, and what all are worth together."""
+    factors = cap_factors(totals, labels=int(sum(totals.values())))
+    return factors, sum(totals[rater] * factors[rater] for rater in totals)
+
+
+@pytest.mark.parametrize("newcomers", [1, 2, 3])
+def test_a_newcomers_label_does_not_weigh_as_much_as_a_raters_hundred(newcomers: int) -> None:
+    crowd = {f"rater-{number}": 100.0 for number in range(9)}
+    factors, whole = labels_of(crowd | {f"new-{number}": 1.0 for number in range(newcomers)})
+    assert factors["new-0"] / whole <= 0.005 + 1e-9  # as the cap would have it: 10%
+    assert factors["rater-0"] == pytest.approx((200 - newcomers) / 900)
+
+
+def test_five_who_give_nearly_everything_are_still_learnt_from() -> None:
+    factors, whole = labels_of(
+        {f"rater-{number}": 1000.0 for number in range(5)} | {f"guest-{n}": 1.0 for n in range(10)}
+    )
+    assert whole == pytest.approx(200)
+    assert factors["guest-0"] == 1.0
+
+
+@pytest.mark.parametrize(("loud", "label_count"), [(1, 1000), (1, 20_000), (2, 1000)])
+def test_accounts_that_give_most_labels_get_no_more_than_the_cap(loud: int, label_count: int) -> None:
+    totals = {f"rater-{number}": 20.0 for number in range(12)}
+    totals |= {f"loud-{number}": float(label_count) for number in range(loud)}
+    factors, whole = labels_of(totals)
+    assert label_count * factors["loud-0"] / whole == pytest.approx(0.1)

@@ -18,7 +18,14 @@ from alignment.reward_items import bootstrap_counts, make_items
 from alignment.reward_metrics import length_slopes
 from alignment.reward_model import RewardConfig, Scores, load_reward_model, train_reward_model
 from alignment.reward_raters import rater_folds
-from alignment.reward_training import add_gradients, fitted_head, last_states, new_parameters
+from alignment.reward_training import (
+    add_gradients,
+    fit_heads,
+    fitted_head,
+    last_states,
+    new_parameters,
+    random_heads,
+)
 from learning_fixtures import StopAfter, make_pairs, make_thumbs, randomise
 from storage.errors import InvalidField
 from tiny_models import make_tiny_model
@@ -137,6 +144,21 @@ def test_a_head_that_stands_alone_says_nothing_where_the_labels_do(model: Path) 
     assert norms["one"] > 0.01
     assert norms["ties"] < 1e-6
     assert norms["both"] < 1e-6
+
+
+def test_members_differ_where_labels_say_nothing_and_their_mean_says_nothing(model: Path) -> None:
+    base, ties = load_base(str(model)), [replace(pair, tie=True) for pair in make_pairs(20)]
+    config = replace(CONFIG, centring=0.0)
+    items = make_items(base, ties, [], config, seed=3)
+    items = replace(items, weights=torch.zeros_like(items.weights))  # as if there were no label
+    states = last_states(base, None, items.trees, batch_tokens=0, progress=Silent())
+    own = new_parameters(base, items, config, seed=5)
+    fit_heads(states, own, items, config)
+    scores = (states @ own["heads"].detach().T).double()
+    assert float(scores.std(dim=1).mean()) > 0.05
+    assert float(scores.mean(dim=1).abs().max()) < 1e-5
+    drawn = random_heads(4, 20_000, seed=1)
+    assert float(drawn.std()) == pytest.approx(1 / math.sqrt(20_001), rel=0.02)
 
 
 def test_a_seed_reproduces_and_members_differ(model: Path) -> None:

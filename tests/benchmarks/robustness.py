@@ -134,7 +134,7 @@ class Study:
             labels = weighed_by_others(base, labels, config.reward, seed=seed, progress=progress)
         weighed = time.process_time()
         add_policy(base, config.dpo.lora, seed=seed)
-        if as_a_run:
+        if as_a_run or setting.method == "ppo":
             outcome, ranked = as_in_a_run(base, setting, labels, seed=seed, progress=progress)
         elif setting.method == "kto":
             outcome = train_kto(base, labels.thumbs, config.kto, seed=seed, progress=progress)

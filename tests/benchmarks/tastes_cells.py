@@ -25,7 +25,7 @@ from alignment.kto import train_kto
 from alignment.labels import Pair, Thumb
 from alignment.models import Base, add_policy, load_base, prompt_ids, save_adapter
 from alignment.policy_training import PolicyResult
-from alignment.ppo import train_ppo
+from alignment.ppo import PpoResult, train_ppo
 from alignment.preferences import Preferences, weighted
 from alignment.progress import Progress, Silent
 from alignment.ranked_answers import pairs_to_learn, thumbs_to_learn
@@ -174,12 +174,6 @@ def trained(base: Base, setting: Setting, pairs: list[Pair], round_number: int, 
     if short := too_few(config, labels):
         return PolicyResult(metrics={}, steps=0, stopped_because=None, moved=False, held=short)
     unseen = asked(base, questions(config.dpo.kl_prompts, seed=seed + 500))
-    if setting.method == "ppo":
-        cut = len(pairs) * 4 // 5
-        known, kept = (Preferences(pairs=tuple(part), thumbs=()) for part in (pairs[:cut], pairs[cut:]))
-        scorer = train_reward_model(base, known, kept, config.reward, seed=seed, progress=Silent())
-        prompts = [pair.prompt_ids for pair in pairs]
-        return train_ppo(base, prompts, scorer, config.ppo, seed=seed, progress=curve, unseen=unseen)
     more = {
         tuple(prompt): f"more-{at}"
         for at, prompt in enumerate(asked(base, questions(setting.unlabelled, seed=seed + 300)))
@@ -211,8 +205,10 @@ def as_in_a_run(
     progress: Progress,
     unlabelled: Mapping[tuple[int, ...], str] = MappingProxyType({}),
     unseen: Sequence[Sequence[int]] = (),
-) -> tuple[PolicyResult, str]:
-    """Train "policy" by DPO or KTO on what a run would learn from; return that and why a fit ranks it, "" if none does."""
+) -> tuple[Any, str]:
+    """Train "policy" on what a run would learn from; return that and why a fit ranks it, "" if none does."""
+    if setting.method == "ppo":
+        return by_ppo(base, setting, weighed, seed=seed, progress=progress, unseen=unseen), ""
     method: Method = "dpo" if setting.method == "dpo" else "kto"
     data = statistics_of(weighed, corrections=0, on_policy_share=1.0)
     why = RANKED_BECAUSE[method](data, setting.config.choice)
@@ -224,6 +220,23 @@ def as_in_a_run(
         return train_dpo(base, pairs, config.dpo, **training), why
     thumbs, _ = thumbs_to_learn(base, weighed, config.kto, config.reward, **ranking)
     return train_kto(base, thumbs, config.kto, **training), why
+
+
+def by_ppo(
+    base: Base,
+    setting: Setting,
+    weighed: Preferences,
+    *,
+    seed: int,
+    progress: Progress,
+    unseen: Sequence[Sequence[int]],
+) -> PpoResult:
+    """Train "policy" by PPO on a reward model of four fifths of the pairs."""
+    pairs = weighed.pairs
+    known = Preferences(pairs=pairs[: len(pairs) * 4 // 5], thumbs=())
+    scorer = train_reward_model(base, known, None, setting.config.reward, seed=seed, progress=Silent())
+    prompts = [pair.prompt_ids for pair in pairs]
+    return train_ppo(base, prompts, scorer, setting.config.ppo, seed=seed, progress=progress, unseen=unseen)
 
 
 def judged(base: Base, setting: Setting, round_number: int) -> dict[str, Any]:

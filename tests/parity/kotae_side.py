@@ -98,7 +98,13 @@ def train(base: Base, job: Job, losses: Losses) -> dict[str, torch.Tensor]:
     )  # the states are read for the fit only
     with mock.patch.multiple(reward_training, **fit):
         heads, _ = reward_training.train_member_heads(
-            base, NAMES["reward"], items, config, seed=job.seed, progress=losses
+            base,
+            NAMES["reward"],
+            items,
+            config,
+            seed=job.seed,
+            progress=losses,
+            former=torch.tensor([job.head]),
         )
     return {"head": heads}
 

@@ -308,7 +308,7 @@ def make_job(
 
 
 def _head(model: Path, seed: int) -> list[float]:
-    """Return the head that `reward_training.new_parameters` draws with this seed."""
+    """Return a random head from N(0, 1 / (D + 1)) (arXiv 2403.17031, detail 8)."""
     from transformers import AutoConfig
 
     size = int(AutoConfig.from_pretrained(model).hidden_size)
