@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from assistant.decisions import approve, check_files, promote, reject, rollback,
 from assistant.engine.behaviour_gate import BehaviourGate
 from assistant.engine.errors import AdapterRefused, EngineError, EngineStarting
 from assistant.engine.protocol import Engine
-from assistant.engine.reconcile import reconcile
+from assistant.engine.reconcile import ReconcileResult, reconcile
 from assistant.routing import assign, is_drawn
 from storage import deployments
 from storage.conversations import first_policy_since
@@ -46,7 +46,7 @@ class Release:
         self._lock = asyncio.Lock()
         self._last_trouble: type[KotaeError] | None = None
         self._checked: set[str] = set()
-        """Policies that the engine had and that passed their probes when it was last asked."""
+        """Policies that passed their probes and that the engine had when it was last asked."""
 
     def lease(self, conversation_id: str) -> AbstractContextManager[Deployment]:
         """Yield the deployment that answers now; its policy stays loaded until the lease ends."""
@@ -124,12 +124,7 @@ class Release:
                 in_use=frozenset(self.in_flight),
                 check=lambda policy_id: check_files(self.store, wanted[policy_id]),
             )
-            refused = dict(result.failed)
-            for policy_id in sorted(result.loaded):
-                try:
-                    await self._probe(wanted[policy_id])
-                except EngineError as error:
-                    refused[policy_id] = error
+            refused = {**result.failed, **await self._probe_unchecked(wanted, result)}
             for policy_id, reason in refused.items():
                 if isinstance(reason, AdapterRefused | CorruptData):
                     self._withdraw(policy_id, str(reason))
@@ -138,7 +133,6 @@ class Release:
                 else:  # it answers nobody, so nothing that does may wait for it
                     log.warning("the shadow %s is not loaded: %s", policy_id, reason)
             self.served = serving(self.store)
-            self._checked = wanted.keys() - refused.keys()
             return self.served
 
     def _flip_if_checked(self) -> None:
@@ -188,6 +182,23 @@ class Release:
             await self.engine.unload(policy.id)
             raise
         self._checked.add(policy.id)
+
+    async def _probe_unchecked(
+        self, wanted: Mapping[str, Policy], result: ReconcileResult
+    ) -> dict[str, KotaeError]:
+        """Probe what the engine has of `wanted` and did not pass yet; return why some of it did not now.
+
+        Not only what was just loaded: its probes may have found the engine busy, or an earlier process loaded it.
+        """
+        self._checked &= wanted.keys() - result.failed.keys() - result.loaded
+        failed: dict[str, KotaeError] = {}
+        for policy_id in sorted(wanted.keys() - result.failed.keys() - self._checked):
+            try:
+                await self._probe(wanted[policy_id])
+                self._checked.add(policy_id)
+            except KotaeError as error:
+                failed[policy_id] = error
+        return failed
 
     async def _probe(self, policy: Policy) -> None:
         if policy.adapter_path is not None:
