@@ -19,7 +19,7 @@ from assistant.decisions import approve, check_files, promote, reject, rollback,
 from assistant.engine.behaviour_gate import BehaviourGate
 from assistant.engine.errors import AdapterRefused, EngineError, EngineStarting
 from assistant.engine.protocol import Engine
-from assistant.engine.reconcile import ReconcileResult, reconcile
+from assistant.engine.reconcile import LoadResult, load_missing, unload_unused
 from assistant.routing import assign, is_drawn
 from storage import deployments
 from storage.conversations import first_policy_since
@@ -89,17 +89,17 @@ class Release:
         await asyncio.to_thread(
             check_files, self.store, policy
         )  # it reads the whole adapter: answers stream on
-        async with self._lock:
+        async with self._lock:  # until the row is there: a sync between would unload what nobody wants yet
             await self._prepare(policy)
-        deployment = await asyncio.to_thread(
-            approve,
-            self.store,
-            policy_id=policy_id,
-            person=person,
-            reason=reason,
-            canary_percent=canary_percent,
-            shadow_percent=shadow_percent,
-        )
+            deployment = await asyncio.to_thread(
+                approve,
+                self.store,
+                policy_id=policy_id,
+                person=person,
+                reason=reason,
+                canary_percent=canary_percent,
+                shadow_percent=shadow_percent,
+            )
         await self.sync()
         return deployment
 
@@ -115,25 +115,38 @@ class Release:
         """
         self._flip_if_checked()
         async with self._lock:
-            served = serving(self.store)
-            wanted = self._wanted(served)
-            paths = {id: Path(p.adapter_path) for id, p in wanted.items() if p.adapter_path is not None}
-            result = await reconcile(
-                self.engine,
-                paths,
-                in_use=frozenset(self.in_flight),
-                check=lambda policy_id: check_files(self.store, wanted[policy_id]),
-            )
-            refused = {**result.failed, **await self._probe_unchecked(wanted, result)}
-            for policy_id, reason in refused.items():
-                if isinstance(reason, AdapterRefused | CorruptData):
-                    self._withdraw(policy_id, str(reason))
-                elif served.shadow is None or policy_id != served.shadow.policy_id:
-                    raise reason
-                else:  # it answers nobody, so nothing that does may wait for it
-                    log.warning("the shadow %s is not loaded: %s", policy_id, reason)
-            self.served = serving(self.store)
+            wanted = serving(self.store)
+            while (decided := await self._load_and_check(wanted)) != wanted:
+                wanted = decided  # somebody decided meanwhile, or what is wanted was withdrawn
+            self.served = wanted
+            for reason in (await unload_unused(self.engine, self._in_use)).values():
+                raise reason
             return self.served
+
+    async def _load_and_check(self, served: Served) -> Served:
+        """Make the engine ready to answer as `served` says, and return what should be served by now.
+
+        Raises:
+            EngineError: what should answer is not ready.
+        """
+        wanted = self._wanted(served)
+        paths = {id: Path(p.adapter_path) for id, p in wanted.items() if p.adapter_path is not None}
+        result = await load_missing(
+            self.engine, paths, check=lambda policy_id: check_files(self.store, wanted[policy_id])
+        )
+        refused = {**result.failed, **await self._probe_unchecked(wanted, result)}
+        for policy_id, reason in refused.items():
+            if isinstance(reason, AdapterRefused | CorruptData):
+                self._withdraw(policy_id, str(reason))
+            elif served.shadow is None or policy_id != served.shadow.policy_id:
+                raise reason
+            else:  # it answers nobody, so nothing that does may wait for it
+                log.warning("the shadow %s is not loaded: %s", policy_id, reason)
+        return serving(self.store)
+
+    def _in_use(self) -> set[str]:
+        """Return the policies that are served, stand by, or still answer somebody."""
+        return {row.policy_id for row in rows_of(self.served)} | self.in_flight.keys()
 
     def _flip_if_checked(self) -> None:
         wanted = serving(self.store)
@@ -168,23 +181,23 @@ class Release:
         return True
 
     def _wanted(self, served: Served) -> dict[str, Policy]:
-        rows = (served.stable, served.previous, served.canary, served.shadow)
-        return {row.policy_id: self.store.get(Policy, row.policy_id) for row in rows if row is not None}
+        return {row.policy_id: self.store.get(Policy, row.policy_id) for row in rows_of(served)}
 
     async def _prepare(self, policy: Policy) -> None:
-        """Load and probe a policy that is not served yet; unload it again when it fails."""
+        """Load and probe a policy that may not be served yet; unload it again when it fails."""
         if policy.adapter_path is None:
             return
         await self.engine.load(policy_id=policy.id, adapter=Path(policy.adapter_path))
         try:
             await self._probe(policy)
         except AdapterRefused:
-            await self.engine.unload(policy.id)
+            if policy.id not in self._in_use():
+                await self.engine.unload(policy.id)
             raise
         self._checked.add(policy.id)
 
     async def _probe_unchecked(
-        self, wanted: Mapping[str, Policy], result: ReconcileResult
+        self, wanted: Mapping[str, Policy], result: LoadResult
     ) -> dict[str, KotaeError]:
         """Probe what the engine has of `wanted` and did not pass yet; return why some of it did not now.
 
@@ -226,6 +239,12 @@ class Release:
             actor="system",
             reason=message,
         )
+
+
+def rows_of(served: Served) -> list[Deployment]:
+    """Return all that the engine should have loaded."""
+    rows = (served.stable, served.previous, served.canary, served.shadow)
+    return [row for row in rows if row is not None]
 
 
 __all__ = [

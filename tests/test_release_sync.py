@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -103,3 +104,113 @@ def test_what_an_earlier_process_left_in_the_engine_is_probed(
     asyncio.run(desk.release.sync())
     assert answered_by(desk) == desk.world.base.id
     assert deployments.history(desk.world.store)[0].actor == "system"
+
+
+# -- the flip goes to what was loaded and checked, and comes before anything is unloaded -----------------------
+
+
+def test_a_decision_during_a_load_is_followed_but_not_before_it_is_loaded_and_checked(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = candidate(desk, tmp_path, 1), candidate(desk, tmp_path, 2)
+    decide(desk, first)
+    load = desk.engine.load
+
+    async def decide_meanwhile(*, policy_id: str, adapter: Path) -> None:
+        await load(policy_id=policy_id, adapter=adapter)
+        if policy_id == first.id:
+            decide(desk, second)
+
+    async def bad() -> ProbeResult:
+        return NOT_FINITE
+
+    monkeypatch.setattr(desk.engine, "load", decide_meanwhile)
+    probed_by(desk, monkeypatch, second, bad)
+    asyncio.run(desk.release.sync())
+    assert desk.release.served.stable.policy_id == first.id  # the second was withdrawn at once
+    assert second.id in desk.release.alerts[0]
+    assert answered_by(desk) == first.id
+
+
+def test_a_canary_answers_until_its_successor_does(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canary, successor = candidate(desk, tmp_path, 1), candidate(desk, tmp_path, 2)
+    approve(desk, canary, canary_percent=99.9)
+    decide(desk, successor)
+
+    async def busy() -> ProbeResult:
+        assert answered_by_canary() in await desk.engine.loaded()
+        raise EngineBusy("full")
+
+    def answered_by_canary() -> str:
+        with desk.release.lease("conversation_1") as deployment:
+            return deployment.policy_id
+
+    assert answered_by_canary() == canary.id
+    probed_by(desk, monkeypatch, successor, busy)
+    with pytest.raises(EngineBusy):
+        asyncio.run(desk.release.sync())
+    assert answered_by_canary() == canary.id
+    assert canary.id in asyncio.run(desk.engine.loaded())
+    monkeypatch.undo()
+    asyncio.run(desk.release.sync())
+    assert answered_by_canary() == successor.id
+    assert canary.id not in asyncio.run(desk.engine.loaded())
+
+
+def test_an_answer_that_begins_while_others_are_unloaded_keeps_its_policy(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = (candidate(desk, tmp_path, seed) for seed in (1, 2, 3))
+    approve(desk, first)
+    approve(desk, second)
+    decide(desk, third)
+    load, held = desk.engine.load, []
+
+    async def ask_meanwhile(*, policy_id: str, adapter: Path) -> None:
+        await load(policy_id=policy_id, adapter=adapter)
+        leased = desk.release.using(deployments.deployments_of(desk.world.store, first.id)[0])
+        leased.__enter__()
+        held.append(leased)
+
+    monkeypatch.setattr(desk.engine, "load", ask_meanwhile)
+    asyncio.run(desk.release.sync())
+    assert first.id in asyncio.run(desk.engine.loaded())
+    held[0].__exit__(None, None, None)
+    asyncio.run(desk.release.sync())
+    assert first.id not in asyncio.run(desk.engine.loaded())
+
+
+def test_what_was_prepared_is_not_unloaded_before_its_row_is_written(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = candidate(desk, tmp_path)
+    row_may_come, unloaded = threading.Event(), []
+    write, unload = release.approve, desk.engine.unload
+
+    def slowly(*args: object, **kwargs: object) -> object:
+        row_may_come.wait(10)
+        return write(*args, **kwargs)  # type: ignore[arg-type]
+
+    async def noted(policy_id: str) -> None:
+        unloaded.append(policy_id)
+        await unload(policy_id)
+
+    monkeypatch.setattr("assistant.release.approve", slowly)
+    monkeypatch.setattr(desk.engine, "unload", noted)
+
+    async def sync_between_preparation_and_row() -> None:
+        approval = asyncio.create_task(
+            desk.release.approve(policy_id=policy.id, person=desk.world.admin, reason="better")
+        )
+        while policy.id not in desk.release._checked:
+            await asyncio.sleep(0.01)
+        timer = asyncio.create_task(desk.release.sync())
+        await asyncio.sleep(0.05)
+        row_may_come.set()
+        await asyncio.gather(approval, timer)
+
+    asyncio.run(sync_between_preparation_and_row())
+    assert unloaded == []
+    assert answered_by(desk) == policy.id
