@@ -192,7 +192,7 @@ def rollback(args: argparse.Namespace) -> int:
     person = acting(store, args)
     people.require(person, "operator")
     take_back = release.withdraw if args.shadow else release.rollback
-    row = take_back(store, actor=person.id, reason=args.reason)
+    row = take_back(store, actor=person.id, reason=args.reason, expected=args.policy)
     show(
         args,
         asdict(row),
@@ -347,7 +347,10 @@ def _add_serve(one: argparse.ArgumentParser) -> None:
 def _add_decisions(commands: Any) -> None:
     for name, run in (("approve", approve), ("reject", reject), ("promote", promote), ("rollback", rollback)):
         one = _command(commands, name, run)
-        if name != "rollback":
+        if name == "rollback":
+            only = "what is to be taken back: where it is not served any more, nothing is done (default: what is)"
+            one.add_argument("policy", metavar="POLICY", nargs="?", help=only)
+        else:
             one.add_argument("policy", metavar="POLICY", help="as printed by `policies`")
         one.add_argument("--as", dest="actor", required=True, metavar="USER", help="who decides")
         one.add_argument("--reason", required=True, help="kept in the audit log")

@@ -7,13 +7,15 @@ Deliberately absent: promotion, which is a person's, and requests that failed be
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
 from assistant.canary import CanaryConfig, Evidence, Status, Verdict, judge
 from assistant.canary_evidence import Arms
 from assistant.canary_stops import Event, Seen, hard_stops, length_outside, refusals_outside
-from assistant.release import rollback
+from assistant.release import retire
 from storage import deployments, outcomes, settings
+from storage.errors import Conflict
 from storage.failures import failures_since
 from storage.outcomes import Answered, Outcome
 from storage.people import SYSTEM
@@ -61,7 +63,15 @@ class CanaryWatch:
         self._keep(served.canary.policy_id, verdict)
         if verdict.status == "Failed":
             log.error("canary %s failed: %s", served.canary.policy_id, verdict.reasons[0])
-            rollback(self.store, actor=SYSTEM, reason=f"canary failed: {'; '.join(verdict.reasons)}")
+            with suppress(
+                Conflict
+            ):  # somebody took it back or promoted it while it was judged: theirs is the last word
+                retire(
+                    self.store,
+                    policy_id=served.canary.policy_id,
+                    actor=SYSTEM,
+                    reason=f"canary failed: {'; '.join(verdict.reasons)}",
+                )
         return verdict
 
     def _count(self, served: Served, canary: Deployment, until: float) -> None:

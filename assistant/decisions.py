@@ -67,55 +67,87 @@ def reject(store: Store, *, policy_id: str, person: Person, reason: str) -> None
     """Reject a candidate for good, with a reason; the shadow is withdrawn with it."""
     policies.decide(store, policy_id=policy_id, person_id=person.id, decision="reject", reason=reason)
     if policies.standing(store, policy_id) == "shadow":
-        withdraw(store, actor=person.id, reason=reason)
+        retire(store, policy_id=policy_id, actor=person.id, reason=reason)
 
 
 def promote(store: Store, *, policy_id: str, person: Person, reason: str) -> Deployment:
     """Give the canary all conversations.
 
     Raises:
-        Conflict: `policy_id` is not the canary.
+        Conflict: `policy_id` is not the canary, or not any more.
     """
     served = serving(store)
     if served.canary is None or served.canary.policy_id != policy_id:
         running = served.canary.policy_id if served.canary else "none"
         raise Conflict(f"policy: {policy_id} is not the canary ({running} is); approve it with a share first")
     return deployments.deploy(
-        store, policy_id=policy_id, role="stable", share=1.0, actor=person.id, reason=reason
+        store,
+        policy_id=policy_id,
+        role="stable",
+        share=1.0,
+        actor=person.id,
+        reason=reason,
+        expected=policy_id,
     )
 
 
-def rollback(store: Store, *, actor: str, reason: str) -> Deployment:
+def rollback(store: Store, *, actor: str, reason: str, expected: str | None = None) -> Deployment:
     """Withdraw the canary if there is one, else go back to the policy served before.
 
+    Args:
+        expected: the policy to take back. Who saw what is served gives it: somebody else may have taken that back
+            meanwhile, and a second step would hit what came in its place. None: what answers now.
+
     Raises:
-        Conflict: there is nothing to go back to.
+        Conflict: another policy than `expected` answers by now, or there is nothing to go back to.
     """
     if not reason.strip():
         raise InvalidField("reason", reason, "say why in a few words")
     served = serving(store)
+    expected = expected or (served.canary or served.stable).policy_id
+    deployments.check_newest(served, expected)
     if served.canary is not None:
-        return deployments.deploy(
-            store, policy_id=served.canary.policy_id, role="retired", share=0.0, actor=actor, reason=reason
-        )
+        return retire(store, policy_id=expected, actor=actor, reason=reason)
     if served.previous is None:
         raise Conflict("rollback: nothing was served before this policy; there is nothing to go back to")
     return deployments.deploy(
-        store, policy_id=served.previous.policy_id, role="stable", share=1.0, actor=actor, reason=reason
+        store,
+        policy_id=served.previous.policy_id,
+        role="stable",
+        share=1.0,
+        actor=actor,
+        reason=reason,
+        expected=expected,
     )
 
 
-def withdraw(store: Store, *, actor: str, reason: str) -> Deployment:
+def withdraw(store: Store, *, actor: str, reason: str, expected: str | None = None) -> Deployment:
     """Ask the shadow no more.
 
+    Args:
+        expected: as for `rollback`.
+
     Raises:
-        Conflict: no policy is the shadow.
+        Conflict: no policy is the shadow, or another one than `expected`.
     """
     shadow = serving(store).shadow
     if shadow is None:
         raise Conflict("shadow: no policy is in the shadow; there is nothing to withdraw")
+    if expected not in (None, shadow.policy_id):
+        raise Conflict(
+            f"policy: got {expected}, but {shadow.policy_id} is the shadow now; nothing was changed"
+        )
+    return retire(store, policy_id=shadow.policy_id, actor=actor, reason=reason)
+
+
+def retire(store: Store, *, policy_id: str, actor: str, reason: str) -> Deployment:
+    """Withdraw this policy, the canary or the shadow.
+
+    Raises:
+        Conflict: it is neither by now.
+    """
     return deployments.deploy(
-        store, policy_id=shadow.policy_id, role="retired", share=0.0, actor=actor, reason=reason
+        store, policy_id=policy_id, role="retired", share=0.0, actor=actor, reason=reason
     )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from assistant.decisions import approve, check_files, promote, reject, rollback, serving, withdraw
+from assistant.decisions import approve, check_files, promote, reject, retire, rollback, serving, withdraw
 from assistant.engine.behaviour_gate import BehaviourGate
 from assistant.engine.errors import AdapterRefused, EngineError, EngineStarting
 from assistant.engine.protocol import Engine
@@ -254,6 +254,7 @@ __all__ = [
     "check_files",
     "promote",
     "reject",
+    "retire",
     "rollback",
     "serving",
     "withdraw",

@@ -12,18 +12,28 @@ from storage.policies import get_policy, is_approved
 from storage.records import Deployment, DeploymentRole, Served, new_id, now
 from storage.store import Store
 
-__all__ = ["check_step", "deploy", "deployments_of", "history", "served", "stages_of"]
+__all__ = ["check_newest", "check_step", "deploy", "deployments_of", "history", "served", "stages_of"]
 
 
 def deploy(
-    store: Store, *, policy_id: str, role: DeploymentRole, share: float, actor: str, reason: str
+    store: Store,
+    *,
+    policy_id: str,
+    role: DeploymentRole,
+    share: float,
+    actor: str,
+    reason: str,
+    expected: str | None = None,
 ) -> Deployment:
     """Make the policy stable, a canary or the shadow with a share of the conversations (0 to 1), or retire it.
+
+    Args:
+        expected: the policy that the decision is about, see `check_newest`; None: whatever is served.
 
     Raises:
         NotAllowed: no valid approval of exactly this policy, or `actor` is neither "system" nor an operator.
         InvalidField: the share does not fit the role, or there is no reason.
-        Conflict: the step makes no sense from what is served now.
+        Conflict: the step makes no sense from what is served now, or another policy than `expected` answers by now.
     """
     require_actor(store, actor, "operator")
     _check_share(role, share)
@@ -40,7 +50,10 @@ def deploy(
     )
     with store.transaction(actor) as changes:
         _check_approved(store, policy_id, role)
-        check_step(served(store), policy_id, role)
+        now_served = served(store)
+        check_step(now_served, policy_id, role)
+        if now_served is not None and expected is not None:
+            check_newest(now_served, expected)
         changes.insert(deployment)
         changes.audit("policy.deployed", policy_id, deployment_id=deployment.id, role=role, share=share)
     return deployment
@@ -75,6 +88,20 @@ def check_step(now_served: Served | None, policy_id: str, role: DeploymentRole) 
         raise Conflict(f"nothing is served yet: deploy {policy_id} as stable first")
     if now_served is not None and role != "stable" and now_served.stable.policy_id == policy_id:
         raise Conflict(f"{policy_id} is the stable policy: make another one stable first")
+    if now_served is not None and role == "retired":
+        beside = [row.policy_id for row in (now_served.canary, now_served.shadow) if row is not None]
+        if policy_id not in beside:
+            raise Conflict(f"{policy_id} is neither the canary nor the shadow: there is nothing to withdraw")
     shadow = now_served.shadow if now_served is not None and role == "shadow" else None
     if shadow is not None and shadow.policy_id != policy_id:
         raise Conflict(f"{shadow.policy_id} is in the shadow already: withdraw it first")
+
+
+def check_newest(now_served: Served, expected: str) -> None:
+    """Raise Conflict unless the newest policy that answers, the canary or else the stable one, is `expected`."""
+    newest = now_served.canary or now_served.stable
+    if newest.policy_id != expected:
+        role = "stable" if now_served.canary is None else "the canary"
+        raise Conflict(
+            f"policy: got {expected}, but {newest.policy_id} is {role} now; nothing was changed, look again and name that"
+        )
