@@ -13,6 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from assistant.decisions import approve, check_files, promote, reject, retire, rollback, serving, withdraw
@@ -45,6 +46,8 @@ class Release:
         self.in_flight: Counter[str] = Counter()
         self._lock = asyncio.Lock()
         self._last_trouble: type[KotaeError] | None = None
+        self._noted = ""
+        """The canary's deployment that is known to answer."""
         self._checked: set[str] = set()
         """Policies that passed their probes and that the engine had when it was last asked."""
 
@@ -118,7 +121,7 @@ class Release:
             wanted = serving(self.store)
             while (decided := await self._load_and_check(wanted)) != wanted:
                 wanted = decided  # somebody decided meanwhile, or what is wanted was withdrawn
-            self.served = wanted
+            self._flip(wanted)
             for reason in (await unload_unused(self.engine, self._in_use)).values():
                 raise reason
             return self.served
@@ -152,7 +155,15 @@ class Release:
         wanted = serving(self.store)
         answering = (wanted.stable, wanted.canary)
         if {row.policy_id for row in answering if row is not None} <= self._checked:
-            self.served = wanted
+            self._flip(wanted)
+
+    def _flip(self, served: Served) -> None:
+        """Answer as `served` says from now on; a canary's evidence begins after that, when every draw is its own."""
+        self.served = served
+        if served.canary is not None and served.canary.id != self._noted:
+            since = deployments.note_answering(self.store, served.canary)
+            self.served = replace(served, canary_since=served.canary_since or since)
+            self._noted = served.canary.id
 
     async def watch(self) -> None:
         """Sync at once, whenever another process committed, and on a timer (an engine may have lost its adapters)."""

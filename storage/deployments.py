@@ -5,14 +5,25 @@ Moving the engine to the served state is the business of `assistant.release`.
 
 from __future__ import annotations
 
-from storage.deployments_read import deployments_of, served, stages_of
+from storage.deployments_read import ANSWERING, Stage, answering_since, deployments_of, served, stages_of
 from storage.errors import Conflict, InvalidField, NotAllowed
-from storage.people import require_actor
+from storage.people import SYSTEM, require_actor
 from storage.policies import get_policy, is_approved
 from storage.records import Deployment, DeploymentRole, Served, new_id, now
 from storage.store import Store
+from storage.tables import Setting
 
-__all__ = ["check_newest", "check_step", "deploy", "deployments_of", "history", "served", "stages_of"]
+__all__ = [
+    "Stage",
+    "check_newest",
+    "check_step",
+    "deploy",
+    "deployments_of",
+    "history",
+    "note_answering",
+    "served",
+    "stages_of",
+]
 
 
 def deploy(
@@ -64,6 +75,21 @@ def history(store: Store, limit: int = 100) -> list[Deployment]:
     return store.all(Deployment, order="seq DESC", limit=limit)
 
 
+def note_answering(store: Store, canary: Deployment) -> float:
+    """Keep that conversations are drawn for this canary from now on, unless it is known, and return since when.
+
+    Its evidence begins here and not with its row: until the server has loaded it, checked it and flipped to it, all
+    conversations are stable's and none was drawn.
+    """
+    with store.transaction(SYSTEM, audited=False, durable=False) as changes:
+        its_rows = {row.id for row in deployments_of(store, canary.policy_id)}
+        known = {id: since for id, since in answering_since(store).items() if id in its_rows}
+        if canary.id not in known:
+            known[canary.id] = now()
+            changes.replace_key(Setting(key=ANSWERING, value=known, changed_at=now()), "key")
+    return known[canary.id]
+
+
 def _check_share(role: DeploymentRole, share: float) -> None:
     part = 0 < share <= 1
     fits = {"stable": share == 1, "canary": part, "shadow": part, "retired": share == 0}
@@ -95,6 +121,9 @@ def check_step(now_served: Served | None, policy_id: str, role: DeploymentRole) 
     shadow = now_served.shadow if now_served is not None and role == "shadow" else None
     if shadow is not None and shadow.policy_id != policy_id:
         raise Conflict(f"{shadow.policy_id} is in the shadow already: withdraw it first")
+    canary = now_served.canary if now_served is not None and role == "canary" else None
+    if canary is not None and canary.policy_id != policy_id:
+        raise Conflict(f"{canary.policy_id} is the canary already: roll it back or promote it first")
 
 
 def check_newest(now_served: Served, expected: str) -> None:

@@ -214,3 +214,27 @@ def test_what_was_prepared_is_not_unloaded_before_its_row_is_written(
     asyncio.run(sync_between_preparation_and_row())
     assert unloaded == []
     assert answered_by(desk) == policy.id
+
+
+def test_a_canary_counts_from_the_flip_and_a_restart_does_not_begin_it_anew(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = candidate(desk, tmp_path)
+    decide(desk, policy, canary_percent=50)
+    store = desk.world.store
+
+    async def busy() -> ProbeResult:
+        raise EngineBusy("full")
+
+    with monkeypatch.context() as patched:
+        probed_by(desk, patched, policy, busy)
+        with pytest.raises(EngineBusy):
+            asyncio.run(desk.release.sync())
+    assert release.serving(store).canary_since is None
+    asyncio.run(desk.release.sync())
+    assert desk.release.served == release.serving(store)
+    since = desk.release.served.canary_since
+    assert since is not None
+    again = release.Release(store, desk.engine)
+    asyncio.run(again.sync())
+    assert again.served.canary_since == since
