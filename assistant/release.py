@@ -25,6 +25,7 @@ from assistant.routing import assign, is_drawn
 from storage import deployments
 from storage.conversations import first_policy_since
 from storage.errors import CorruptData, KotaeError
+from storage.people import SYSTEM
 from storage.records import Deployment, Person, Policy, Served
 from storage.store import Store
 
@@ -32,6 +33,8 @@ log = logging.getLogger("kotae.release")
 
 POLL_S = 1.0
 RECHECK_S = 5.0
+ALERTS = 20
+"""So many messages to the operator are kept; all of them are in the log."""
 
 
 class Release:
@@ -137,14 +140,17 @@ class Release:
         result = await load_missing(
             self.engine, paths, check=lambda policy_id: check_files(self.store, wanted[policy_id])
         )
-        refused = {**result.failed, **await self._probe_unchecked(wanted, result)}
-        for policy_id, reason in refused.items():
-            if isinstance(reason, AdapterRefused | CorruptData):
-                self._withdraw(policy_id, str(reason))
-            elif served.shadow is None or policy_id != served.shadow.policy_id:
-                raise reason
-            else:  # it answers nobody, so nothing that does may wait for it
-                log.warning("the shadow %s is not loaded: %s", policy_id, reason)
+        failed = {**result.failed, **await self._probe_unchecked(wanted, result)}
+        refused = {
+            id: str(error) for id, error in failed.items() if isinstance(error, AdapterRefused | CorruptData)
+        }
+        for policy_id in refused:
+            self._withdraw(policy_id, refused)
+        for policy_id in failed.keys() - refused.keys():
+            if served.shadow is None or policy_id != served.shadow.policy_id:
+                raise failed[policy_id]
+            # it answers nobody, so nothing that does may wait for it
+            log.warning("the shadow %s is not loaded: %s", policy_id, failed[policy_id])
         return serving(self.store)
 
     def _in_use(self) -> set[str]:
@@ -228,28 +234,34 @@ class Release:
         if policy.adapter_path is not None:
             await self.behaviour.check(policy.id, Path(policy.adapter_path))
 
-    def _withdraw(self, policy_id: str, why: str) -> None:
-        """Take a policy that cannot be served out of the desired state, and tell the operator."""
-        message = f"{policy_id} was withdrawn: {why}"
-        log.error(message)
-        self.alerts.append(message)
+    def _withdraw(self, policy_id: str, refused: Mapping[str, str]) -> None:
+        """Take a policy that cannot be served out of the desired state, and tell the operator.
+
+        Args:
+            policy_id: the policy.
+            refused: all that cannot be served now, and why: what stable goes back to must not be among them.
+        """
         served = serving(self.store)
-        if policy_id in {row.policy_id for row in (served.canary, served.shadow) if row is not None}:
-            role, back_to = "retired", policy_id
-        elif served.stable.policy_id == policy_id:
-            failed_too = served.previous is None or served.previous.policy_id == policy_id
-            role, back_to = "stable", self.engine.base_name if failed_too else served.previous.policy_id  # type: ignore[union-attr]
+        why = f"{policy_id} was withdrawn: {refused[policy_id]}"
+        if policy_id == served.stable.policy_id:
+            back_to = self.engine.base_name
+            if served.previous is not None and served.previous.policy_id not in refused:
+                back_to = served.previous.policy_id
+            deployments.deploy(
+                self.store, policy_id=back_to, role="stable", share=1.0, actor=SYSTEM, reason=why
+            )
+        elif policy_id in {row.policy_id for row in (served.canary, served.shadow) if row is not None}:
+            retire(self.store, policy_id=policy_id, actor=SYSTEM, reason=why)
         else:
-            return
-        share = 1.0 if role == "stable" else 0.0
-        deployments.deploy(
-            self.store,
-            policy_id=back_to,
-            role=role,  # type: ignore[arg-type]
-            share=share,
-            actor="system",
-            reason=message,
-        )
+            why = f"{policy_id} is no way back: {refused[policy_id]}"
+            if why in self.alerts:
+                return  # it is looked at again and again, in case it can be loaded after all
+        self.tell(why)
+
+    def tell(self, message: str) -> None:
+        """Show the operator a message, among the latest ones."""
+        log.error(message)
+        self.alerts = [*(alert for alert in self.alerts if alert != message), message][-ALERTS:]
 
 
 def rows_of(served: Served) -> list[Deployment]:

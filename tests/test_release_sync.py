@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from assistant import release
-from assistant.engine.errors import EngineBusy
+from assistant.engine.errors import AdapterRefused, EngineBusy
 from assistant.engine.protocol import ProbeResult
 from chat_fixtures import Desk, make_real_desk
 from release_fixtures import answered_by, approve, candidate
@@ -238,3 +238,59 @@ def test_a_canary_counts_from_the_flip_and_a_restart_does_not_begin_it_anew(
     again = release.Release(store, desk.engine)
     asyncio.run(again.sync())
     assert again.served.canary_since == since
+
+
+# -- what cannot be served ends at the base ------------------------------------------------------------------
+
+
+def refusing(desk: Desk, monkeypatch: pytest.MonkeyPatch, *refused: Policy) -> None:
+    """Let the engine refuse these adapters."""
+    load = desk.engine.load
+
+    async def instead(*, policy_id: str, adapter: Path) -> None:
+        if policy_id in {policy.id for policy in refused}:
+            raise AdapterRefused(f"{policy_id}: rank: got 999")
+        await load(policy_id=policy_id, adapter=adapter)
+
+    monkeypatch.setattr(desk.engine, "load", instead)
+
+
+def test_two_policies_that_cannot_be_served_end_at_the_base(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = candidate(desk, tmp_path, 1), candidate(desk, tmp_path, 2)
+    decide(desk, first)
+    decide(desk, second)
+    refusing(desk, monkeypatch, first, second)
+    for _ in range(6):
+        asyncio.run(desk.release.sync())
+    assert desk.release.served.stable.policy_id == desk.world.base.id
+    rows = deployments.history(desk.world.store)
+    # Newest first: one step back, the two approvals, the first start.
+    assert [row.policy_id for row in rows] == [desk.world.base.id, second.id, first.id, desk.world.base.id]
+    assert len(desk.release.alerts) <= 3  # once for each: withdrawn, and no way back
+
+
+def test_a_refused_policy_is_withdrawn_even_where_another_only_has_to_wait(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stable, canary = candidate(desk, tmp_path, 1), candidate(desk, tmp_path, 2)
+    decide(desk, stable)
+    decide(desk, canary, canary_percent=50)
+    refusing(desk, monkeypatch, canary)
+
+    async def busy() -> ProbeResult:
+        raise EngineBusy("full")
+
+    probed_by(desk, monkeypatch, stable, busy)
+    with pytest.raises(EngineBusy):
+        asyncio.run(desk.release.sync())
+    assert release.serving(desk.world.store).canary is None
+
+
+def test_alerts_are_the_latest_ones(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("assistant.release.ALERTS", 3)
+    for number in range(5):
+        desk.release.tell(f"alert {number}")
+    desk.release.tell("alert 3")
+    assert desk.release.alerts == ["alert 2", "alert 4", "alert 3"]
