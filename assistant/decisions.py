@@ -64,9 +64,13 @@ def _role_and_share(canary: float | None, shadow: float | None) -> tuple[Deploym
 
 
 def reject(store: Store, *, policy_id: str, person: Person, reason: str) -> None:
-    """Reject a candidate for good, with a reason; the shadow is withdrawn with it."""
+    """Reject a policy for good, with a reason; the canary or the shadow is withdrawn with it.
+
+    Raises:
+        NotAllowed, NotFound, Conflict: as `storage.policies.decide`, so for the stable policy.
+    """
     policies.decide(store, policy_id=policy_id, person_id=person.id, decision="reject", reason=reason)
-    if policies.standing(store, policy_id) == "shadow":
+    if policies.standing(store, policy_id) in ("canary", "shadow"):
         retire(store, policy_id=policy_id, actor=person.id, reason=reason)
 
 

@@ -29,8 +29,9 @@ class Stage:
 def served(store: Store) -> Served | None:
     """Return what should answer now; None before the first deployment.
 
-    stable is the latest stable row; previous the latest earlier stable row of another policy of the same base; canary
-    and shadow the latest row of that role, if it came after stable and no row of the same policy followed.
+    stable is the latest stable row; previous the latest earlier stable row of another policy of the same base that was not
+    rejected since; canary and shadow the latest row of that role, if it came after stable and no row of the same policy
+    followed.
     """
     with store.reading():
         latest = store.all(Deployment, "role = 'stable'", order="seq DESC", limit=1)
@@ -73,7 +74,9 @@ def _around(store: Store, stable: Deployment) -> Served:
         Deployment,
         """role = 'stable' AND policy_id <> ? AND seq < (SELECT seq FROM deployments WHERE id = ?)
             AND (SELECT base_sha256 FROM policies WHERE id = deployments.policy_id)
-                = (SELECT base_sha256 FROM policies WHERE id = ?)""",
+                = (SELECT base_sha256 FROM policies WHERE id = ?)
+            AND coalesce((SELECT decision FROM approvals WHERE approvals.policy_id = deployments.policy_id
+                ORDER BY seq DESC LIMIT 1), '') <> 'reject'""",
         [stable.policy_id, stable.id, stable.policy_id],
         order="seq DESC",
         limit=1,

@@ -15,7 +15,7 @@ from assistant.canary_watch import CanaryWatch
 from assistant.web.pages.frame import Frame
 from assistant.web.pages.served_page import ServedPage
 from assistant.web.words import Words
-from storage import deployments
+from storage import deployments, policies
 from storage.errors import Conflict
 from storage.records import Policy, Served
 from storage.store import Store
@@ -197,3 +197,57 @@ def test_the_page_takes_back_what_it_showed(tmp_path: Path) -> None:
     assert release.serving(site.store).stable.policy_id == canary
     asyncio.run(page.on_rollback("worse", page.refresh(request)[page.seen], request))  # type: ignore[arg-type]
     assert release.serving(site.store).stable.policy_id == seen["stable"]
+
+
+# -- what is rejected answers nobody -----------------------------------------------------------------------
+
+
+def reject(world: World, policy: Policy) -> str:
+    release.reject(world.store, policy_id=policy.id, person=world.admin, reason="too curt")
+    return policies.standing(world.store, policy.id)
+
+
+@pytest.mark.parametrize("role", ["canary", "shadow"])
+def test_what_is_rejected_beside_stable_is_withdrawn(world: World, role: str) -> None:
+    policy = approved(world)
+    deploy(world, policy, role)
+    assert reject(world, policy) == "rejected"
+    assert served(world) == Served(stable=world.deployment)
+
+
+def test_the_stable_policy_is_rolled_back_before_it_is_rejected(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = approved(world)
+    deploy(world, policy)
+    assert kotae(world, "reject", policy.id) == 2
+    assert "roll it back first" in capsys.readouterr().err
+    assert policies.standing(world.store, policy.id) == "stable"
+    assert policies.is_approved(world.store, policy.id)
+    roll_back(world, policy)
+    assert kotae(world, "reject", policy.id) == 0
+    assert f"{policy.id} is rejected" in capsys.readouterr().out
+
+
+def test_a_rejected_policy_is_no_way_back(world: World) -> None:
+    first, second, third = approved(world), approved(world), approved(world)
+    for policy in (first, second, third):
+        deploy(world, policy)
+    assert reject(world, second) == "rejected"
+    assert served(world).previous.policy_id == first.id  # type: ignore[union-attr]
+    roll_back(world, third)
+    assert served(world).stable.policy_id == first.id
+    approve(world, second)  # a changed mind
+    deploy(world, second)
+    deploy(world, first)
+    assert served(world).previous.policy_id == second.id  # type: ignore[union-attr]
+
+
+def test_the_command_says_where_a_rejected_policy_stands(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = approved(world)
+    deploy(world, policy, "canary")
+    assert kotae(world, "reject", policy.id, "--json") == 0
+    assert '"standing": "rejected"' in capsys.readouterr().out
+    assert served(world).canary is None
