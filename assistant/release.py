@@ -204,6 +204,7 @@ class Release:
         """Load and probe a policy that may not be served yet; unload it again when it fails."""
         if policy.adapter_path is None:
             return
+        self._checked.discard(policy.id)
         await self.engine.load(policy_id=policy.id, adapter=Path(policy.adapter_path))
         try:
             await self._probe(policy)

@@ -288,6 +288,23 @@ def test_a_refused_policy_is_withdrawn_even_where_another_only_has_to_wait(
     assert release.serving(desk.world.store).canary is None
 
 
+def test_a_canary_that_fails_when_it_is_approved_again_is_withdrawn_and_not_cut_off(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = candidate(desk, tmp_path)
+    approve(desk, policy, canary_percent=50)
+
+    async def bad() -> ProbeResult:
+        return NOT_FINITE
+
+    probed_by(desk, monkeypatch, policy, bad)
+    with pytest.raises(AdapterRefused):
+        approve(desk, policy)
+    assert policy.id in asyncio.run(desk.engine.loaded())  # people are still sent to it
+    assert asyncio.run(desk.release.sync()).canary is None
+    assert policy.id not in asyncio.run(desk.engine.loaded())
+
+
 def test_alerts_are_the_latest_ones(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("assistant.release.ALERTS", 3)
     for number in range(5):
