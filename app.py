@@ -165,12 +165,13 @@ def approve(args: argparse.Namespace) -> int:
 
 
 def reject(args: argparse.Namespace) -> int:
-    """Reject a candidate for good."""
+    """Reject a policy for good; a canary or shadow is withdrawn with it."""
     from assistant import release
 
     store = Store(args.data)
     release.reject(store, policy_id=args.policy, person=acting(store, args), reason=args.reason)
-    show(args, {"policy_id": args.policy, "standing": "rejected"}, f"{args.policy} is rejected")
+    standing = policies.standing(store, args.policy)
+    show(args, {"policy_id": args.policy, "standing": standing}, f"{args.policy} is {standing}")
     return 0
 
 
@@ -192,7 +193,7 @@ def rollback(args: argparse.Namespace) -> int:
     person = acting(store, args)
     people.require(person, "operator")
     take_back = release.withdraw if args.shadow else release.rollback
-    row = take_back(store, actor=person.id, reason=args.reason)
+    row = take_back(store, actor=person.id, reason=args.reason, expected=args.policy)
     show(
         args,
         asdict(row),
@@ -347,8 +348,9 @@ def _add_serve(one: argparse.ArgumentParser) -> None:
 def _add_decisions(commands: Any) -> None:
     for name, run in (("approve", approve), ("reject", reject), ("promote", promote), ("rollback", rollback)):
         one = _command(commands, name, run)
-        if name != "rollback":
-            one.add_argument("policy", metavar="POLICY", help="as printed by `policies`")
+        back = name == "rollback"
+        what = "this and no other (default: the newest that answers)" if back else "as printed by `policies`"
+        one.add_argument("policy", metavar="POLICY", nargs="?" if back else None, help=what)
         one.add_argument("--as", dest="actor", required=True, metavar="USER", help="who decides")
         one.add_argument("--reason", required=True, help="kept in the audit log")
         if name == "approve":
@@ -358,7 +360,7 @@ def _add_decisions(commands: Any) -> None:
             )
             asked = "asked the questions of this share too, its answers shown to nobody"
             share.add_argument("--shadow", type=float, metavar="PERCENT", help=asked)
-        if name == "rollback":
+        if back:
             one.add_argument("--shadow", action="store_true", help="the shadow, and nothing that answers")
 
 

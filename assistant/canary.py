@@ -80,6 +80,8 @@ def judge(stages: Sequence[Arms], *, stops: Sequence[str], config: CanaryConfig)
     evidence = evidence_of(stages, config)
     if stops:
         return Verdict(status="Failed", evidence=evidence, reasons=tuple(stops))
+    if not evidence.canary:  # whatever stable's conversations seem to say of it
+        return Verdict(status="Inconclusive", evidence=evidence, reasons=(_rates(evidence),))
     if evidence.e_value >= 1 / config.rollback_alpha:
         return Verdict(
             status="Failed", evidence=evidence, reasons=(f"worse than stable: {_rates(evidence)}",)

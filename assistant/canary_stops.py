@@ -121,6 +121,8 @@ def length_outside(canary: Sequence[int], stable: Sequence[int], config: CanaryC
 
 def refusals_outside(stages: Sequence[Arms], config: CanaryConfig) -> list[str]:
     """Return a reason when the share of conversations handed over (`bad` in `stages`) surely lies outside the band."""
+    if not any(arms.canary for arms in stages):
+        return []
     nulls = (Null(ratio=1 + config.band), Null(ratio=1 - config.band, above=True))
     if max(log_e_value(stages, null) for null in nulls) < -math.log(config.stop_alpha):
         return []

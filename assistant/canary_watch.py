@@ -7,13 +7,16 @@ Deliberately absent: promotion, which is a person's, and requests that failed be
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
 from assistant.canary import CanaryConfig, Evidence, Status, Verdict, judge
 from assistant.canary_evidence import Arms
 from assistant.canary_stops import Event, Seen, hard_stops, length_outside, refusals_outside
-from assistant.release import rollback
+from assistant.release import retire
 from storage import deployments, outcomes, settings
+from storage.deployments import Stage
+from storage.errors import Conflict
 from storage.failures import failures_since
 from storage.outcomes import Answered, Outcome
 from storage.people import SYSTEM
@@ -34,7 +37,10 @@ class CanaryWatch:
     def __init__(self, store: Store, config: CanaryConfig | None = None) -> None:
         self.store = store
         self.config = config or CanaryConfig()
-        self._stages: list[Deployment] = []
+        self._of = ""
+        """The deployment with which the canary's stay began."""
+        self._stages: list[Stage] = []
+        """Those that conversations were drawn with."""
         self._arms: list[Arms] = []
         self._hand_overs: list[Arms] = []
         self._lengths: tuple[list[int], list[int]] = ([], [])
@@ -61,42 +67,59 @@ class CanaryWatch:
         self._keep(served.canary.policy_id, verdict)
         if verdict.status == "Failed":
             log.error("canary %s failed: %s", served.canary.policy_id, verdict.reasons[0])
-            rollback(self.store, actor=SYSTEM, reason=f"canary failed: {'; '.join(verdict.reasons)}")
+            with suppress(
+                Conflict
+            ):  # somebody took it back or promoted it while it was judged: theirs is the last word
+                retire(
+                    self.store,
+                    policy_id=served.canary.policy_id,
+                    actor=SYSTEM,
+                    reason=f"canary failed: {'; '.join(verdict.reasons)}",
+                )
         return verdict
 
     def _count(self, served: Served, canary: Deployment, until: float) -> None:
         """Add what concluded since the last look; a canary that is new here starts from nothing."""
-        stages = deployments.stages_of(deployments.deployments_of(self.store, canary.policy_id))
-        if not self._stages or stages[0].id != self._stages[0].id:
+        stages = deployments.stages_of(self.store, served)
+        if stages[0].deployment.id != self._of:
             self._arms, self._hand_overs, self._lengths, self._read_until = [], [], ([], []), 0.0
             self._seen, self._seen_seq = [], 0
-        fresh = [Arms(share=stage.share) for stage in stages[len(self._arms) :]]
+        self._of = stages[0].deployment.id
+        self._stages = [stage for stage in stages if stage.since is not None]
+        fresh = [Arms(share=stage.share) for stage in self._stages[len(self._arms) :]]
         self._arms, self._hand_overs = self._arms + fresh, self._hand_overs + fresh
-        self._stages = stages
-        for outcome in outcomes.outcomes(
-            self.store,
-            canary_id=canary.policy_id,
-            stable_id=served.stable.policy_id,
-            began_at=stages[0].created_at,
-            after=self._read_until,
-            until=until,
-        ):
-            self._add(outcome, is_canary=outcome.policy_id == canary.policy_id)
-        self._read_until = until
+        self._count_outcomes(served, canary, until)
+        began_at = stages[0].deployment.created_at  # what stops it may happen before it answers anybody
         policy_ids = (canary.policy_id, served.stable.policy_id)
         for answer in outcomes.answers_after(
-            self.store, self._seen_seq, policy_ids=policy_ids, began_at=stages[0].created_at
+            self.store, self._seen_seq, policy_ids=policy_ids, began_at=began_at
         ):
             self._seen.append(seen_of(answer, is_canary=answer.policy_id == canary.policy_id))
             self._seen_seq = answer.seq
         self._failed = [
             Seen(at=one.created_at, canary=one.policy_id == canary.policy_id, event=one.kind)
-            for one in failures_since(self.store, policy_ids, since=stages[0].created_at)
+            for one in failures_since(self.store, policy_ids, since=began_at)
         ]
+
+    def _count_outcomes(self, served: Served, canary: Deployment, until: float) -> None:
+        if served.canary_since is None:
+            return
+        for outcome in outcomes.outcomes(
+            self.store,
+            canary_id=canary.policy_id,
+            stable_id=served.stable.policy_id,
+            began_at=served.canary_since,
+            after=self._read_until,
+            until=until,
+        ):
+            self._add(outcome, is_canary=outcome.policy_id == canary.policy_id)
+        self._read_until = until
 
     def _add(self, outcome: Outcome, *, is_canary: bool) -> None:
         """Count a conversation at the share that it was drawn with."""
-        number = sum(stage.created_at <= outcome.began_at for stage in self._stages) - 1
+        number = (
+            sum(stage.since is not None and stage.since <= outcome.began_at for stage in self._stages) - 1
+        )
         for counts, bad in (
             (self._arms, bool(outcome.negative)),
             (self._hand_overs, "handed_over" in outcome.negative),

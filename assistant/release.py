@@ -1,9 +1,9 @@
-"""What should answer, and making it so: approval, hot swap, shadow, promotion, rollback.
+"""Bringing a running engine to what was decided: hot swap, shadow, and the way back.
 
-A decision is rows in storage (`approve`, `promote`, `rollback`: they work without a server). `Release` brings a running
-engine to what the rows say, in this order: load → check → flip → drain. The flip is one reference in this process, so no
-request is cut: a request keeps the policy it started with, and the policy before stays loaded for the way back, which
-therefore asks nothing of the engine first.
+A decision is rows in storage (`assistant.decisions`, whose verbs stand here too: they work without a server). `Release`
+brings a running engine to what the rows say, in this order: load → check → flip → drain. The flip is one reference in this
+process, so no request is cut: a request keeps the policy it started with, and the policy before stays loaded for the way
+back, which therefore asks nothing of the engine first.
 """
 
 from __future__ import annotations
@@ -11,158 +11,30 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from assistant.engine.adapter_gate import base_shape, check_adapter
+from assistant.decisions import approve, check_files, promote, reject, retire, rollback, serving, withdraw
 from assistant.engine.behaviour_gate import BehaviourGate
 from assistant.engine.errors import AdapterRefused, EngineError, EngineStarting
 from assistant.engine.protocol import Engine
-from assistant.engine.reconcile import reconcile
+from assistant.engine.reconcile import LoadResult, load_missing, unload_unused
 from assistant.routing import assign, is_drawn
-from storage import adapters, deployments, policies
+from storage import deployments
 from storage.conversations import first_policy_since
-from storage.errors import Conflict, CorruptData, InvalidField, KotaeError
-from storage.records import Deployment, DeploymentRole, Person, Policy, Served
+from storage.errors import CorruptData, KotaeError
+from storage.people import SYSTEM
+from storage.records import Deployment, Person, Policy, Served
 from storage.store import Store
 
 log = logging.getLogger("kotae.release")
 
 POLL_S = 1.0
 RECHECK_S = 5.0
-
-
-# -- decisions: rows in storage ---------------------------------------------------------------------------
-
-
-def approve(
-    store: Store,
-    *,
-    policy_id: str,
-    person: Person,
-    reason: str,
-    canary_percent: float | None = None,
-    shadow_percent: float | None = None,
-) -> Deployment:
-    """Approve a candidate and deploy it: to everybody, to a share of the conversations, or as the shadow of a share.
-
-    One that is in the shadow, or was, is approved already; it is only deployed.
-
-    Raises:
-        NotAllowed, NotFound, Conflict: as `storage.policies.decide`, or another policy is the shadow.
-        InvalidField: the share is not between 0 and 100, or two are given.
-        AdapterRefused, CorruptData: the adapter's files are not what was evaluated, or not servable.
-    """
-    role, share = _role_and_share(canary_percent, shadow_percent)
-    policy = store.get(Policy, policy_id)
-    check_files(store, policy)
-    deployments.check_step(deployments.served(store), policy_id, role)  # nothing is decided that is not done
-    if not _is_approved_and_free(store, policy_id):
-        policies.decide(store, policy_id=policy_id, person_id=person.id, decision="approve", reason=reason)
-    return deployments.deploy(
-        store, policy_id=policy_id, role=role, share=share, actor=person.id, reason=reason
-    )
-
-
-def _is_approved_and_free(store: Store, policy_id: str) -> bool:
-    """Tell whether an approved policy answers nobody, so that it may be deployed without another decision."""
-    free = policies.standing(store, policy_id) in ("approved", "shadow", "retired")
-    return free and policies.is_approved(store, policy_id)
-
-
-def _role_and_share(canary: float | None, shadow: float | None) -> tuple[DeploymentRole, float]:
-    """Return how a policy is deployed for these percentages of the conversations."""
-    if canary is not None and shadow is not None:
-        raise InvalidField("shadow", shadow, "a policy answers a share (canary) or nobody (shadow), not both")
-    if canary is not None and not 0 < canary < 100:
-        raise InvalidField("canary", canary, "give a percentage above 0 and below 100")
-    if shadow is not None and not 0 < shadow <= 100:
-        raise InvalidField("shadow", shadow, "give a percentage above 0, at most 100")
-    if canary is not None:
-        return "canary", canary / 100
-    return ("stable", 1.0) if shadow is None else ("shadow", shadow / 100)
-
-
-def reject(store: Store, *, policy_id: str, person: Person, reason: str) -> None:
-    """Reject a candidate for good, with a reason; the shadow is withdrawn with it."""
-    policies.decide(store, policy_id=policy_id, person_id=person.id, decision="reject", reason=reason)
-    if policies.standing(store, policy_id) == "shadow":
-        withdraw(store, actor=person.id, reason=reason)
-
-
-def promote(store: Store, *, policy_id: str, person: Person, reason: str) -> Deployment:
-    """Give the canary all conversations.
-
-    Raises:
-        Conflict: `policy_id` is not the canary.
-    """
-    served = serving(store)
-    if served.canary is None or served.canary.policy_id != policy_id:
-        running = served.canary.policy_id if served.canary else "none"
-        raise Conflict(f"policy: {policy_id} is not the canary ({running} is); approve it with a share first")
-    return deployments.deploy(
-        store, policy_id=policy_id, role="stable", share=1.0, actor=person.id, reason=reason
-    )
-
-
-def rollback(store: Store, *, actor: str, reason: str) -> Deployment:
-    """Withdraw the canary if there is one, else go back to the policy served before.
-
-    Raises:
-        Conflict: there is nothing to go back to.
-    """
-    if not reason.strip():
-        raise InvalidField("reason", reason, "say why in a few words")
-    served = serving(store)
-    if served.canary is not None:
-        return deployments.deploy(
-            store, policy_id=served.canary.policy_id, role="retired", share=0.0, actor=actor, reason=reason
-        )
-    if served.previous is None:
-        raise Conflict("rollback: nothing was served before this policy; there is nothing to go back to")
-    return deployments.deploy(
-        store, policy_id=served.previous.policy_id, role="stable", share=1.0, actor=actor, reason=reason
-    )
-
-
-def withdraw(store: Store, *, actor: str, reason: str) -> Deployment:
-    """Ask the shadow no more.
-
-    Raises:
-        Conflict: no policy is the shadow.
-    """
-    shadow = serving(store).shadow
-    if shadow is None:
-        raise Conflict("shadow: no policy is in the shadow; there is nothing to withdraw")
-    return deployments.deploy(
-        store, policy_id=shadow.policy_id, role="retired", share=0.0, actor=actor, reason=reason
-    )
-
-
-def serving(store: Store) -> Served:
-    """Return what should be served; raises Conflict before the first start."""
-    served = deployments.served(store)
-    if served is None:
-        raise Conflict("served: nothing was ever served from this data folder; start it once with `serve`")
-    return served
-
-
-def check_files(store: Store, policy: Policy) -> None:
-    """Raise unless the adapter is of the base that is served, its bytes are those evaluated, and an engine can serve it."""
-    if policy.adapter_path is None or policy.adapter_sha256 is None:
-        return
-    base = store.get(Policy, serving(store).stable.policy_id)
-    if policy.base_sha256 != base.base_sha256:
-        raise AdapterRefused(
-            f"{policy.id}: base_sha256: got {policy.base_sha256[:12]}…; train on the base served, {base.base_path} "
-            f"({base.base_sha256[:12]}…), or serve with --model {policy.base_path}"
-        )
-    adapters.verify_adapter(Path(policy.adapter_path), policy.adapter_sha256)
-    check_adapter(Path(policy.adapter_path), base=base_shape(policy.base_path, sha256=policy.base_sha256))
-
-
-# -- the running engine -----------------------------------------------------------------------------------
+ALERTS = 20
+"""So many messages to the operator are kept; all of them are in the log."""
 
 
 class Release:
@@ -177,8 +49,10 @@ class Release:
         self.in_flight: Counter[str] = Counter()
         self._lock = asyncio.Lock()
         self._last_trouble: type[KotaeError] | None = None
+        self._noted = ""
+        """The canary's deployment that is known to answer."""
         self._checked: set[str] = set()
-        """Policies that the engine had and that passed their probes when it was last asked."""
+        """Policies that passed their probes and that the engine had when it was last asked."""
 
     def lease(self, conversation_id: str) -> AbstractContextManager[Deployment]:
         """Yield the deployment that answers now; its policy stays loaded until the lease ends."""
@@ -221,17 +95,17 @@ class Release:
         await asyncio.to_thread(
             check_files, self.store, policy
         )  # it reads the whole adapter: answers stream on
-        async with self._lock:
+        async with self._lock:  # until the row is there: a sync between would unload what nobody wants yet
             await self._prepare(policy)
-        deployment = await asyncio.to_thread(
-            approve,
-            self.store,
-            policy_id=policy_id,
-            person=person,
-            reason=reason,
-            canary_percent=canary_percent,
-            shadow_percent=shadow_percent,
-        )
+            deployment = await asyncio.to_thread(
+                approve,
+                self.store,
+                policy_id=policy_id,
+                person=person,
+                reason=reason,
+                canary_percent=canary_percent,
+                shadow_percent=shadow_percent,
+            )
         await self.sync()
         return deployment
 
@@ -247,37 +121,55 @@ class Release:
         """
         self._flip_if_checked()
         async with self._lock:
-            served = serving(self.store)
-            wanted = self._wanted(served)
-            paths = {id: Path(p.adapter_path) for id, p in wanted.items() if p.adapter_path is not None}
-            result = await reconcile(
-                self.engine,
-                paths,
-                in_use=frozenset(self.in_flight),
-                check=lambda policy_id: check_files(self.store, wanted[policy_id]),
-            )
-            refused = dict(result.failed)
-            for policy_id in sorted(result.loaded):
-                try:
-                    await self._probe(wanted[policy_id])
-                except EngineError as error:
-                    refused[policy_id] = error
-            for policy_id, reason in refused.items():
-                if isinstance(reason, AdapterRefused | CorruptData):
-                    self._withdraw(policy_id, str(reason))
-                elif served.shadow is None or policy_id != served.shadow.policy_id:
-                    raise reason
-                else:  # it answers nobody, so nothing that does may wait for it
-                    log.warning("the shadow %s is not loaded: %s", policy_id, reason)
-            self.served = serving(self.store)
-            self._checked = wanted.keys() - refused.keys()
+            wanted = serving(self.store)
+            while (decided := await self._load_and_check(wanted)) != wanted:
+                wanted = decided  # somebody decided meanwhile, or what is wanted was withdrawn
+            self._flip(wanted)
+            for reason in (await unload_unused(self.engine, self._in_use)).values():
+                raise reason
             return self.served
+
+    async def _load_and_check(self, served: Served) -> Served:
+        """Make the engine ready to answer as `served` says, and return what should be served by now.
+
+        Raises:
+            EngineError: what should answer is not ready.
+        """
+        wanted = self._wanted(served)
+        paths = {id: Path(p.adapter_path) for id, p in wanted.items() if p.adapter_path is not None}
+        result = await load_missing(
+            self.engine, paths, check=lambda policy_id: check_files(self.store, wanted[policy_id])
+        )
+        failed = {**result.failed, **await self._probe_unchecked(wanted, result)}
+        refused = {
+            id: str(error) for id, error in failed.items() if isinstance(error, AdapterRefused | CorruptData)
+        }
+        for policy_id in refused:
+            self._withdraw(policy_id, refused)
+        for policy_id in failed.keys() - refused.keys():
+            if served.shadow is None or policy_id != served.shadow.policy_id:
+                raise failed[policy_id]
+            # it answers nobody, so nothing that does may wait for it
+            log.warning("the shadow %s is not loaded: %s", policy_id, failed[policy_id])
+        return serving(self.store)
+
+    def _in_use(self) -> set[str]:
+        """Return the policies that are served, stand by, or still answer somebody."""
+        return {row.policy_id for row in rows_of(self.served)} | self.in_flight.keys()
 
     def _flip_if_checked(self) -> None:
         wanted = serving(self.store)
         answering = (wanted.stable, wanted.canary)
         if {row.policy_id for row in answering if row is not None} <= self._checked:
-            self.served = wanted
+            self._flip(wanted)
+
+    def _flip(self, served: Served) -> None:
+        """Answer as `served` says from now on; a canary's evidence begins after that, when every draw is its own."""
+        self.served = served
+        if served.canary is not None and served.canary.id != self._noted:
+            since = deployments.note_answering(self.store, served.canary)
+            self.served = replace(served, canary_since=served.canary_since or since)
+            self._noted = served.canary.id
 
     async def watch(self) -> None:
         """Sync at once, whenever another process committed, and on a timer (an engine may have lost its adapters)."""
@@ -306,47 +198,77 @@ class Release:
         return True
 
     def _wanted(self, served: Served) -> dict[str, Policy]:
-        rows = (served.stable, served.previous, served.canary, served.shadow)
-        return {row.policy_id: self.store.get(Policy, row.policy_id) for row in rows if row is not None}
+        return {row.policy_id: self.store.get(Policy, row.policy_id) for row in rows_of(served)}
 
     async def _prepare(self, policy: Policy) -> None:
-        """Load and probe a policy that is not served yet; unload it again when it fails."""
+        """Load and probe a policy that may not be served yet; unload it again when it fails."""
         if policy.adapter_path is None:
             return
+        self._checked.discard(policy.id)
         await self.engine.load(policy_id=policy.id, adapter=Path(policy.adapter_path))
         try:
             await self._probe(policy)
         except AdapterRefused:
-            await self.engine.unload(policy.id)
+            if policy.id not in self._in_use():
+                await self.engine.unload(policy.id)
             raise
         self._checked.add(policy.id)
+
+    async def _probe_unchecked(
+        self, wanted: Mapping[str, Policy], result: LoadResult
+    ) -> dict[str, KotaeError]:
+        """Probe what the engine has of `wanted` and did not pass yet; return why some of it did not now.
+
+        Not only what was just loaded: its probes may have found the engine busy, or an earlier process loaded it.
+        """
+        self._checked &= wanted.keys() - result.failed.keys() - result.loaded
+        failed: dict[str, KotaeError] = {}
+        for policy_id in sorted(wanted.keys() - result.failed.keys() - self._checked):
+            try:
+                await self._probe(wanted[policy_id])
+                self._checked.add(policy_id)
+            except KotaeError as error:
+                failed[policy_id] = error
+        return failed
 
     async def _probe(self, policy: Policy) -> None:
         if policy.adapter_path is not None:
             await self.behaviour.check(policy.id, Path(policy.adapter_path))
 
-    def _withdraw(self, policy_id: str, why: str) -> None:
-        """Take a policy that cannot be served out of the desired state, and tell the operator."""
-        message = f"{policy_id} was withdrawn: {why}"
-        log.error(message)
-        self.alerts.append(message)
+    def _withdraw(self, policy_id: str, refused: Mapping[str, str]) -> None:
+        """Take a policy that cannot be served out of the desired state, and tell the operator.
+
+        Args:
+            policy_id: the policy.
+            refused: all that cannot be served now, and why: what stable goes back to must not be among them.
+        """
         served = serving(self.store)
-        if policy_id in {row.policy_id for row in (served.canary, served.shadow) if row is not None}:
-            role, back_to = "retired", policy_id
-        elif served.stable.policy_id == policy_id:
-            failed_too = served.previous is None or served.previous.policy_id == policy_id
-            role, back_to = "stable", self.engine.base_name if failed_too else served.previous.policy_id  # type: ignore[union-attr]
+        why = f"{policy_id} was withdrawn: {refused[policy_id]}"
+        if policy_id == served.stable.policy_id:
+            back_to = self.engine.base_name
+            if served.previous is not None and served.previous.policy_id not in refused:
+                back_to = served.previous.policy_id
+            deployments.deploy(
+                self.store, policy_id=back_to, role="stable", share=1.0, actor=SYSTEM, reason=why
+            )
+        elif policy_id in {row.policy_id for row in (served.canary, served.shadow) if row is not None}:
+            retire(self.store, policy_id=policy_id, actor=SYSTEM, reason=why)
         else:
-            return
-        share = 1.0 if role == "stable" else 0.0
-        deployments.deploy(
-            self.store,
-            policy_id=back_to,
-            role=role,  # type: ignore[arg-type]
-            share=share,
-            actor="system",
-            reason=message,
-        )
+            why = f"{policy_id} is no way back: {refused[policy_id]}"
+            if why in self.alerts:
+                return  # it is looked at again and again, in case it can be loaded after all
+        self.tell(why)
+
+    def tell(self, message: str) -> None:
+        """Show the operator a message, among the latest ones."""
+        log.error(message)
+        self.alerts = [*(alert for alert in self.alerts if alert != message), message][-ALERTS:]
+
+
+def rows_of(served: Served) -> list[Deployment]:
+    """Return all that the engine should have loaded."""
+    rows = (served.stable, served.previous, served.canary, served.shadow)
+    return [row for row in rows if row is not None]
 
 
 __all__ = [
@@ -356,6 +278,7 @@ __all__ = [
     "check_files",
     "promote",
     "reject",
+    "retire",
     "rollback",
     "serving",
     "withdraw",

@@ -8,15 +8,17 @@ from __future__ import annotations
 import logging
 import re
 from collections import deque
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from assistant.canary import CanaryConfig
 from assistant.canary_stops import Event, Seen, faults
 from assistant.canary_watch import seen_of
-from assistant.release import withdraw
+from assistant.release import retire
 from assistant.routing import is_drawn
 from assistant.shadow_evidence import Estimate, Pair, agreement, estimates
 from storage import deployments, outcomes, settings
+from storage.errors import Conflict
 from storage.failures import failures_since
 from storage.people import SYSTEM
 from storage.records import Deployment, Json, now
@@ -83,7 +85,13 @@ class ShadowWatch:
         self._keep(evidence)
         if stops:
             log.error("shadow %s withdrawn: %s", evidence.policy_id, stops[0])
-            withdraw(self.store, actor=SYSTEM, reason=f"shadow withdrawn: {'; '.join(stops)}")
+            with suppress(Conflict):  # somebody withdrew it or let it answer meanwhile
+                retire(
+                    self.store,
+                    policy_id=evidence.policy_id,
+                    actor=SYSTEM,
+                    reason=f"shadow withdrawn: {'; '.join(stops)}",
+                )
         return evidence
 
     def _start(self, deployment_id: str) -> None:

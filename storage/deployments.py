@@ -5,25 +5,46 @@ Moving the engine to the served state is the business of `assistant.release`.
 
 from __future__ import annotations
 
-from storage.deployments_read import deployments_of, served, stages_of
+from storage.deployments_read import ANSWERING, Stage, answering_since, deployments_of, served, stages_of
 from storage.errors import Conflict, InvalidField, NotAllowed
-from storage.people import require_actor
+from storage.people import SYSTEM, require_actor
 from storage.policies import get_policy, is_approved
 from storage.records import Deployment, DeploymentRole, Served, new_id, now
 from storage.store import Store
+from storage.tables import Setting
 
-__all__ = ["check_step", "deploy", "deployments_of", "history", "served", "stages_of"]
+__all__ = [
+    "Stage",
+    "check_newest",
+    "check_step",
+    "deploy",
+    "deployments_of",
+    "history",
+    "note_answering",
+    "served",
+    "stages_of",
+]
 
 
 def deploy(
-    store: Store, *, policy_id: str, role: DeploymentRole, share: float, actor: str, reason: str
+    store: Store,
+    *,
+    policy_id: str,
+    role: DeploymentRole,
+    share: float,
+    actor: str,
+    reason: str,
+    expected: str | None = None,
 ) -> Deployment:
     """Make the policy stable, a canary or the shadow with a share of the conversations (0 to 1), or retire it.
+
+    Args:
+        expected: the policy that the decision is about, see `check_newest`; None: whatever is served.
 
     Raises:
         NotAllowed: no valid approval of exactly this policy, or `actor` is neither "system" nor an operator.
         InvalidField: the share does not fit the role, or there is no reason.
-        Conflict: the step makes no sense from what is served now.
+        Conflict: the step makes no sense from what is served now, or another policy than `expected` answers by now.
     """
     require_actor(store, actor, "operator")
     _check_share(role, share)
@@ -40,7 +61,10 @@ def deploy(
     )
     with store.transaction(actor) as changes:
         _check_approved(store, policy_id, role)
-        check_step(served(store), policy_id, role)
+        now_served = served(store)
+        check_step(now_served, policy_id, role)
+        if now_served is not None and expected is not None:
+            check_newest(now_served, expected)
         changes.insert(deployment)
         changes.audit("policy.deployed", policy_id, deployment_id=deployment.id, role=role, share=share)
     return deployment
@@ -49,6 +73,21 @@ def deploy(
 def history(store: Store, limit: int = 100) -> list[Deployment]:
     """Return the latest deployment rows, newest first."""
     return store.all(Deployment, order="seq DESC", limit=limit)
+
+
+def note_answering(store: Store, canary: Deployment) -> float:
+    """Keep that conversations are drawn for this canary from now on, unless it is known, and return since when.
+
+    Its evidence begins here and not with its row: until the server has loaded it, checked it and flipped to it, all
+    conversations are stable's and none was drawn.
+    """
+    with store.transaction(SYSTEM, audited=False, durable=False) as changes:
+        its_rows = {row.id for row in deployments_of(store, canary.policy_id)}
+        known = {id: since for id, since in answering_since(store).items() if id in its_rows}
+        if canary.id not in known:
+            known[canary.id] = now()
+            changes.replace_key(Setting(key=ANSWERING, value=known, changed_at=now()), "key")
+    return known[canary.id]
 
 
 def _check_share(role: DeploymentRole, share: float) -> None:
@@ -75,6 +114,23 @@ def check_step(now_served: Served | None, policy_id: str, role: DeploymentRole) 
         raise Conflict(f"nothing is served yet: deploy {policy_id} as stable first")
     if now_served is not None and role != "stable" and now_served.stable.policy_id == policy_id:
         raise Conflict(f"{policy_id} is the stable policy: make another one stable first")
+    if now_served is not None and role == "retired":
+        beside = [row.policy_id for row in (now_served.canary, now_served.shadow) if row is not None]
+        if policy_id not in beside:
+            raise Conflict(f"{policy_id} is neither the canary nor the shadow: there is nothing to withdraw")
     shadow = now_served.shadow if now_served is not None and role == "shadow" else None
     if shadow is not None and shadow.policy_id != policy_id:
         raise Conflict(f"{shadow.policy_id} is in the shadow already: withdraw it first")
+    canary = now_served.canary if now_served is not None and role == "canary" else None
+    if canary is not None and canary.policy_id != policy_id:
+        raise Conflict(f"{canary.policy_id} is the canary already: roll it back or promote it first")
+
+
+def check_newest(now_served: Served, expected: str) -> None:
+    """Raise Conflict unless the newest policy that answers, the canary or else the stable one, is `expected`."""
+    newest = now_served.canary or now_served.stable
+    if newest.policy_id != expected:
+        role = "stable" if now_served.canary is None else "the canary"
+        raise Conflict(
+            f"policy: got {expected}, but {newest.policy_id} is {role} now; nothing was changed, look again and name that"
+        )

@@ -102,7 +102,7 @@ def outcomes(
 
     Args:
         canary_id, stable_id: the two policies.
-        began_at: when the canary was deployed.
+        began_at: since when conversations are drawn for the canary.
         hand_over: regular expressions (any case) that tell an answer which hands the customer to a person.
     """
     params = {

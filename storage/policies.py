@@ -161,7 +161,8 @@ def decide(store: Store, *, policy_id: str, person_id: str, decision: Decision, 
     Raises:
         NotAllowed: the person is no operator.
         InvalidField: no reason, or no such decision.
-        Conflict: the gate did not pass it, it is a base, or it was decided so already on the same evidence.
+        Conflict: the gate did not pass it, it is a base, it was decided so already on the same evidence, or it is to
+            be rejected and answers everybody.
     """
     require(get_person(store, person_id), "operator")
     if not reason.strip():
@@ -235,6 +236,9 @@ def _check_decidable(store: Store, policy_id: str, decision: Decision) -> None:
     if decision == "approve" and (evaluation is None or not evaluation.passed):
         why = "was never evaluated" if evaluation is None else "was refused by its gate"
         raise Conflict(f"{policy_id} {why}: only a candidate that passed may be approved")
+    now_served = served(store)
+    if decision == "reject" and now_served is not None and now_served.stable.policy_id == policy_id:
+        raise Conflict(f"{policy_id} answers everybody: roll it back first, then reject it")
 
 
 def _base(base_path: str, base_sha256: str) -> Policy:

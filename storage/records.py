@@ -334,6 +334,6 @@ class Served:
     previous: Deployment | None = None
     canary: Deployment | None = None
     canary_since: float | None = None
-    """When the canary's stay began, at whatever share (Unix seconds)."""
+    """Since when conversations are drawn for the canary, at whatever share (Unix seconds); None before the server did."""
     shadow: Deployment | None = None
     """What is asked the same questions as stable, for nobody to see."""

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from assistant.engine.local import LocalEngine
 from assistant.engine.protocol import Engine, Piece, Sampling
+from assistant.engine.reconcile import load_missing, unload_unused
 from assistant.engine.supervisor import VllmOptions, VllmProcess
 from assistant.engine.vllm import VllmEngine
 from tiny_models import make_adapter, make_tiny_model
@@ -84,6 +85,13 @@ def running_engine(kind: str, world: TinyWorld, data: Path) -> Iterator[tuple[En
                 loop.run(client.close())
     finally:
         loop.close()
+
+
+async def have_only(engine: Engine, adapters: dict[str, Path]) -> None:
+    """Bring an engine to these adapters beside its base."""
+    result = await load_missing(engine, adapters)
+    assert not result.failed
+    assert not await unload_unused(engine, adapters.keys)
 
 
 async def collect(

@@ -110,6 +110,15 @@ def test_a_hard_stop_fails_the_best_of_canaries() -> None:
     assert (verdict.status, verdict.reasons) == ("Failed", ("the engine died",))
 
 
+@pytest.mark.parametrize("stable_bad", [0, 5, 1000])
+def test_nothing_is_said_of_a_canary_before_a_conversation_of_its_own_concluded(stable_bad: int) -> None:
+    # At a share of 25% a draw gives no canary in 1,000 conversations with probability 1e-125: it was not drawn at all.
+    verdict = judge([arms(0, 0, 1000, stable_bad, share=0.25)], stops=(), config=CONFIG)
+    assert verdict.status == "Inconclusive"
+    assert verdict.reasons == ("no conversation of the canary has concluded yet",)
+    assert refusals_outside([arms(0, 0, 1000, stable_bad, share=0.25)], CONFIG) == []
+
+
 # -- hard stops -------------------------------------------------------------------------------------------
 
 

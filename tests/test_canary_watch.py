@@ -44,7 +44,7 @@ def talk(world: World, *, canary: int, canary_bad: int, stable: int) -> None:
 def start_canary(world: World) -> str:
     policy = add_candidate(world)
     approve(world, policy)
-    deploy(world, policy, "canary", share=0.25)
+    deployments.note_answering(world.store, deploy(world, policy, "canary", share=0.25))
     return policy.id
 
 
@@ -82,6 +82,36 @@ def test_a_good_canary_stays_and_a_restart_counts_the_same(world: World) -> None
     assert watch.look(at=now() + LATER + 10) == first
     assert CanaryWatch(world.store).look(at=now() + LATER) == first
     assert deployments.served(world.store).canary.policy_id == policy_id  # type: ignore[union-attr]
+
+
+def test_the_evidence_begins_where_the_canary_is_served_and_not_with_its_row(world: World) -> None:
+    policy = add_candidate(world)
+    approve(world, policy)
+    row = deploy(world, policy, "canary", share=0.25)
+    talk(
+        world, canary=0, canary_bad=0, stable=100
+    )  # the engine is still loading it: all are stable's, undrawn
+    watch = CanaryWatch(world.store)
+    verdict = watch.look(at=now() + LATER)
+    assert verdict is not None
+    assert (verdict.status, verdict.evidence.e_value, verdict.evidence.stable) == ("Inconclusive", 1.0, 0)
+    deployments.note_answering(world.store, row)
+    talk(world, canary=2, canary_bad=0, stable=4)
+    for one in (watch, CanaryWatch(world.store)):
+        verdict = one.look(at=now() + LATER)
+        assert verdict is not None
+        assert (verdict.evidence.canary, verdict.evidence.stable) == (2, 4)
+
+
+def test_an_engine_that_dies_while_it_loads_the_canary_stops_it(world: World) -> None:
+    policy = add_candidate(world)
+    approve(world, policy)
+    deploy(world, policy, "canary", share=0.25)
+    for _ in range(2):
+        record_failure(world.store, policy_id=policy.id, kind="engine_died")
+    verdict = CanaryWatch(world.store).look()
+    assert verdict is not None
+    assert verdict.status == "Failed"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from storage import deployments, policies
 from storage.errors import Conflict, InvalidField, NotAllowed, NotFound
-from storage.records import Policy
+from storage.records import Deployment, Policy, new_id, now
 from storage.store import Store
 from storage_fixtures import World, add_candidate, approve, deploy, make_evaluation, make_world
 
@@ -98,13 +98,77 @@ def test_a_rollback_ends_a_canary(world: World) -> None:
     assert served(world) == (world.base.id, first.id, None)
 
 
-def test_a_retired_canary_brings_back_the_one_before_it(world: World) -> None:
+def test_there_is_at_most_one_canary(world: World) -> None:
     first, second = approved(world), approved(world)
     deploy(world, first, "canary")
-    deploy(world, second, "canary")
+    with pytest.raises(Conflict, match=f"{first.id} is the canary already: roll it back or promote it first"):
+        deploy(world, second, "canary")
+    deploy(world, first, "canary", share=0.5)  # the same one may get another share
+    assert served(world)[2] == first.id
+
+
+def put(world: World, policy: Policy, role: str, share: float) -> Deployment:
+    """Write a row as an earlier version did, which let a second canary take the place of the first."""
+    fields = {"actor": "system", "reason": "before", "created_at": now()}
+    row = Deployment(id=new_id("deployment"), policy_id=policy.id, role=role, share=share, **fields)  # type: ignore[arg-type]
+    with world.store.transaction("system") as changes:
+        changes.insert(row)
+        changes.audit("policy.deployed", policy.id)
+    return row
+
+
+def test_a_canary_that_was_superseded_does_not_come_back_by_itself(world: World) -> None:
+    first, second = approved(world), approved(world)
+    put(world, first, "canary", 0.1)
+    put(world, second, "canary", 0.1)
     assert served(world)[2] == second.id
     deploy(world, second, "retired")
-    assert served(world)[2] == first.id
+    assert served(world)[2] is None
+
+
+def stage_ids(world: World) -> list[str]:
+    now_served = deployments.served(world.store)
+    assert now_served is not None
+    return [stage.deployment.id for stage in deployments.stages_of(world.store, now_served)]
+
+
+def test_the_stay_of_a_canary_is_only_the_present_one(world: World) -> None:
+    first, second = approved(world), approved(world)
+    assert stage_ids(world) == []
+    deploy(world, first, "canary")
+    deploy(world, second)  # ends the canary
+    again = deploy(world, first, "canary")
+    assert stage_ids(world) == [again.id]
+    put(world, second, "canary", 0.2)  # another one's time is not the first one's
+    third = put(world, first, "canary", 0.3)
+    fourth = deploy(world, first, "canary", share=0.4)
+    assert stage_ids(world) == [third.id, fourth.id]
+
+
+def test_a_canary_answers_since_the_server_says_so_and_not_since_its_row(world: World) -> None:
+    def since() -> float | None:
+        now_served = deployments.served(world.store)
+        assert now_served is not None
+        return now_served.canary_since
+
+    policy = approved(world)
+    row = deploy(world, policy, "canary")
+    assert since() is None
+    noted = deployments.note_answering(world.store, row)
+    assert since() == noted
+    assert noted > row.created_at
+    assert deployments.note_answering(world.store, row) == noted  # a server that starts again
+    larger = deploy(world, policy, "canary", share=0.5)
+    assert since() == noted
+    deployments.note_answering(world.store, larger)
+    assert since() == noted
+    now_served = deployments.served(world.store)
+    assert now_served is not None
+    assert [stage.share for stage in deployments.stages_of(world.store, now_served)] == [0.1, 0.5]
+    deploy(world, policy, "retired")
+    assert since() is None
+    deploy(world, policy, "canary")
+    assert since() is None
 
 
 def shadow(world: World) -> str | None:

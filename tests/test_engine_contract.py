@@ -25,13 +25,13 @@ from assistant.engine.behaviour_gate import FLOAT32_NATS, BehaviourGate
 from assistant.engine.errors import AdapterRefused, ContextTooLong, PolicyNotLoaded
 from assistant.engine.local import LocalEngine
 from assistant.engine.protocol import Engine, Sampling
-from assistant.engine.reconcile import reconcile
 from engine_fixtures import (
     BASE,
     CONTEXT,
     LoopThread,
     TinyWorld,
     collect,
+    have_only,
     ids_of,
     make_world,
     running_engine,
@@ -62,7 +62,7 @@ def running(
 @pytest.fixture
 def adapters(running: Running, world: TinyWorld) -> None:
     engine, loop = running
-    loop.run(reconcile(engine, {"policy-0001-aaaaaa": world.first, "policy-0002-bbbbbb": world.second}))
+    loop.run(have_only(engine, {"policy-0001-aaaaaa": world.first, "policy-0002-bbbbbb": world.second}))
 
 
 def test_a_fresh_engine_lists_and_serves_the_base(running: Running) -> None:
@@ -181,7 +181,7 @@ def test_the_base_answers_as_itself_beside_more_policies_than_an_engine_holds_at
 ) -> None:
     engine, loop = running
     many = {f"policy-1{number:03}-dddddd": (world.first, world.second)[number % 2] for number in range(6)}
-    loop.run(reconcile(engine, many))
+    loop.run(have_only(engine, many))
     alone = {policy: ids_of(loop.run(collect(engine, policy, QUESTION))) for policy in (*many, BASE)}
     last = list(many)[-1]
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Set
 from pathlib import Path
 
 import pytest
 
 from assistant.engine.errors import AdapterRefused, EngineUnavailable
 from assistant.engine.protocol import Health, Piece, ProbeResult, Sampling
-from assistant.engine.reconcile import ReconcileResult, reconcile
+from assistant.engine.reconcile import LoadResult, load_missing, unload_unused
+from storage.errors import KotaeError
 from storage.records import Json
 
 BASE = "policy-base-00000000"
@@ -59,57 +60,78 @@ class Recorder:
         pass
 
 
-def run(engine: Recorder, *wanted: str, in_use: frozenset[str] = frozenset()) -> ReconcileResult:
-    paths = {policy_id: Path("/adapters") / policy_id for policy_id in wanted}
-    return asyncio.run(reconcile(engine, paths, in_use=in_use))
+def load(engine: Recorder, *wanted: str) -> LoadResult:
+    return asyncio.run(
+        load_missing(engine, {policy_id: Path("/adapters") / policy_id for policy_id in wanted})
+    )
 
 
-def test_missing_is_loaded_before_the_unwanted_is_unloaded() -> None:
+def unload(engine: Recorder, *in_use: str) -> dict[str, KotaeError]:
+    return asyncio.run(unload_unused(engine, lambda: set(in_use)))
+
+
+def test_what_is_missing_is_loaded_and_nothing_is_unloaded_by_that() -> None:
     engine = Recorder("old", "kept")
-    result = run(engine, "kept", "new")
-    assert engine.calls == ["load new /adapters/new", "unload old"]
+    result = load(engine, "kept", "new")
+    assert engine.calls == ["load new /adapters/new"]
+    assert result == LoadResult(loaded=frozenset({"new"}), failed={})
+    assert unload(engine, "kept", "new") == {}
+    assert engine.calls[1:] == ["unload old"]
     assert engine.present == {BASE, "kept", "new"}
-    assert result == ReconcileResult(loaded=frozenset({"new"}), unloaded=frozenset({"old"}), failed={})
 
 
 def test_a_second_run_changes_nothing() -> None:
     engine = Recorder()
-    run(engine, "a")
+    load(engine, "a")
     engine.calls.clear()
-    result = run(engine, "a")
+    result = load(engine, "a")
+    assert unload(engine, "a") == {}
     assert engine.calls == []
-    assert result == ReconcileResult(loaded=frozenset(), unloaded=frozenset(), failed={})
+    assert result == LoadResult(loaded=frozenset(), failed={})
 
 
 def test_an_engine_that_restarted_gets_everything_back() -> None:
     engine = Recorder("a", "b")
     engine.present = {BASE}
-    assert run(engine, "a", "b").loaded == {"a", "b"}
+    assert load(engine, "a", "b").loaded == {"a", "b"}
 
 
 def test_the_base_is_never_unloaded() -> None:
     engine = Recorder()
-    run(engine)
+    unload(engine)
     assert engine.calls == []
 
 
 def test_a_policy_that_still_answers_somebody_stays_until_it_is_free() -> None:
     engine = Recorder("old")
-    assert run(engine, in_use=frozenset({"old"})).unloaded == frozenset()
-    assert run(engine).unloaded == {"old"}
+    unload(engine, "old")
+    assert engine.present == {BASE, "old"}
+    unload(engine)
+    assert engine.present == {BASE}
+
+
+def test_what_comes_into_use_while_another_is_unloaded_stays() -> None:
+    engine = Recorder("a", "b")
+
+    def in_use() -> Set[str]:
+        return {"b"} if "unload a" in engine.calls else set()
+
+    asyncio.run(unload_unused(engine, in_use))
+    assert engine.present == {BASE, "b"}
 
 
 def test_one_failure_does_not_stop_the_others_and_is_reported() -> None:
     engine = Recorder("x-stuck", "y-old", refuses="a-bad", stuck="x-stuck")
-    result = run(engine, "a-bad", "b-good")
+    result = load(engine, "a-bad", "b-good")
     assert result.loaded == {"b-good"}
-    assert result.unloaded == {"y-old"}
-    assert {name: type(error) for name, error in result.failed.items()} == {
-        "a-bad": AdapterRefused,
-        "x-stuck": EngineUnavailable,
-    }
+    assert {name: type(error) for name, error in result.failed.items()} == {"a-bad": AdapterRefused}
+    failed = unload(engine, "b-good")
+    assert {name: type(error) for name, error in failed.items()} == {"x-stuck": EngineUnavailable}
+    assert engine.present == {BASE, "b-good", "x-stuck"}
 
 
 def test_an_engine_that_does_not_answer_is_the_callers_business() -> None:
     with pytest.raises(EngineUnavailable):
-        run(Recorder(down=True), "a")
+        load(Recorder(down=True), "a")
+    with pytest.raises(EngineUnavailable):
+        unload(Recorder(down=True))

@@ -171,6 +171,14 @@ def test_a_second_shadow_is_neither_approved_nor_deployed(desk: Desk, tmp_path: 
     assert policies.standing(desk.world.store, second.id) == "candidate"
 
 
+def test_a_second_canary_is_neither_approved_nor_deployed(desk: Desk, tmp_path: Path) -> None:
+    first, second = candidate(desk, tmp_path, 1), candidate(desk, tmp_path, 2)
+    approve(desk, first, canary_percent=10)
+    with pytest.raises(Conflict, match=f"{first.id} is the canary already"):
+        approve(desk, second, canary_percent=10)
+    assert policies.standing(desk.world.store, second.id) == "candidate"
+
+
 def test_a_rejected_shadow_is_withdrawn(desk: Desk, tmp_path: Path) -> None:
     policy = candidate(desk, tmp_path)
     shade(desk, policy)

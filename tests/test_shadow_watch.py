@@ -275,7 +275,7 @@ def test_the_command_line_shades_shows_and_withdraws(
     world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "assistant.release.check_files", lambda store, policy: None
+        "assistant.decisions.check_files", lambda store, policy: None
     )  # its adapter is no folder
     policy, data = add_candidate(world), ["--data", str(world.store.data), "--json"]
 

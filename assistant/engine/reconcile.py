@@ -1,7 +1,8 @@
 """Bringing an engine to the adapters it should have, from whatever it has now.
 
 Level-triggered: it compares what is wanted with what is loaded and knows of no events, so it may be called at
-any time and after any crash. An engine that restarted lists only the base and gets everything back.
+any time and after any crash. An engine that restarted lists only the base and gets everything back. Loading and unloading
+are two steps: what is loaded is checked, and people are moved to it, before what they leave is taken away.
 """
 
 from __future__ import annotations
@@ -16,30 +17,21 @@ from storage.errors import KotaeError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReconcileResult:
-    """What was changed, and what could not be (policy id → error)."""
+class LoadResult:
+    """What was loaded, and what could not be (policy id → error)."""
 
     loaded: frozenset[str]
-    unloaded: frozenset[str]
     failed: Mapping[str, KotaeError]
 
 
-async def reconcile(
-    engine: Engine,
-    wanted: Mapping[str, Path],
-    *,
-    in_use: Set[str] = frozenset(),
-    check: Callable[[str], None] = lambda policy_id: None,
-) -> ReconcileResult:
-    """Load what is wanted and missing, then unload what is neither wanted nor in use.
-
-    Loading comes first, so that nothing is taken away before its successor is there; one failure does not
-    stop the others.
+async def load_missing(
+    engine: Engine, wanted: Mapping[str, Path], *, check: Callable[[str], None] = lambda policy_id: None
+) -> LoadResult:
+    """Load what is wanted and missing; one failure does not stop the others.
 
     Args:
         engine: the engine to change.
         wanted: policy id → adapter folder, without the base.
-        in_use: policies that answers are still being streamed from.
         check: called in a thread before a policy is loaded; raises a KotaeError when the engine must not get it.
 
     Raises:
@@ -47,7 +39,7 @@ async def reconcile(
     """
     present = await engine.loaded()
     failed: dict[str, KotaeError] = {}
-    loaded, unloaded = set(), set()
+    loaded = set()
     for policy_id in sorted(wanted.keys() - present):
         try:
             await asyncio.to_thread(check, policy_id)
@@ -55,10 +47,25 @@ async def reconcile(
             loaded.add(policy_id)
         except KotaeError as error:
             failed[policy_id] = error
-    for policy_id in sorted(present - wanted.keys() - in_use - {engine.base_name}):
+    return LoadResult(loaded=frozenset(loaded), failed=failed)
+
+
+async def unload_unused(engine: Engine, in_use: Callable[[], Set[str]]) -> dict[str, KotaeError]:
+    """Unload all but the base and what is in use, and return what could not be (policy id → error).
+
+    Args:
+        engine: the engine to change.
+        in_use: returns the policies that must stay; asked before each is unloaded, because questions come meanwhile.
+
+    Raises:
+        EngineUnavailable: the engine does not say what it has.
+    """
+    failed: dict[str, KotaeError] = {}
+    for policy_id in sorted(await engine.loaded() - {engine.base_name}):
+        if policy_id in in_use():
+            continue
         try:
             await engine.unload(policy_id)
-            unloaded.add(policy_id)
         except KotaeError as error:
             failed[policy_id] = error
-    return ReconcileResult(loaded=frozenset(loaded), unloaded=frozenset(unloaded), failed=failed)
+    return failed

@@ -138,7 +138,7 @@ class CandidatesPage:
             return self._shown(selected) | {self.message: note(told, "good"), self.reason: ""}
 
     def on_reject(self, selected: str, reason: str, request: gr.Request) -> Updates:
-        """Reject for good, with a reason; the shadow is withdrawn with it."""
+        """Reject for good, with a reason; the canary or the shadow is withdrawn with it."""
         with self.frame.told():
             person = self.frame.person(request)
             self._check_reason(reason)

@@ -37,6 +37,7 @@ class ServedPage:
     def build(self, blocks: gr.Blocks, tab: gr.Tab) -> None:
         """Add the page and connect its events."""
         words = self.words
+        self.seen = gr.State({})
         self.alerts = markup(elem_id="served-alerts")
         self.now = markup(elem_id="served-now")
         self.shadow = markup(elem_id="served-shadow")
@@ -62,6 +63,7 @@ class ServedPage:
         markup(f"<h3>{escape(words('served.history'))}</h3>")
         self.history = markup(elem_id="served-history")
         shown = [
+            self.seen,
             self.alerts,
             self.now,
             self.shadow,
@@ -74,9 +76,10 @@ class ServedPage:
         ]
         gr.on([blocks.load, tab.select], self.refresh, None, shown, **QUICK)
         slow: Json = {"show_progress": "minimal", "show_progress_on": self.now}
-        self.promote.click(self.on_promote, self.reason, shown, **slow)
-        self.rollback.click(self.on_rollback, self.reason, shown, **slow)
-        self.withdraw.click(self.on_withdraw, self.reason, shown, **slow)
+        decision = [self.reason, self.seen]
+        self.promote.click(self.on_promote, decision, shown, **slow)
+        self.rollback.click(self.on_rollback, decision, shown, **slow)
+        self.withdraw.click(self.on_withdraw, decision, shown, **slow)
 
     def refresh(self, request: gr.Request) -> Updates:
         """Show what is served, how satisfied people are, and what was served before."""
@@ -84,29 +87,29 @@ class ServedPage:
             self.frame.person(request)
             return self._shown()
 
-    async def on_promote(self, reason: str, request: gr.Request) -> Updates:
-        """Give the canary all conversations."""
+    async def on_promote(self, reason: str, seen: Json, request: gr.Request) -> Updates:
+        """Give the canary that was shown all conversations."""
         with self.frame.told():
-            person, served = self.frame.person(request), release.serving(self.store)
+            person = self.frame.person(request)
             self._check_reason(reason)
-            canary = served.canary.policy_id if served.canary else ""
-            release.promote(self.store, policy_id=canary, person=person, reason=reason)
+            release.promote(self.store, policy_id=seen.get("canary", ""), person=person, reason=reason)
             return self._done(self.words("served.promoted", policy=await self._synced()))
 
-    async def on_rollback(self, reason: str, request: gr.Request) -> Updates:
-        """Withdraw the canary if there is one, else go back to the policy before."""
+    async def on_rollback(self, reason: str, seen: Json, request: gr.Request) -> Updates:
+        """Withdraw the canary if one was shown, else go back to the policy before."""
         with self.frame.told():
             person = self.frame.person(request)
             self._check_reason(reason)
-            release.rollback(self.store, actor=person.id, reason=reason)
+            expected = seen.get("canary", seen.get("stable"))
+            release.rollback(self.store, actor=person.id, reason=reason, expected=expected)
             return self._done(self.words("served.rolled_back", policy=await self._synced()))
 
-    async def on_withdraw(self, reason: str, request: gr.Request) -> Updates:
-        """Withdraw the shadow."""
+    async def on_withdraw(self, reason: str, seen: Json, request: gr.Request) -> Updates:
+        """Withdraw the shadow that was shown."""
         with self.frame.told():
             person = self.frame.person(request)
             self._check_reason(reason)
-            row = release.withdraw(self.store, actor=person.id, reason=reason)
+            row = release.withdraw(self.store, actor=person.id, reason=reason, expected=seen.get("shadow"))
             await self._synced()
             return self._done(self.words("served.withdrawn", policy=row.policy_id))
 
@@ -125,6 +128,7 @@ class ServedPage:
     def _shown(self) -> Updates:
         served = deployments.served(self.store)
         return {
+            self.seen: policies_of(served),
             self.alerts: "".join(note(alert, "bad") for alert in self.services.release.alerts[-5:]),
             self.now: served_html(self.words, self.store, served) + verdict_html(self.words, self.store),
             self.shadow: shadow_html(self.words, last_evidence(self.store)),
@@ -133,6 +137,14 @@ class ServedPage:
             self.satisfaction: satisfaction_html(self.words, likings(self.store)),
             self.history: history_html(self.words, self.store, deployments.history(self.store, HISTORY)),
         }
+
+
+def policies_of(served: Served | None) -> Json:
+    """Return role → policy of what is shown: a decision is about that, whatever came in its place meanwhile."""
+    if served is None:
+        return {}
+    rows = {"stable": served.stable, "canary": served.canary, "shadow": served.shadow}
+    return {role: row.policy_id for role, row in rows.items() if row is not None}
 
 
 def served_html(words: Words, store: Store, served: Served | None) -> str:

@@ -1,0 +1,177 @@
+"""Decisions about what should answer, as rows in storage: approval, promotion, rollback, the end of a shadow.
+
+They work without a server. A running one follows them (`assistant.release`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from assistant.engine.adapter_gate import base_shape, check_adapter
+from assistant.engine.errors import AdapterRefused
+from storage import adapters, deployments, policies
+from storage.errors import Conflict, InvalidField
+from storage.records import Deployment, DeploymentRole, Person, Policy, Served
+from storage.store import Store
+
+
+def approve(
+    store: Store,
+    *,
+    policy_id: str,
+    person: Person,
+    reason: str,
+    canary_percent: float | None = None,
+    shadow_percent: float | None = None,
+) -> Deployment:
+    """Approve a candidate and deploy it: to everybody, to a share of the conversations, or as the shadow of a share.
+
+    One that is in the shadow, or was, is approved already; it is only deployed.
+
+    Raises:
+        NotAllowed, NotFound, Conflict: as `storage.policies.decide`, or another policy is the shadow.
+        InvalidField: the share is not between 0 and 100, or two are given.
+        AdapterRefused, CorruptData: the adapter's files are not what was evaluated, or not servable.
+    """
+    role, share = _role_and_share(canary_percent, shadow_percent)
+    policy = store.get(Policy, policy_id)
+    check_files(store, policy)
+    deployments.check_step(deployments.served(store), policy_id, role)  # nothing is decided that is not done
+    if not _is_approved_and_free(store, policy_id):
+        policies.decide(store, policy_id=policy_id, person_id=person.id, decision="approve", reason=reason)
+    return deployments.deploy(
+        store, policy_id=policy_id, role=role, share=share, actor=person.id, reason=reason
+    )
+
+
+def _is_approved_and_free(store: Store, policy_id: str) -> bool:
+    """Tell whether an approved policy answers nobody, so that it may be deployed without another decision."""
+    free = policies.standing(store, policy_id) in ("approved", "shadow", "retired")
+    return free and policies.is_approved(store, policy_id)
+
+
+def _role_and_share(canary: float | None, shadow: float | None) -> tuple[DeploymentRole, float]:
+    """Return how a policy is deployed for these percentages of the conversations."""
+    if canary is not None and shadow is not None:
+        raise InvalidField("shadow", shadow, "a policy answers a share (canary) or nobody (shadow), not both")
+    if canary is not None and not 0 < canary < 100:
+        raise InvalidField("canary", canary, "give a percentage above 0 and below 100")
+    if shadow is not None and not 0 < shadow <= 100:
+        raise InvalidField("shadow", shadow, "give a percentage above 0, at most 100")
+    if canary is not None:
+        return "canary", canary / 100
+    return ("stable", 1.0) if shadow is None else ("shadow", shadow / 100)
+
+
+def reject(store: Store, *, policy_id: str, person: Person, reason: str) -> None:
+    """Reject a policy for good, with a reason; the canary or the shadow is withdrawn with it.
+
+    Raises:
+        NotAllowed, NotFound, Conflict: as `storage.policies.decide`, so for the stable policy.
+    """
+    policies.decide(store, policy_id=policy_id, person_id=person.id, decision="reject", reason=reason)
+    if policies.standing(store, policy_id) in ("canary", "shadow"):
+        retire(store, policy_id=policy_id, actor=person.id, reason=reason)
+
+
+def promote(store: Store, *, policy_id: str, person: Person, reason: str) -> Deployment:
+    """Give the canary all conversations.
+
+    Raises:
+        Conflict: `policy_id` is not the canary, or not any more.
+    """
+    served = serving(store)
+    if served.canary is None or served.canary.policy_id != policy_id:
+        running = served.canary.policy_id if served.canary else "none"
+        raise Conflict(f"policy: {policy_id} is not the canary ({running} is); approve it with a share first")
+    return deployments.deploy(
+        store,
+        policy_id=policy_id,
+        role="stable",
+        share=1.0,
+        actor=person.id,
+        reason=reason,
+        expected=policy_id,
+    )
+
+
+def rollback(store: Store, *, actor: str, reason: str, expected: str | None = None) -> Deployment:
+    """Withdraw the canary if there is one, else go back to the policy served before.
+
+    Args:
+        expected: the policy to take back. Who saw what is served gives it: somebody else may have taken that back
+            meanwhile, and a second step would hit what came in its place. None: what answers now.
+
+    Raises:
+        Conflict: another policy than `expected` answers by now, or there is nothing to go back to.
+    """
+    if not reason.strip():
+        raise InvalidField("reason", reason, "say why in a few words")
+    served = serving(store)
+    expected = expected or (served.canary or served.stable).policy_id
+    deployments.check_newest(served, expected)
+    if served.canary is not None:
+        return retire(store, policy_id=expected, actor=actor, reason=reason)
+    if served.previous is None:
+        raise Conflict("rollback: nothing was served before this policy; there is nothing to go back to")
+    return deployments.deploy(
+        store,
+        policy_id=served.previous.policy_id,
+        role="stable",
+        share=1.0,
+        actor=actor,
+        reason=reason,
+        expected=expected,
+    )
+
+
+def withdraw(store: Store, *, actor: str, reason: str, expected: str | None = None) -> Deployment:
+    """Ask the shadow no more.
+
+    Args:
+        expected: as for `rollback`.
+
+    Raises:
+        Conflict: no policy is the shadow, or another one than `expected`.
+    """
+    shadow = serving(store).shadow
+    if shadow is None:
+        raise Conflict("shadow: no policy is in the shadow; there is nothing to withdraw")
+    if expected not in (None, shadow.policy_id):
+        raise Conflict(
+            f"policy: got {expected}, but {shadow.policy_id} is the shadow now; nothing was changed"
+        )
+    return retire(store, policy_id=shadow.policy_id, actor=actor, reason=reason)
+
+
+def retire(store: Store, *, policy_id: str, actor: str, reason: str) -> Deployment:
+    """Withdraw this policy, the canary or the shadow.
+
+    Raises:
+        Conflict: it is neither by now.
+    """
+    return deployments.deploy(
+        store, policy_id=policy_id, role="retired", share=0.0, actor=actor, reason=reason
+    )
+
+
+def serving(store: Store) -> Served:
+    """Return what should be served; raises Conflict before the first start."""
+    served = deployments.served(store)
+    if served is None:
+        raise Conflict("served: nothing was ever served from this data folder; start it once with `serve`")
+    return served
+
+
+def check_files(store: Store, policy: Policy) -> None:
+    """Raise unless the adapter is of the base that is served, its bytes are those evaluated, and an engine can serve it."""
+    if policy.adapter_path is None or policy.adapter_sha256 is None:
+        return
+    base = store.get(Policy, serving(store).stable.policy_id)
+    if policy.base_sha256 != base.base_sha256:
+        raise AdapterRefused(
+            f"{policy.id}: base_sha256: got {policy.base_sha256[:12]}…; train on the base served, {base.base_path} "
+            f"({base.base_sha256[:12]}…), or serve with --model {policy.base_path}"
+        )
+    adapters.verify_adapter(Path(policy.adapter_path), policy.adapter_sha256)
+    check_adapter(Path(policy.adapter_path), base=base_shape(policy.base_path, sha256=policy.base_sha256))
