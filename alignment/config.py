@@ -234,6 +234,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "reward.adapters": (1, 16),
     "reward.head_learning_rate": (1e-8, 1),
     "dpo.flip_rate": (0, 0.45),
+    "dpo.reference_every": (0, 1_000_000),
     "kto.batch_thumbs": (2, 100_000),
     "kto.min_class_thumbs": (1, 1_000_000),
     **PPO_LIMITS,

@@ -1,10 +1,11 @@
 """Direct preference optimisation: trains the adapter "policy" on pairs, against the adapter "reference".
 
-The reference is fixed for the whole run (no refresh). PPO and KTO are other modules.
+The reference is fixed, or follows the policy in hard steps (`DpoConfig.reference_every`). PPO and KTO are other modules.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from alignment.displacement import Change
 from alignment.distributed import ALONE, Crew
 from alignment.dpo_losses import pair_losses
 from alignment.kl_budget import where_measured
-from alignment.logprobs import completion_sums, shares, token_logprobs
+from alignment.logprobs import Row, completion_logprobs, completion_sums, shares, token_logprobs
 from alignment.models import Base, active, has_adapter
 from alignment.policy_training import Method, PolicyResult, train_policy
 from alignment.preferences import Pair
@@ -37,7 +38,9 @@ class _Data:
     """The pairs as tensors, in their order: P pairs."""
 
     trees: list[Tree]
-    reference: torch.Tensor  # (P, 2) nats
+    rows: Sequence[Row]  # (2 P,) chosen and rejected in turn
+    start: torch.Tensor  # (P, 2) nats under the adapter "reference"
+    reference: torch.Tensor  # (P, 2) nats that the loss measures from
     weights: torch.Tensor  # (P,)
     margins: torch.Tensor  # (P,)
     dpop_weights: torch.Tensor  # (P,)
@@ -81,6 +84,8 @@ def train_dpo(
         kl_prompts=kl_prompts,
         accuracy_says="of pairs ranked as people did",
         fingerprint=sha256_of([asdict(config), seed, [asdict(pair) for pair in pairs], kl_prompts]),
+        before_step=lambda step: _refresh(base, data, config, step, progress=progress, crew=crew),
+        changing={"reference": data.reference},
     )
     return train_policy(base, method, config, progress=progress, checkpoint=checkpoint, crew=crew)
 
@@ -112,15 +117,29 @@ def _prepare(
         base, rows, cache=cache, batch_tokens=config.batch_tokens, progress=progress, crew=crew
     )
     progress.step(1)
-    sums = torch.tensor([float(values.sum(dtype="float64")) for values in scored])
+    start = torch.tensor([float(values.sum(dtype="float64")) for values in scored]).view(-1, 2)
     dpop = [config.correction_dpop_weight if p.source == "correction" else 0.0 for p in pairs]
     return _Data(
         trees=[make_tree(p.prompt_ids, (p.chosen_ids, p.rejected_ids)) for p in pairs],
-        reference=sums.view(-1, 2).to(base.device),
+        rows=rows,
+        start=start.to(base.device),
+        reference=start.to(base.device, copy=True),
         weights=torch.tensor([p.weight for p in pairs], device=base.device),
         margins=torch.tensor([p.margin for p in pairs], device=base.device),
         dpop_weights=torch.tensor(dpop, device=base.device),
     )
+
+
+def _refresh(
+    base: Base, data: _Data, config: DpoConfig, step: int, *, progress: Progress, crew: Crew
+) -> None:
+    """Let the loss measure from the policy as it is now, if it is time to."""
+    if not config.reference_every or not step or step % config.reference_every:
+        return
+    scored = completion_logprobs(
+        base, data.rows, adapter="policy", batch_tokens=config.batch_tokens, progress=progress, crew=crew
+    )
+    data.reference.copy_(torch.tensor([math.fsum(values) for values in scored]).view(-1, 2))
 
 
 def _gradients(
@@ -152,7 +171,7 @@ def _gradients(
             )
             loss = (data.weights[own] * losses).sum() / total
             loss.backward()  # type: ignore[no-untyped-call]
-            moved = _step_sums(policy.detach() - data.reference[own], lengths, config)
+            moved = _step_sums(policy.detach() - data.start[own], lengths, config)
             sums += torch.cat([loss.detach().view(1), moved])
     crew.sum(sums)
     means = (sums / torch.tensor([1.0, *[len(numbers)] * 4], device=base.device)).tolist()

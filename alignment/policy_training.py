@@ -7,7 +7,7 @@ budgets, the last good weights, and a checkpoint that resumes exactly. PPO, whic
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -70,6 +70,10 @@ class Method:
     """What `name/accuracy` is a share of, for people."""
     fingerprint: str
     """Of everything the training depends on: a checkpoint of another is refused."""
+    before_step: Callable[[int], None] = lambda step: None
+    """Called with the number of steps done before the next one."""
+    changing: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What `before_step` changes in place: a checkpoint holds it."""
 
 
 @dataclass(slots=True)
@@ -96,7 +100,7 @@ class _Training:
     """The last weights that were neither displaced nor broken."""
     state: _State
     checkpoint: Path | None
-    fingerprint: str
+    method: Method
 
 
 def train_policy(
@@ -152,7 +156,7 @@ def _start(
         good=copy_weights(parameters),
         state=_State(nll_weight=config.nll_weight),
         checkpoint=checkpoint,
-        fingerprint=method.fingerprint,
+        method=method,
     )
     saved = crew.told(read_checkpoint(checkpoint, fingerprint=method.fingerprint) if checkpoint else None)
     if saved is not None:
@@ -160,6 +164,8 @@ def _start(
         training.optimiser.load_state_dict(saved["optimiser"])
         training.good = {name: weight.to(base.device) for name, weight in saved["good"].items()}
         hold.restore(saved["hold"])
+        for name, tensor in method.changing.items():
+            tensor.copy_(saved["changing"][name])
         window = [Change(**change) for change in saved["state"].pop("window")]
         training.state = _State(**saved["state"], window=window)
     else:
@@ -170,10 +176,11 @@ def _start(
 def _save(training: _Training) -> None:
     if training.checkpoint is not None:
         content = {
-            "fingerprint": training.fingerprint,
+            "fingerprint": training.method.fingerprint,
             "weights": copy_weights(training.parameters),
             "good": training.good,
             "hold": training.hold.saved(),
+            "changing": {name: tensor.cpu() for name, tensor in training.method.changing.items()},
             "optimiser": training.optimiser.state_dict(),
             "state": asdict(training.state),
         }
@@ -196,6 +203,7 @@ def _train(
         if stop:
             raise Interrupted(f"training was stopped on request after {state.step} of {steps} steps")
         # 1. gradients of the whole batch, summed over its micro-batches
+        method.before_step(state.step)
         training.optimiser.zero_grad(set_to_none=True)
         curves, change = method.gradients(method.batches[state.step], state.nll_weight)
         crew.sum_gradients(list(training.parameters.values()))

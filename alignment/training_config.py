@@ -153,6 +153,10 @@ class DpoConfig(FixedAnswersConfig):
     be turned (choice.turned_share_high_min, choice.noisy_flip_rate_min), and enough answers differ."""
     batch_pairs: int = 16
     """Pairs an optimiser step."""
+    reference_every: int = 0
+    """Optimiser steps after which the loss measures from the policy reached by then instead of from the one that training
+    began with (hard updates of TR-DPO, arXiv 2404.09656); each costs a forward pass over all pairs. KL budgets and the
+    watch over displacement go on measuring from the beginning. 0: never."""
     margin_weight: float = 0.5
     """Factor of a comparison's strength margin inside the sigmoid (ODPO, arXiv 2402.10571)."""
     length_weight: float = 0.0

@@ -180,6 +180,47 @@ def test_an_interrupted_training_resumes_to_the_same_weights(model: Path, tmp_pa
     assert_same(weights, expected, tolerance=0)
 
 
+class Curves(Silent):
+    """Keeps what each step tells."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+
+    def step(self, done: int, message: str = "", **metrics: float) -> None:
+        if "dpo/loss" in metrics:
+            self.steps.append(metrics)
+
+
+def test_a_reference_that_follows_measures_from_the_policy_and_the_watch_from_the_start(model: Path) -> None:
+    pairs = [replace(pair, margin=0.0) for pair in make_pairs(8)]
+    config = replace(CONFIG, epochs=6, reference_every=3)  # every step has all pairs
+    fixed, following = Curves(), Curves()
+    trained(model, pairs, replace(config, reference_every=0), progress=fixed)
+    trained(model, pairs, config, progress=following)
+    losses = [step["dpo/loss"] for step in following.steps]
+    assert losses[:3] == [step["dpo/loss"] for step in fixed.steps][:3]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses[3] == pytest.approx(math.log(2), abs=1e-5)  # policy and reference are the same again
+    assert losses[1] < losses[0] - 1e-3
+    moved = following.steps[3]["dpo/h_nats"]  # from the start, not from the reference of now
+    assert moved == pytest.approx(fixed.steps[3]["dpo/h_nats"], abs=1e-6)
+    assert moved > 0.01
+
+
+def test_a_training_with_a_reference_that_follows_resumes_to_the_same_weights(
+    model: Path, tmp_path: Path
+) -> None:
+    pairs, file, config = make_pairs(24), tmp_path / "dpo.pt", replace(CONFIG, reference_every=2)
+    _, expected = trained(model, pairs, config)
+    for done in (2, 3):  # as the reference is about to follow, and after it has
+        with pytest.raises(Interrupted, match=f"after {done} of 6"):
+            trained(model, pairs, config, checkpoint=file, progress=StopAfter("dpo", done))
+    _, weights = trained(model, pairs, config, checkpoint=file)
+    assert_same(weights, expected, tolerance=0)
+    _, fixed = trained(model, pairs)
+    assert any(not torch.equal(weights[name], fixed[name]) for name in weights)
+
+
 def test_a_crash_resumes_from_the_last_checkpoint(model: Path, tmp_path: Path) -> None:
     class Crash(Silent):
         def step(self, done: int, message: str = "", **metrics: float) -> None:
