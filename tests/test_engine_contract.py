@@ -342,7 +342,7 @@ def test_rollouts_of_a_vllm_server_come_from_the_policy_and_are_weighed_once_the
     rows = [{"role": "user", "content": QUESTION}], [{"role": "user", "content": "Hello"}]
     prompts = [prompt_ids(base, messages) for messages in rows for _ in range(2)]
     config = PpoConfig(max_new_tokens=16, importance_cap=1.5)
-    url = running[0]._replicas[0].url
+    url = running[0]._replicas.all[0].url
 
     def answers(*, step: int) -> Answers:
         return take_answers(base, prompts, config, sampler=served, seed=1, step=step, progress=Silent())

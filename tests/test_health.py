@@ -71,6 +71,16 @@ def test_not_ready_until_the_served_policy_is_loaded(site: Site) -> None:
     assert "not loaded" in reply.json()["reason"]
 
 
+def test_ready_when_one_server_has_what_is_served_and_another_cannot_load_it(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def in_every_server() -> frozenset[str]:
+        return frozenset()
+
+    monkeypatch.setattr(site.engine, "loaded", in_every_server)
+    assert site.client(None).get("/readyz").status_code == 200
+
+
 def test_not_ready_when_the_engine_is_closed(site: Site) -> None:
     with TestClient(site.app) as client:  # runs the lifespan, which closes the engine
         assert client.get("/readyz").status_code == 200

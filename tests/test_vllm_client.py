@@ -234,7 +234,7 @@ def test_stopping_early_closes_the_response_upstream(server: Server, way: str) -
 
     asyncio.run(stop())
     assert body.closed
-    assert engine._replicas[0].in_flight == 0
+    assert engine._replicas.all[0].in_flight == 0
 
 
 # -- adapters ---------------------------------------------------------------------------------------------
@@ -290,6 +290,17 @@ def test_a_refused_adapter_differs_from_an_engine_that_died_of_it(server: Server
     server.on("one", "/health", httpx.Response(503))
     with pytest.raises(EngineUnavailable):
         load(engine_of(server), adapter)
+
+
+def test_a_replica_that_refuses_what_another_took_is_itself_at_fault(server: Server, adapter: Path) -> None:
+    """Else one server that does not see the adapters' folder would withdraw the policy that all others answer with."""
+    server.on("one", LOAD, problem(500, "No adapter found for /a"))
+    server.on("two", LOAD, httpx.Response(200))
+    with pytest.raises(EngineUnavailable, match=r"one replica refuses what another took.*No adapter found"):
+        load(engine_of(server, ONE, TWO), adapter)
+    server.on("two", LOAD, problem(500, "No adapter found for /a"))
+    with pytest.raises(AdapterRefused):
+        load(engine_of(server, ONE, TWO), adapter)
 
 
 def test_a_server_without_runtime_adapters_says_how_to_start_it(server: Server, adapter: Path) -> None:

@@ -113,7 +113,10 @@ class LocalEngine:
         if not self._model.done():
             return Health(ready=False, detail="the model is being loaded")
         error = self._model.exception()
-        return Health(ready=error is None, detail=f"in this process{f': {error}' if error else ''}")
+        if error is not None:
+            return Health(ready=False, detail=f"in this process: {error}")
+        names = frozenset({self.base_name, *tuple(self._model.result().paths)})
+        return Health(ready=True, detail="in this process", policies=names)
 
     async def queues(self) -> list[Queue]:
         """Say whether the one thread has work, and how much waits for it: answers, probes and adapters to load."""
