@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from assistant.engine import vllm_replicas
-from assistant.engine.errors import ContextTooLong, EngineBusy, StreamBroken
+from assistant.engine.errors import ContextTooLong, EngineBusy, StreamBroken, WrongPolicy
 from assistant.engine.protocol import Queue, Sampling
 from assistant.engine.vllm import VllmEngine
 from assistant.web.health import ENGINE_TIMEOUT_S
@@ -67,6 +67,22 @@ def test_a_request_that_is_wrong_is_not_repeated_elsewhere(server: Server) -> No
     server.chat("two", GOOD)
     with pytest.raises(ContextTooLong):
         ask(engine_of(server, ONE, TWO))
+
+
+def test_another_policys_answer_is_told_and_not_covered_up_by_another_replica(server: Server) -> None:
+    server.chat("one", (chunk("Hi", [5], model="someone-else"),))
+    server.chat("two", GOOD)
+    with pytest.raises(WrongPolicy):
+        ask(engine_of(server, ONE, TWO))
+    assert {request.url.host for request in server.requests} == {"one"}
+
+
+def test_another_policys_probe_is_told_too(server: Server) -> None:
+    server.chat("one", httpx.Response(200, json={"model": "someone-else"}))
+    server.chat("two", httpx.Response(200, json={"model": "someone-else"}))
+    with pytest.raises(WrongPolicy):
+        asyncio.run(engine_of(server, ONE, TWO).probe(policy_id=POLICY, messages=MESSAGES, max_tokens=2))
+    assert {request.url.host for request in server.requests} == {"one"}
 
 
 def test_when_all_fail_a_busy_one_is_reported_because_waiting_helps(server: Server) -> None:

@@ -21,6 +21,7 @@ from assistant.engine.errors import (
     EngineUnavailable,
     PolicyNotLoaded,
     StreamBroken,
+    WrongPolicy,
 )
 from assistant.engine.protocol import Piece, Sampling
 from assistant.engine.vllm import VllmEngine
@@ -147,7 +148,8 @@ MAX_TOKENS = "max_tokens=5000 cannot be greater than max_model_len=256. Please r
         ((FIRST, httpx.ReadError("reset")), EngineUnavailable, "reset"),
         ((b"data: {not json\n\n",), StreamBroken, "not JSON"),
         ((b"data: [1]\n\n",), StreamBroken, "not an object"),
-        ((chunk("Hi", [5], model="someone-else"),), StreamBroken, "someone-else"),
+        ((chunk("Hi", [5], model="someone-else"),), WrongPolicy, "someone-else"),
+        ((event(choices=[]),), StreamBroken, "names no model"),
         ((FIRST, chunk("Hi", None)), StreamBroken, "token_ids"),
         ((FIRST, chunk("Hi", [5], finish="abort")), StreamBroken, "abort"),
     ],
@@ -348,12 +350,12 @@ def test_a_probe_reads_ids_and_log_probs_and_shows_missing_numbers_as_nan(server
     assert math.isnan(probe(server).logprobs[0])
 
 
-@pytest.mark.parametrize(
-    "answer", [probe_answer([-1], model="other"), httpx.Response(200, json={"model": POLICY})]
-)
-def test_a_probe_of_the_wrong_shape_or_policy_is_broken(server: Server, answer: httpx.Response) -> None:
-    server.chat("one", answer)
-    with pytest.raises(StreamBroken):
+def test_a_probe_of_the_wrong_shape_or_policy_is_broken(server: Server) -> None:
+    server.chat("one", httpx.Response(200, json={"model": POLICY}))
+    with pytest.raises(StreamBroken, match="no log-probs"):
+        probe(server)
+    server.chat("one", probe_answer([-1], model="other"))
+    with pytest.raises(WrongPolicy, match="other"):
         probe(server)
 
 

@@ -8,6 +8,7 @@ KotaeError
     ├── PolicyNotLoaded     the engine does not know this policy (it restarted)
     ├── ContextTooLong      the messages do not fit the model
     ├── StreamBroken        the answer ended without saying so
+    │   └── WrongPolicy     another policy answered
     └── AdapterRefused      these files must not be served
 """
 
@@ -52,7 +53,7 @@ class ContextTooLong(EngineError):
 
 
 class StreamBroken(EngineError):
-    """An answer ended without a finish reason, or came from the wrong policy."""
+    """An answer ended without a finish reason, or is not of the form that it must have."""
 
 
 class WrongPolicy(StreamBroken):

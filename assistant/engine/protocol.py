@@ -84,7 +84,7 @@ class Engine(Protocol):
         """Stream an answer. Closing the iterator early aborts the request upstream.
 
         Raises:
-            EngineUnavailable, EngineBusy, PolicyNotLoaded, ContextTooLong, StreamBroken.
+            EngineUnavailable, EngineBusy, PolicyNotLoaded, ContextTooLong, StreamBroken, WrongPolicy.
         """
         ...
 

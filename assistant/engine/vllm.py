@@ -25,6 +25,7 @@ from assistant.engine.errors import (
     EngineUnavailable,
     PolicyNotLoaded,
     StreamBroken,
+    WrongPolicy,
 )
 from assistant.engine.protocol import Health, Piece, ProbeResult, Queue, Sampling
 from assistant.engine.vllm_http import Connections, post
@@ -36,6 +37,7 @@ CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 120.0
 """Longest silence of a stream, waiting in the queue included."""
 WORTH_ANOTHER_REPLICA = (EngineUnavailable, EngineBusy, PolicyNotLoaded, StreamBroken)
+"""Before the first token; but not `WrongPolicy`, which another's right answer would cover up."""
 
 
 class VllmEngine:
@@ -93,7 +95,7 @@ class VllmEngine:
             except ContextTooLong as refusal:
                 raise await self._counted(replica, policy_id, messages, refusal) from None
             except WORTH_ANOTHER_REPLICA as error:
-                if begun:
+                if begun or isinstance(error, WrongPolicy):
                     raise
                 if isinstance(error, PolicyNotLoaded):
                     replica.policies.discard(policy_id)
@@ -182,6 +184,8 @@ class VllmEngine:
             try:
                 return await ask(replica)
             except WORTH_ANOTHER_REPLICA as error:
+                if isinstance(error, WrongPolicy):
+                    raise
                 failure = _worse(failure, error)
         raise failure
 
