@@ -17,7 +17,14 @@ from functools import partial
 
 from assistant.admission import Admission, Limits
 from assistant.answering import Prompt, Stream, pieces_of
-from assistant.engine.errors import ContextTooLong, EngineBusy, EngineError, StreamBroken, WrongPolicy
+from assistant.engine.errors import (
+    ContextTooLong,
+    EngineAbsent,
+    EngineBusy,
+    EngineError,
+    StreamBroken,
+    WrongPolicy,
+)
 from assistant.engine.protocol import Engine, Sampling
 from assistant.release import Release
 from assistant.shadow import Shadow
@@ -219,12 +226,12 @@ class Chat:
             self.shadow.offer(ask.prompt, turn)
 
     def _note_failure(self, deployment: Deployment, error: BaseException, *, begun: bool) -> None:
-        """Record what speaks against the policy and leaves no turn: a fault of the engine's, not of the question."""
+        """Record what speaks against the policy and leaves no turn: neither the question nor an engine that is away."""
         if isinstance(error, WrongPolicy):
             record_failure(self.store, policy_id=deployment.policy_id, kind="wrong_policy")
         elif (
             isinstance(error, EngineError)
-            and not isinstance(error, ContextTooLong | EngineBusy)
+            and not isinstance(error, ContextTooLong | EngineBusy | EngineAbsent)
             and not begun
         ):
             record_failure(self.store, policy_id=deployment.policy_id, kind="error")

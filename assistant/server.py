@@ -27,7 +27,7 @@ from assistant.accounts import first_administrator
 from assistant.admission import Limits
 from assistant.base_model import find_model
 from assistant.chat import Chat
-from assistant.engine.errors import EngineStarting, EngineUnavailable
+from assistant.engine.errors import EngineAbsent, EngineStarting, EngineUnavailable
 from assistant.engine.protocol import Engine
 from assistant.engine.supervisor import VllmOptions, VllmProcess, choose_engine
 from assistant.engine.vllm import VllmEngine
@@ -307,14 +307,12 @@ class Boot:
             print(f"  vLLM  {elapsed_s:5.1f} s  {stage}", flush=True)
         self.stage, self.elapsed_s = stage, elapsed_s
 
-    def explain(self, vllm: VllmProcess) -> EngineUnavailable | None:
+    def explain(self, vllm: VllmProcess) -> EngineAbsent | None:
         """Return why vLLM does not answer; None when it should."""
         if vllm.state in ("starting", "restarting"):
             where = f"{self.stage}, {self.elapsed_s:.0f} s"
             return EngineStarting(f"the model is starting ({where}); ask again in a moment")
-        return (
-            None if vllm.state == "ready" else EngineUnavailable(f"the model is not running: {vllm.detail}")
-        )
+        return None if vllm.state == "ready" else EngineAbsent(f"the model is not running: {vllm.detail}")
 
 
 @contextmanager

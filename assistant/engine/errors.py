@@ -2,8 +2,9 @@
 
 KotaeError
 └── EngineError
-    ├── EngineUnavailable   nobody answers, or the process died
-    │   └── EngineStarting  not yet: it is being started
+    ├── EngineUnavailable   no answer came: it failed, or refused
+    │   └── EngineAbsent    nobody is there to ask
+    │       └── EngineStarting  not yet: it is being started
     ├── EngineBusy          the queue is full; try again
     ├── PolicyNotLoaded     the engine does not know this policy (it restarted)
     ├── ContextTooLong      the messages do not fit the model
@@ -22,10 +23,14 @@ class EngineError(KotaeError):
 
 
 class EngineUnavailable(EngineError):
-    """Nobody answers at the engine's address, or its process died."""
+    """The engine gave no answer: it failed, refused, or is not there."""
 
 
-class EngineStarting(EngineUnavailable):
+class EngineAbsent(EngineUnavailable):
+    """Nobody takes questions at the engine's address: whatever policy was asked has no part in it."""
+
+
+class EngineStarting(EngineAbsent):
     """The engine is being started, which takes a while and is no fault."""
 
 

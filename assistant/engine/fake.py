@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from assistant.engine.errors import ContextTooLong, EngineUnavailable, PolicyNotLoaded
+from assistant.engine.errors import ContextTooLong, EngineAbsent, PolicyNotLoaded
 from assistant.engine.protocol import Health, Piece, ProbeResult, Queue, Sampling
 from storage.records import Json
 
@@ -150,7 +150,7 @@ class FakeEngine:
 
     def _check_open(self) -> None:
         if self.closed:
-            raise EngineUnavailable("the engine is closed")
+            raise EngineAbsent("the engine is closed")
 
     def _check_known(self, policy_id: str) -> None:
         self._check_open()

@@ -21,8 +21,8 @@ from assistant.engine.detokenize import Detokenizer
 from assistant.engine.errors import (
     AdapterRefused,
     ContextTooLong,
+    EngineAbsent,
     EngineBusy,
-    EngineUnavailable,
     PolicyNotLoaded,
     StreamBroken,
 )
@@ -139,10 +139,10 @@ class LocalEngine:
 
         Raises:
             EngineBusy: too much is queued.
-            EngineUnavailable: the engine is closed.
+            EngineAbsent: the engine is closed.
         """
         if self._closed:
-            raise EngineUnavailable("engine: it is closed; start the server again")
+            raise EngineAbsent("engine: it is closed; start the server again")
         if self._waiting >= self._max_waiting:
             raise EngineBusy(f"engine: {self._waiting} requests are waiting; try again in a minute")
         self._waiting += 1
@@ -159,7 +159,7 @@ class LocalEngine:
         except KotaeError:
             raise
         except Exception as error:
-            raise EngineUnavailable(f"engine: the model could not be loaded: {error}") from error
+            raise EngineAbsent(f"engine: the model could not be loaded: {error}") from error
 
 
 class _Model:

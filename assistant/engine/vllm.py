@@ -20,6 +20,7 @@ from assistant.engine import vllm_wire as wire
 from assistant.engine.errors import (
     AdapterRefused,
     ContextTooLong,
+    EngineAbsent,
     EngineBusy,
     EngineError,
     EngineUnavailable,
@@ -51,7 +52,7 @@ class VllmEngine:
         api_key: str | None = None,
         read_timeout_s: float = READ_TIMEOUT_S,
         transport: httpx.AsyncBaseTransport | None = None,
-        explain: Callable[[], EngineUnavailable | None] = lambda: None,
+        explain: Callable[[], EngineAbsent | None] = lambda: None,
         in_float32: bool = False,
     ) -> None:
         """Prepare a client; nothing is sent yet.
@@ -81,7 +82,7 @@ class VllmEngine:
         self, *, policy_id: str, messages: list[Json], sampling: Sampling, request_id: str
     ) -> AsyncGenerator[Piece, None]:
         """Stream an answer; closing the iterator early aborts the request in vLLM. See `Engine.stream`."""
-        failure: EngineError = EngineUnavailable("engine: no replica is configured")
+        failure: EngineError = EngineAbsent("engine: no replica is configured")
         for replica in self._replicas.by_load(policy_id):
             begun = False
             try:
@@ -179,7 +180,7 @@ class VllmEngine:
             await self._replicas.raise_for_status(replica, response, policy_id=policy_id)
             return replace(wire.read_probe(response.json(), model=model), in_float32=self._in_float32)
 
-        failure: EngineError = EngineUnavailable("engine: no replica is configured")
+        failure: EngineError = EngineAbsent("engine: no replica is configured")
         for replica in self._replicas.by_load(policy_id):
             try:
                 return await ask(replica)
@@ -265,5 +266,8 @@ class VllmEngine:
 
 
 def _worse(first: EngineError, second: EngineError) -> EngineError:
-    """Return the error to show when every replica failed: a busy one tells most about what to do."""
-    return first if isinstance(first, EngineBusy) else second
+    """Return the error to show when every replica failed: a busy one tells most about what to do, an absent one least."""
+    is_first = isinstance(first, EngineBusy) or (
+        isinstance(second, EngineAbsent) and not isinstance(first, EngineAbsent)
+    )
+    return first if is_first else second

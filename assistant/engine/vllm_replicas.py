@@ -15,7 +15,13 @@ from typing import TypeVar
 import httpx
 
 from assistant.engine import vllm_wire as wire
-from assistant.engine.errors import AdapterRefused, EngineError, EngineUnavailable, StreamBroken
+from assistant.engine.errors import (
+    AdapterRefused,
+    EngineAbsent,
+    EngineError,
+    EngineUnavailable,
+    StreamBroken,
+)
 from assistant.engine.pace import Pace
 from assistant.engine.protocol import Health, Queue
 from storage.errors import KotaeError
@@ -49,7 +55,7 @@ class Replicas:
         *,
         base_name: str,
         client: httpx.AsyncClient,
-        explain: Callable[[], EngineUnavailable | None],
+        explain: Callable[[], EngineAbsent | None],
     ) -> None:
         """Remember the addresses; nothing is sent yet. `explain` as of `VllmEngine`."""
         self.all = [Replica(url.rstrip("/").removesuffix("/v1")) for url in urls]
@@ -187,7 +193,8 @@ class Replicas:
         if begun:
             return StreamBroken(f"stream: lost {replica.url} in mid-answer ({reason}); ask again")
         silent = f"engine: {replica.url} does not answer ({reason}); is it running?"
-        return self._explain() or EngineUnavailable(silent)
+        is_absent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+        return self._explain() or (EngineAbsent if is_absent else EngineUnavailable)(silent)
 
     async def raise_for_status(
         self, replica: Replica, response: httpx.Response, *, policy_id: str | None = None
