@@ -154,14 +154,19 @@ class Chat:
         )
 
     def _history(self, turn_id: str | None) -> list[Json]:
-        """Return the messages that lead to and include `turn_id`, oldest first."""
+        """Return the messages that lead to and include `turn_id`, oldest first.
+
+        A turn without an answer is left out whole: two questions in a row are refused by many chat templates, and an
+        empty answer would only teach the policy to give more of them.
+        """
         messages: list[Json] = []
         while turn_id is not None:
             turn = conversations.get_turn(self.store, turn_id)
-            messages[:0] = [
-                {"role": "user", "content": turn.messages[-1]["content"]},
-                {"role": "assistant", "content": turn.answer},
-            ]
+            if turn.answer.strip():
+                messages[:0] = [
+                    {"role": "user", "content": turn.messages[-1]["content"]},
+                    {"role": "assistant", "content": turn.answer},
+                ]
             turn_id = turn.parent_turn_id
         return messages
 
@@ -331,7 +336,7 @@ def only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 def check_messages(messages: list[Json]) -> list[Json]:
-    """Return `messages` when they can be answered.
+    """Return `messages` when they can be answered; an answer of the assistant among them may be empty.
 
     Raises:
         InvalidField: names the message that is empty, too long or of an unknown role.
@@ -345,7 +350,7 @@ def check_messages(messages: list[Json]) -> list[Json]:
         if message.get("role") not in ("system", "user", "assistant"):
             raise InvalidField(f"{name}.role", message.get("role"), "use system, user or assistant")
         content = message.get("content")
-        if not isinstance(content, str) or not content.strip():
+        if not isinstance(content, str) or not (content.strip() or message["role"] == "assistant"):
             raise InvalidField(f"{name}.content", content, "send some text")
         if len(content) > MAX_MESSAGE_CHARS:
             raise InvalidField(
