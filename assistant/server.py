@@ -19,6 +19,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
 import uvicorn
 import uvloop
@@ -78,6 +79,21 @@ class ServeOptions:
             raise InvalidField("--probe-tolerance", tolerance, "use a number of nats above 0")
         if not 0 < self.gpu_memory_share <= 1:
             raise InvalidField("--gpu-memory-share", self.gpu_memory_share, "use a number above 0, at most 1")
+        for url in self.engine_urls:
+            check_engine_url(url)
+
+
+def check_engine_url(url: str) -> None:
+    """Raise InvalidField unless `url` is the address of a server: without a scheme it would be taken and never answer."""
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, or half an IPv6 address
+        is_address = False
+    if not is_address or parts.query or parts.fragment:
+        raise InvalidField(
+            "--engine-url", url, "give it as http://HOST:PORT or https://HOST, as of a vLLM server"
+        )
 
 
 class Scheduler(Protocol):
