@@ -7,17 +7,26 @@ policy that gave it, in one transaction; feedback finds its way back through `Tu
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeVar
 
 from assistant.admission import Admission, Limits
 from assistant.answering import Prompt, Stream, pieces_of
-from assistant.engine.errors import ContextTooLong, EngineBusy, EngineError, StreamBroken, WrongPolicy
+from assistant.engine.errors import (
+    ContextTooLong,
+    EngineAbsent,
+    EngineBusy,
+    EngineError,
+    StreamBroken,
+    WrongPolicy,
+)
 from assistant.engine.protocol import Engine, Sampling
 from assistant.release import Release
 from assistant.shadow import Shadow
@@ -28,6 +37,7 @@ from storage.records import (
     Comparison,
     Conversation,
     Deployment,
+    FailureKind,
     Json,
     Person,
     Turn,
@@ -36,6 +46,9 @@ from storage.records import (
     now,
 )
 from storage.store import Store
+
+T = TypeVar("T")
+log = logging.getLogger("kotae.chat")
 
 MAX_MESSAGE_CHARS = 32_768
 """Longer input is refused before the engine sees it (about 8,000 tokens of English)."""
@@ -100,10 +113,12 @@ class Chat:
         self.shadow = Shadow(store, release, self.admission)
         self.recording = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recording")
         """One thread, as only one can write at a time: several would wait for each other and read pages anew."""
+        self._is_stopped = False
 
     async def stop(self) -> None:
         """Ask the shadow no more and wait until every answer is recorded."""
         await self.shadow.stop()
+        self._is_stopped = True
         await asyncio.to_thread(self.recording.shutdown)
 
     # -- asking ---------------------------------------------------------------------------------------
@@ -147,14 +162,19 @@ class Chat:
         )
 
     def _history(self, turn_id: str | None) -> list[Json]:
-        """Return the messages that lead to and include `turn_id`, oldest first."""
+        """Return the messages that lead to and include `turn_id`, oldest first.
+
+        A turn without an answer is left out whole: two questions in a row are refused by many chat templates, and an
+        empty answer would only teach the policy to give more of them.
+        """
         messages: list[Json] = []
         while turn_id is not None:
             turn = conversations.get_turn(self.store, turn_id)
-            messages[:0] = [
-                {"role": "user", "content": turn.messages[-1]["content"]},
-                {"role": "assistant", "content": turn.answer},
-            ]
+            if turn.answer.strip():
+                messages[:0] = [
+                    {"role": "user", "content": turn.messages[-1]["content"]},
+                    {"role": "assistant", "content": turn.answer},
+                ]
             turn_id = turn.parent_turn_id
         return messages
 
@@ -205,29 +225,45 @@ class Chat:
             except BaseException as error:
                 cancelled = isinstance(error, (GeneratorExit, asyncio.CancelledError))
                 stream.finish_reason = "cancelled" if cancelled else "error"
-                if stream.token_ids:
-                    self._record(ask, deployment, stream, total_s=time.monotonic() - started)
-                self._note_failure(deployment, error, begun=bool(stream.token_ids))
+                fault = fault_of_policy(error, begun=bool(stream.token_ids))
+                if stream.token_ids or fault:
+                    total_s = time.monotonic() - started
+                    record_end = partial(self._record_end, ask, deployment, stream)
+                    await self._beside(partial(record_end, fault=fault, total_s=total_s))
                 raise
             total_s = time.monotonic() - started
-            # Shielded: who leaves now has got the whole answer, and a thread that waits for its turn would be dropped.
-            record = partial(self._record, ask, deployment, stream, total_s=total_s)
-            turn = await asyncio.shield(asyncio.get_running_loop().run_in_executor(self.recording, record))
+            turn = await self._beside(partial(self._record, ask, deployment, stream, total_s=total_s))
         try:
             yield turn
         finally:  # whoever asked has the whole answer now
             self.shadow.offer(ask.prompt, turn)
 
-    def _note_failure(self, deployment: Deployment, error: BaseException, *, begun: bool) -> None:
-        """Record what speaks against the policy and leaves no turn: a fault of the engine's, not of the question."""
-        if isinstance(error, WrongPolicy):
-            record_failure(self.store, policy_id=deployment.policy_id, kind="wrong_policy")
-        elif (
-            isinstance(error, EngineError)
-            and not isinstance(error, ContextTooLong | EngineBusy)
-            and not begun
-        ):
-            record_failure(self.store, policy_id=deployment.policy_id, kind="error")
+    async def _beside(self, work: Callable[[], T]) -> T:
+        """Do what writes in its thread, whoever leaves meanwhile; after `stop` here, where nobody else waits any more.
+
+        Shielded: a thread's work that waits for its turn would be dropped with the one who asked for it.
+        """
+        if self._is_stopped:
+            return work()
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self.recording, work))
+
+    def _record_end(
+        self,
+        ask: Ask,
+        deployment: Deployment,
+        stream: Stream,
+        *,
+        fault: FailureKind | None,
+        total_s: float,
+    ) -> None:
+        """Store what was said until the answer broke off, and the policy's fault. Never raises: that is told already."""
+        try:
+            if stream.token_ids:
+                self._record(ask, deployment, stream, total_s=total_s)
+            if fault:
+                record_failure(self.store, policy_id=deployment.policy_id, kind=fault)
+        except Exception:
+            log.exception("the end of the answer %s was not recorded", ask.turn_id)
 
     def _record(self, ask: Ask, deployment: Deployment, stream: Stream, *, total_s: float) -> Turn:
         """Store the answered turn and return it."""
@@ -315,6 +351,15 @@ class Chat:
         return comparison
 
 
+def fault_of_policy(error: BaseException, *, begun: bool) -> FailureKind | None:
+    """Return what speaks against the policy and leaves no turn: neither the question nor an engine that is away."""
+    if isinstance(error, WrongPolicy):
+        return "wrong_policy"
+    if begun or not isinstance(error, EngineError):
+        return None
+    return None if isinstance(error, ContextTooLong | EngineBusy | EngineAbsent) else "error"
+
+
 def only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """Return the error of Kotae in `group` that says most to a person, else its first error."""
     flat: list[BaseException] = []
@@ -324,7 +369,7 @@ def only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 def check_messages(messages: list[Json]) -> list[Json]:
-    """Return `messages` when they can be answered.
+    """Return `messages` when they can be answered; an answer of the assistant among them may be empty.
 
     Raises:
         InvalidField: names the message that is empty, too long or of an unknown role.
@@ -338,7 +383,7 @@ def check_messages(messages: list[Json]) -> list[Json]:
         if message.get("role") not in ("system", "user", "assistant"):
             raise InvalidField(f"{name}.role", message.get("role"), "use system, user or assistant")
         content = message.get("content")
-        if not isinstance(content, str) or not content.strip():
+        if not isinstance(content, str) or not (content.strip() or message["role"] == "assistant"):
             raise InvalidField(f"{name}.content", content, "send some text")
         if len(content) > MAX_MESSAGE_CHARS:
             raise InvalidField(

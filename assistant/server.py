@@ -19,6 +19,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
 import uvicorn
 import uvloop
@@ -27,7 +28,7 @@ from assistant.accounts import first_administrator
 from assistant.admission import Limits
 from assistant.base_model import find_model
 from assistant.chat import Chat
-from assistant.engine.errors import EngineStarting, EngineUnavailable
+from assistant.engine.errors import EngineAbsent, EngineStarting, EngineUnavailable
 from assistant.engine.protocol import Engine
 from assistant.engine.supervisor import VllmOptions, VllmProcess, choose_engine
 from assistant.engine.vllm import VllmEngine
@@ -78,6 +79,21 @@ class ServeOptions:
             raise InvalidField("--probe-tolerance", tolerance, "use a number of nats above 0")
         if not 0 < self.gpu_memory_share <= 1:
             raise InvalidField("--gpu-memory-share", self.gpu_memory_share, "use a number above 0, at most 1")
+        for url in self.engine_urls:
+            check_engine_url(url)
+
+
+def check_engine_url(url: str) -> None:
+    """Raise InvalidField unless `url` is the address of a server: without a scheme it would be taken and never answer."""
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, or half an IPv6 address
+        is_address = False
+    if not is_address or parts.query or parts.fragment:
+        raise InvalidField(
+            "--engine-url", url, "give it as http://HOST:PORT or https://HOST, as of a vLLM server"
+        )
 
 
 class Scheduler(Protocol):
@@ -307,14 +323,12 @@ class Boot:
             print(f"  vLLM  {elapsed_s:5.1f} s  {stage}", flush=True)
         self.stage, self.elapsed_s = stage, elapsed_s
 
-    def explain(self, vllm: VllmProcess) -> EngineUnavailable | None:
+    def explain(self, vllm: VllmProcess) -> EngineAbsent | None:
         """Return why vLLM does not answer; None when it should."""
         if vllm.state in ("starting", "restarting"):
             where = f"{self.stage}, {self.elapsed_s:.0f} s"
             return EngineStarting(f"the model is starting ({where}); ask again in a moment")
-        return (
-            None if vllm.state == "ready" else EngineUnavailable(f"the model is not running: {vllm.detail}")
-        )
+        return None if vllm.state == "ready" else EngineAbsent(f"the model is not running: {vllm.detail}")
 
 
 @contextmanager

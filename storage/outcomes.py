@@ -34,6 +34,12 @@ HAND_OVER_PHRASES: tuple[str, ...] = (
 )
 """Regular expressions (any case) that tell an answer which gives the customer to a person."""
 
+_WHITE_SPACE = (
+    "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000"
+)
+"""What Python's `strip` takes away; SQL's `trim` by itself takes spaces only."""
+
 # A turn is recorded when it ends; it was drawn when it began.
 _DRAWN = """WITH firsts AS (
         SELECT conversation_id, min(seq) AS seq FROM turns
@@ -139,11 +145,11 @@ class Answered:
 
 def answers_after(store: Store, seq: int, *, policy_ids: tuple[str, str], began_at: float) -> list[Answered]:
     """Return the answers of two policies recorded after `seq` since `began_at`, oldest first."""
-    sql = """SELECT seq, policy_id, created_at, finish_reason, trim(answer) = '' AS is_empty, total_s FROM turns
+    sql = """SELECT seq, policy_id, created_at, finish_reason, trim(answer, ?) = '' AS is_empty, total_s FROM turns
         WHERE seq > ? AND created_at >= ? AND policy_id IN (?, ?) ORDER BY seq"""
     return [
         Answered(**{**row, "is_empty": bool(row["is_empty"])})
-        for row in store.rows(sql, [seq, began_at, *policy_ids])
+        for row in store.rows(sql, [_WHITE_SPACE, seq, began_at, *policy_ids])
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from storage.records import Choice, FinishReason, Verdict
+from storage.records import Choice, FailureKind, FinishReason, Verdict
 from storage.store import Store
 
 ROWS_AT_ONCE = 10_000
@@ -18,6 +18,7 @@ NEW_COMPARISONS = """SELECT comparisons.seq, comparisons.choice, l.policy_id AS 
         r.policy_id AS right_policy_id FROM comparisons
     JOIN turns AS l ON l.id = comparisons.left_turn_id JOIN turns AS r ON r.id = comparisons.right_turn_id
     WHERE comparisons.seq > ? ORDER BY comparisons.seq LIMIT ?"""
+NEW_FAILURES = "SELECT seq, policy_id, kind FROM failures WHERE seq > ? ORDER BY seq LIMIT ?"
 TURNS_BY_POLICY = """SELECT policy_id, count(*) AS turns, avg(first_token_s) AS first_token_s
     FROM turns GROUP BY policy_id"""
 THUMBS_BY_POLICY = """SELECT turns.policy_id AS policy_id, sum(latest.verdict = 'up') AS up, count(*) AS rated
@@ -69,6 +70,15 @@ class ComparisonTally:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FailureTally:
+    """What went wrong with a policy without leaving a turn."""
+
+    seq: int
+    policy_id: str
+    kind: FailureKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Liking:
     """What people said about one policy's answers."""
 
@@ -95,6 +105,11 @@ def ratings_after(store: Store, seq: int) -> list[RatingTally]:
 def comparisons_after(store: Store, seq: int) -> list[ComparisonTally]:
     """Return the next comparisons after `seq`, at most ROWS_AT_ONCE."""
     return [ComparisonTally(**row) for row in store.rows(NEW_COMPARISONS, [seq, ROWS_AT_ONCE])]
+
+
+def failures_after(store: Store, seq: int) -> list[FailureTally]:
+    """Return the next failures after `seq`, at most ROWS_AT_ONCE."""
+    return [FailureTally(**row) for row in store.rows(NEW_FAILURES, [seq, ROWS_AT_ONCE])]
 
 
 def likings(store: Store) -> list[Liking]:

@@ -55,6 +55,20 @@ def test_the_next_question_carries_the_conversation_so_far(desk: Desk) -> None:
     ]
 
 
+@pytest.mark.parametrize("nothing", ["", "\n\n"])
+def test_an_empty_answer_does_not_end_its_conversation(desk: Desk, nothing: str) -> None:
+    """Its question goes with it, so that roles alternate, as most chat templates demand."""
+    desk.engine.enqueue(["First answer.", nothing, "Third answer."])
+    for question in ("One?", "Two?", "Three?"):
+        ask_and_answer(desk, question)
+    assert [turn.answer for turn in recorded(desk)] == ["First answer.", nothing, "Third answer."]
+    assert desk.engine.calls[2]["messages"] == [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "First answer."},
+        {"role": "user", "content": "Three?"},
+    ]
+
+
 def test_deltas_carry_the_whole_text_so_far(desk: Desk) -> None:
     async def collect() -> list[str]:
         ask = desk.chat.ask(desk.world.staff, desk.conversation, "Hello?")
@@ -186,6 +200,7 @@ def test_a_double_click_counts_once_and_a_second_opinion_is_refused(desk: Desk) 
         ([{"role": "user", "content": "x" * (MAX_MESSAGE_CHARS + 1)}], "32,769 characters"),
         ([{"role": "robot", "content": "hi"}], r"messages\[0\].role"),
         ([{"role": "user", "content": None}], r"messages\[0\].content"),
+        ([{"role": "assistant", "content": None}], r"messages\[0\].content"),
         ([{"role": "assistant", "content": "hi"}], r"messages\[-1\].role"),
         ([{"role": "user", "content": "hi"}] * 513, "513 messages"),
     ],
@@ -193,6 +208,12 @@ def test_a_double_click_counts_once_and_a_second_opinion_is_refused(desk: Desk) 
 def test_messages_that_cannot_be_answered_are_named(messages: list[Any], named: str) -> None:
     with pytest.raises(InvalidField, match=named):
         check_messages(messages)
+
+
+def test_an_empty_answer_in_a_history_can_be_answered() -> None:
+    history = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": ""}]
+    asked = [*history, {"role": "user", "content": "Two?"}]
+    assert check_messages(asked) == asked
 
 
 def test_who_leaves_while_the_whole_answer_is_being_recorded_does_not_lose_it(desk: Desk) -> None:

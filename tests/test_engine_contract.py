@@ -68,7 +68,9 @@ def adapters(running: Running, world: TinyWorld) -> None:
 def test_a_fresh_engine_lists_and_serves_the_base(running: Running) -> None:
     engine, loop = running
     assert loop.run(engine.loaded()) == {BASE}
-    assert loop.run(engine.health()).ready
+    health = loop.run(engine.health())
+    assert health.ready
+    assert health.policies == {BASE}
     pieces = loop.run(collect(engine, BASE, QUESTION))
     assert {piece.served_by for piece in pieces} == {BASE}
 
@@ -201,6 +203,11 @@ def test_loading_twice_is_fine_but_a_name_keeps_its_files(running: Running, worl
         loop.run(engine.load(policy_id="policy-0001-aaaaaa", adapter=world.second))
     with pytest.raises(AdapterRefused, match="base"):
         loop.run(engine.load(policy_id=BASE, adapter=world.second))
+
+
+def test_health_tells_what_can_be_answered(running: Running, adapters: None) -> None:
+    engine, loop = running
+    assert loop.run(engine.health()).policies == {BASE, "policy-0001-aaaaaa", "policy-0002-bbbbbb"}
 
 
 def test_a_folder_without_an_adapter_is_refused(running: Running, tmp_path: Path) -> None:
@@ -342,7 +349,7 @@ def test_rollouts_of_a_vllm_server_come_from_the_policy_and_are_weighed_once_the
     rows = [{"role": "user", "content": QUESTION}], [{"role": "user", "content": "Hello"}]
     prompts = [prompt_ids(base, messages) for messages in rows for _ in range(2)]
     config = PpoConfig(max_new_tokens=16, importance_cap=1.5)
-    url = running[0]._replicas[0].url
+    url = running[0]._replicas.all[0].url
 
     def answers(*, step: int) -> Answers:
         return take_answers(base, prompts, config, sampler=served, seed=1, step=step, progress=Silent())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from fastapi.testclient import TestClient
@@ -13,9 +13,12 @@ from fastapi.testclient import TestClient
 from assistant import release
 from assistant.admission import Limits
 from assistant.canary_watch import CanaryWatch
+from assistant.engine.errors import EngineUnavailable
 from assistant.engine.protocol import Health, Queue
 from assistant.web.totals import Histogram
 from storage import deployments
+from storage.failures import record_failure
+from storage.records import FailureKind
 from web_fixtures import QUESTION, Site, make_site, start_canary
 
 
@@ -71,6 +74,16 @@ def test_not_ready_until_the_served_policy_is_loaded(site: Site) -> None:
     assert "not loaded" in reply.json()["reason"]
 
 
+def test_ready_when_one_server_has_what_is_served_and_another_cannot_load_it(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def in_every_server() -> frozenset[str]:
+        return frozenset()
+
+    monkeypatch.setattr(site.engine, "loaded", in_every_server)
+    assert site.client(None).get("/readyz").status_code == 200
+
+
 def test_not_ready_when_the_engine_is_closed(site: Site) -> None:
     with TestClient(site.app) as client:  # runs the lifespan, which closes the engine
         assert client.get("/readyz").status_code == 200
@@ -119,6 +132,24 @@ def test_turns_are_counted_by_policy_and_end(site: Site) -> None:
     assert again[f'kotae_turns_total{{policy="{base}",finish_reason="stop"}}'] == 2
     assert again[f'kotae_answer_seconds_count{{policy="{base}"}}'] == 3
     assert again[f'kotae_first_token_seconds_count{{policy="{base}"}}'] == 3
+
+
+def test_questions_that_fail_before_the_first_word_are_counted_though_they_leave_no_turn(site: Site) -> None:
+    base = site.engine.base_name
+
+    def series(kind: str) -> str:
+        return f'kotae_failures_total{{policy="{base}",kind="{kind}"}}'
+
+    first = samples(site)
+    assert [first[series(kind)] for kind in get_args(FailureKind)] == [0, 0, 0]  # before the first failure
+    site.engine.enqueue([EngineUnavailable("engine: answered 500")] * 5)
+    for _ in range(5):
+        assert site.client().post("/v1/chat/completions", json={"messages": QUESTION}).status_code == 503
+    again = samples(site)
+    assert (again[series("error")], again["kotae_engine_up"]) == (5, 1)
+    assert not [name for name in again if name.startswith("kotae_turns_total")]
+    record_failure(site.store, policy_id=base, kind="engine_died")
+    assert [samples(site)[series(kind)] for kind in get_args(FailureKind)] == [5, 0, 1]
 
 
 def test_ratings_and_comparisons_are_counted(site: Site) -> None:

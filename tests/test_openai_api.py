@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -77,6 +78,17 @@ def test_max_completion_tokens_wins_over_max_tokens_and_cuts_the_answer(site: Si
         "logprobs": None,
         "finish_reason": "length",
     }
+
+
+@pytest.mark.parametrize("answer", [{"content": ""}, {"content": None}, {"content": []}, {}])
+def test_a_history_with_an_answer_that_was_stopped_early_is_answered(
+    site: Site, answer: dict[str, Any]
+) -> None:
+    """OpenAI takes it, and chat pages send it; it goes on as it came, so that the roles alternate."""
+    dialogue = [*QUESTION, {"role": "assistant", **answer}, *QUESTION]
+    assert post(site, messages=dialogue).status_code == 200
+    asked = site.engine.calls[-1]["messages"]
+    assert asked == [*QUESTION, {"role": "assistant", "content": ""}, *QUESTION]
 
 
 def test_text_parts_and_the_developer_role_are_read(site: Site) -> None:

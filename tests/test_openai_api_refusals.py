@@ -20,7 +20,7 @@ from assistant.engine.errors import (
 from assistant.web.bodies import read_json
 from assistant.web.errors import ClientGone, error_response
 from storage import people
-from web_fixtures import QUESTION, Site, error_of, make_site, post
+from web_fixtures import PAGES, QUESTION, Site, error_of, make_site, post
 
 
 @pytest.fixture
@@ -133,11 +133,62 @@ def test_a_disabled_person_is_out_at_once(site: Site) -> None:
     assert post(site).status_code == 401
 
 
-def test_an_unknown_path_is_answered_in_the_same_form(site: Site) -> None:
-    reply = site.client().get("/v1/embeddings")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """Return the app as it is served: the staff page stands at / and would answer for every other path."""
+    return make_site(tmp_path_factory.mktemp("whole"), pages=PAGES)
+
+
+@pytest.mark.parametrize("name", ["staff", None])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/embeddings"),
+        ("POST", "/v1/embeddings"),
+        ("POST", "/v1/responses"),
+        ("POST", "/v1/chat/completions/"),
+        ("GET", "/v1/models/"),
+        ("GET", "/v1"),
+        ("PUT", "/api/nothing"),
+        ("GET", "/api/"),
+    ],
+)
+def test_an_unknown_path_is_answered_in_the_same_form(
+    whole: Site, name: str | None, method: str, path: str
+) -> None:
+    """Before anybody asks who calls, as OpenAI does: a 401 would send people looking for another key."""
+    reply = whole.client(name).request(method, path)
     assert reply.status_code == 404
-    assert "GET /v1/embeddings" in error_of(reply)["message"]
-    assert site.client().get("/v1/chat/completions").status_code == 405
+    error = error_of(reply)
+    assert error["message"].startswith(f"{method} {path}: ")
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("name", ["staff", None])
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/chat/completions", "POST"),
+        ("DELETE", "/v1/chat/completions", "POST"),
+        ("POST", "/v1/models", "GET"),
+        ("DELETE", "/v1/models/kotae", "GET"),
+        ("GET", "/api/ratings", "POST"),
+    ],
+)
+def test_another_method_is_answered_with_those_that_there_are(
+    whole: Site, name: str | None, method: str, path: str, allowed: str
+) -> None:
+    reply = whole.client(name).request(method, path)
+    assert reply.status_code == 405
+    assert reply.headers["allow"] == allowed
+    assert error_of(reply)["message"].startswith(f"{method} {path}: ")
+
+
+def test_pages_and_known_paths_are_answered_as_before(whole: Site) -> None:
+    assert whole.client().get("/v1/models/kotae").status_code == 200
+    assert post(whole).status_code == 200
+    assert whole.client(None).get("/v1beta").status_code == 401  # a page's affair
+    assert whole.signed_in().get("/").status_code == 200
 
 
 def test_a_client_that_hangs_up_in_mid_question_is_no_fault_of_the_server() -> None:

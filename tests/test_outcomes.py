@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from storage import feedback
-from storage.outcomes import Outcome, outcomes
+from storage.outcomes import Outcome, answers_after, outcomes
 from storage.records import Conversation, Deployment, Policy, Turn, now
 from storage.store import Store
 from storage_fixtures import (
@@ -165,3 +165,14 @@ def test_two_answers_to_compare_are_no_rewriting(trial: Trial) -> None:
     for _ in range(2):
         trial.turn(conversation, source="compare")
     assert trial.negative() == set()
+
+
+def test_an_answer_of_white_space_alone_is_empty_as_it_is_everywhere_else(trial: Trial) -> None:
+    conversation = start_conversation(trial.world)
+    every_space = "".join(letter for letter in map(chr, range(0x11000)) if not letter.strip())
+    texts = ["", "\n\n", "\u3000", every_space, f"{every_space}.{every_space}"]
+    for text in texts:
+        trial.turn(conversation, answer=text)
+    policy_ids = (trial.policy.id, trial.world.base.id)
+    found = answers_after(trial.store, 0, policy_ids=policy_ids, began_at=trial.canary.created_at)
+    assert [answer.is_empty for answer in found] == [not text.strip() for text in texts]

@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from assistant.engine import vllm
-from assistant.engine.errors import ContextTooLong, EngineBusy, StreamBroken
+from assistant.engine import vllm_replicas
+from assistant.engine.errors import ContextTooLong, EngineBusy, StreamBroken, WrongPolicy
 from assistant.engine.protocol import Queue, Sampling
 from assistant.engine.vllm import VllmEngine
 from assistant.web.health import ENGINE_TIMEOUT_S
@@ -69,6 +69,22 @@ def test_a_request_that_is_wrong_is_not_repeated_elsewhere(server: Server) -> No
         ask(engine_of(server, ONE, TWO))
 
 
+def test_another_policys_answer_is_told_and_not_covered_up_by_another_replica(server: Server) -> None:
+    server.chat("one", (chunk("Hi", [5], model="someone-else"),))
+    server.chat("two", GOOD)
+    with pytest.raises(WrongPolicy):
+        ask(engine_of(server, ONE, TWO))
+    assert {request.url.host for request in server.requests} == {"one"}
+
+
+def test_another_policys_probe_is_told_too(server: Server) -> None:
+    server.chat("one", httpx.Response(200, json={"model": "someone-else"}))
+    server.chat("two", httpx.Response(200, json={"model": "someone-else"}))
+    with pytest.raises(WrongPolicy):
+        asyncio.run(engine_of(server, ONE, TWO).probe(policy_id=POLICY, messages=MESSAGES, max_tokens=2))
+    assert {request.url.host for request in server.requests} == {"one"}
+
+
 def test_when_all_fail_a_busy_one_is_reported_because_waiting_helps(server: Server) -> None:
     server.chat("one", problem(503, "busy"))
     server.chat("two", httpx.ConnectError("refused"))
@@ -91,7 +107,7 @@ def test_requests_go_to_the_replica_with_the_least_in_flight(server: Server) -> 
 
     asyncio.run(two_at_once())
     assert [request.url.host for request in server.requests] == ["one", "two"]
-    assert [replica.in_flight for replica in engine._replicas] == [0, 0]
+    assert [replica.in_flight for replica in engine._replicas.all] == [0, 0]
 
 
 def test_a_replica_that_failed_is_tried_last_until_it_answers_again(server: Server) -> None:
@@ -127,6 +143,42 @@ def test_a_replica_that_came_back_is_asked_for_an_adapter_only_when_it_has_it_ag
     assert {request.url.host for request in server.requests} == {"one"}
 
 
+def test_a_replica_that_came_back_is_asked_again_without_a_health_check_from_outside(server: Server) -> None:
+    """Whoever keeps the engine at what should be served lists the policies every few seconds: that is enough."""
+    for host in ("one", "two"):
+        server.on(host, "/v1/models", models(BASE, policy_0001_aaaaaa="/a"))
+        server.chat(host, GOOD)
+    server.chat("two", httpx.ConnectError("refused"), GOOD)
+    engine = engine_of(server, TWO, ONE)
+    ask(engine)  # two is down: one answers
+    server.requests.clear()
+    asyncio.run(engine.loaded())
+    ask(engine)
+    assert server.requests[-1].url.host == "two"
+
+
+def test_a_replica_that_lists_its_models_but_is_not_well_stays_out(server: Server) -> None:
+    """vLLM's HTTP server outlives its engine for a moment."""
+    for host in ("one", "two"):
+        server.on(host, "/v1/models", models(BASE, policy_0001_aaaaaa="/a"))
+        server.chat(host, GOOD)
+    server.on("two", "/health", problem(503, "dead"))
+    engine = engine_of(server, TWO, ONE)
+    asyncio.run(engine.health())
+    assert asyncio.run(engine.loaded()) == {BASE, POLICY}  # of the other, which is not held up by it
+    ask(engine)
+    assert server.requests[-1].url.host == "one"
+
+
+def test_what_any_replica_that_is_well_can_serve_is_told(server: Server) -> None:
+    server.on("one", "/v1/models", models(BASE, policy_0001_aaaaaa="/a"))
+    engine = engine_of(server, ONE, TWO)
+    assert asyncio.run(engine.health()).policies == {BASE, POLICY}
+    assert asyncio.run(engine.loaded()) == {BASE}  # two still has to load it
+    server.on("one", "/health", problem(503, "dead"))
+    assert asyncio.run(engine.health()).policies == {BASE}
+
+
 def test_health_counts_replicas_and_never_raises(server: Server) -> None:
     server.on("two", "/health", httpx.ConnectError("refused"))
     health = asyncio.run(engine_of(server, ONE, TWO).health())
@@ -140,8 +192,8 @@ def test_health_counts_replicas_and_never_raises(server: Server) -> None:
 def test_a_replica_that_never_answers_does_not_make_the_others_look_absent(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert vllm.HEALTH_TIMEOUT_S < ENGINE_TIMEOUT_S
-    monkeypatch.setattr(vllm, "HEALTH_TIMEOUT_S", 0.1)
+    assert vllm_replicas.HEALTH_TIMEOUT_S < ENGINE_TIMEOUT_S
+    monkeypatch.setattr(vllm_replicas, "HEALTH_TIMEOUT_S", 0.1)
 
     async def half_silent(request: httpx.Request) -> httpx.Response:
         if request.url.host == "two":

@@ -21,6 +21,7 @@ from assistant.engine.errors import (
     EngineUnavailable,
     PolicyNotLoaded,
     StreamBroken,
+    WrongPolicy,
 )
 from assistant.engine.protocol import Piece, Sampling
 from assistant.engine.vllm import VllmEngine
@@ -147,7 +148,8 @@ MAX_TOKENS = "max_tokens=5000 cannot be greater than max_model_len=256. Please r
         ((FIRST, httpx.ReadError("reset")), EngineUnavailable, "reset"),
         ((b"data: {not json\n\n",), StreamBroken, "not JSON"),
         ((b"data: [1]\n\n",), StreamBroken, "not an object"),
-        ((chunk("Hi", [5], model="someone-else"),), StreamBroken, "someone-else"),
+        ((chunk("Hi", [5], model="someone-else"),), WrongPolicy, "someone-else"),
+        ((event(choices=[]),), StreamBroken, "names no model"),
         ((FIRST, chunk("Hi", None)), StreamBroken, "token_ids"),
         ((FIRST, chunk("Hi", [5], finish="abort")), StreamBroken, "abort"),
     ],
@@ -234,7 +236,7 @@ def test_stopping_early_closes_the_response_upstream(server: Server, way: str) -
 
     asyncio.run(stop())
     assert body.closed
-    assert engine._replicas[0].in_flight == 0
+    assert engine._replicas.all[0].in_flight == 0
 
 
 # -- adapters ---------------------------------------------------------------------------------------------
@@ -292,6 +294,17 @@ def test_a_refused_adapter_differs_from_an_engine_that_died_of_it(server: Server
         load(engine_of(server), adapter)
 
 
+def test_a_replica_that_refuses_what_another_took_is_itself_at_fault(server: Server, adapter: Path) -> None:
+    """Else one server that does not see the adapters' folder would withdraw the policy that all others answer with."""
+    server.on("one", LOAD, problem(500, "No adapter found for /a"))
+    server.on("two", LOAD, httpx.Response(200))
+    with pytest.raises(EngineUnavailable, match=r"one replica refuses what another took.*No adapter found"):
+        load(engine_of(server, ONE, TWO), adapter)
+    server.on("two", LOAD, problem(500, "No adapter found for /a"))
+    with pytest.raises(AdapterRefused):
+        load(engine_of(server, ONE, TWO), adapter)
+
+
 def test_a_server_without_runtime_adapters_says_how_to_start_it(server: Server, adapter: Path) -> None:
     server.on("one", LOAD, httpx.Response(404, json={"detail": "Not Found"}))
     with pytest.raises(EngineUnavailable, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
@@ -337,12 +350,12 @@ def test_a_probe_reads_ids_and_log_probs_and_shows_missing_numbers_as_nan(server
     assert math.isnan(probe(server).logprobs[0])
 
 
-@pytest.mark.parametrize(
-    "answer", [probe_answer([-1], model="other"), httpx.Response(200, json={"model": POLICY})]
-)
-def test_a_probe_of_the_wrong_shape_or_policy_is_broken(server: Server, answer: httpx.Response) -> None:
-    server.chat("one", answer)
-    with pytest.raises(StreamBroken):
+def test_a_probe_of_the_wrong_shape_or_policy_is_broken(server: Server) -> None:
+    server.chat("one", httpx.Response(200, json={"model": POLICY}))
+    with pytest.raises(StreamBroken, match="no log-probs"):
+        probe(server)
+    server.chat("one", probe_answer([-1], model="other"))
+    with pytest.raises(WrongPolicy, match="other"):
         probe(server)
 
 

@@ -2,12 +2,14 @@
 
 KotaeError
 └── EngineError
-    ├── EngineUnavailable   nobody answers, or the process died
-    │   └── EngineStarting  not yet: it is being started
+    ├── EngineUnavailable   no answer came: it failed, or refused
+    │   └── EngineAbsent    nobody is there to ask
+    │       └── EngineStarting  not yet: it is being started
     ├── EngineBusy          the queue is full; try again
     ├── PolicyNotLoaded     the engine does not know this policy (it restarted)
     ├── ContextTooLong      the messages do not fit the model
     ├── StreamBroken        the answer ended without saying so
+    │   └── WrongPolicy     another policy answered
     └── AdapterRefused      these files must not be served
 """
 
@@ -21,10 +23,14 @@ class EngineError(KotaeError):
 
 
 class EngineUnavailable(EngineError):
-    """Nobody answers at the engine's address, or its process died."""
+    """The engine gave no answer: it failed, refused, or is not there."""
 
 
-class EngineStarting(EngineUnavailable):
+class EngineAbsent(EngineUnavailable):
+    """Nobody takes questions at the engine's address: whatever policy was asked has no part in it."""
+
+
+class EngineStarting(EngineAbsent):
     """The engine is being started, which takes a while and is no fault."""
 
 
@@ -52,7 +58,7 @@ class ContextTooLong(EngineError):
 
 
 class StreamBroken(EngineError):
-    """An answer ended without a finish reason, or came from the wrong policy."""
+    """An answer ended without a finish reason, or is not of the form that it must have."""
 
 
 class WrongPolicy(StreamBroken):

@@ -12,9 +12,10 @@ import hashlib
 import re
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable
+from dataclasses import replace
 from pathlib import Path
 
-from assistant.engine.errors import ContextTooLong, EngineUnavailable, PolicyNotLoaded
+from assistant.engine.errors import ContextTooLong, EngineAbsent, PolicyNotLoaded
 from assistant.engine.protocol import Health, Piece, ProbeResult, Queue, Sampling
 from storage.records import Json
 
@@ -113,8 +114,10 @@ class FakeEngine:
         )
 
     async def health(self) -> Health:
-        """Return `health_now`, or that it is closed."""
-        return Health(ready=False, detail="the engine is closed") if self.closed else self.health_now
+        """Return `health_now` with what is loaded, or that it is closed."""
+        if self.closed:
+            return Health(ready=False, detail="the engine is closed")
+        return replace(self.health_now, policies=frozenset({self.base_name, *self.adapters}))
 
     async def queues(self) -> list[Queue]:
         """Return `queues_now`."""
@@ -147,7 +150,7 @@ class FakeEngine:
 
     def _check_open(self) -> None:
         if self.closed:
-            raise EngineUnavailable("the engine is closed")
+            raise EngineAbsent("the engine is closed")
 
     def _check_known(self, policy_id: str) -> None:
         self._check_open()

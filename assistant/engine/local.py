@@ -21,8 +21,8 @@ from assistant.engine.detokenize import Detokenizer
 from assistant.engine.errors import (
     AdapterRefused,
     ContextTooLong,
+    EngineAbsent,
     EngineBusy,
-    EngineUnavailable,
     PolicyNotLoaded,
     StreamBroken,
 )
@@ -113,7 +113,10 @@ class LocalEngine:
         if not self._model.done():
             return Health(ready=False, detail="the model is being loaded")
         error = self._model.exception()
-        return Health(ready=error is None, detail=f"in this process{f': {error}' if error else ''}")
+        if error is not None:
+            return Health(ready=False, detail=f"in this process: {error}")
+        names = frozenset({self.base_name, *tuple(self._model.result().paths)})
+        return Health(ready=True, detail="in this process", policies=names)
 
     async def queues(self) -> list[Queue]:
         """Say whether the one thread has work, and how much waits for it: answers, probes and adapters to load."""
@@ -136,10 +139,10 @@ class LocalEngine:
 
         Raises:
             EngineBusy: too much is queued.
-            EngineUnavailable: the engine is closed.
+            EngineAbsent: the engine is closed.
         """
         if self._closed:
-            raise EngineUnavailable("engine: it is closed; start the server again")
+            raise EngineAbsent("engine: it is closed; start the server again")
         if self._waiting >= self._max_waiting:
             raise EngineBusy(f"engine: {self._waiting} requests are waiting; try again in a minute")
         self._waiting += 1
@@ -156,7 +159,7 @@ class LocalEngine:
         except KotaeError:
             raise
         except Exception as error:
-            raise EngineUnavailable(f"engine: the model could not be loaded: {error}") from error
+            raise EngineAbsent(f"engine: the model could not be loaded: {error}") from error
 
 
 class _Model:

@@ -56,6 +56,8 @@ class Health:
 
     ready: bool
     detail: str
+    policies: frozenset[str] = frozenset()
+    """What at least one of its servers can answer now, the base among them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,7 @@ class Engine(Protocol):
         """Stream an answer. Closing the iterator early aborts the request upstream.
 
         Raises:
-            EngineUnavailable, EngineBusy, PolicyNotLoaded, ContextTooLong, StreamBroken.
+            EngineUnavailable, EngineBusy, PolicyNotLoaded, ContextTooLong, StreamBroken, WrongPolicy.
         """
         ...
 
@@ -100,7 +102,7 @@ class Engine(Protocol):
         ...
 
     async def loaded(self) -> frozenset[str]:
-        """Return the names that can answer now, the base among them."""
+        """Return the names that every server that answers has, the base among them: what needs no loading."""
         ...
 
     async def probe(self, *, policy_id: str, messages: list[Json], max_tokens: int) -> ProbeResult:

@@ -21,6 +21,7 @@ from assistant.engine.errors import (
     EngineUnavailable,
     PolicyNotLoaded,
     StreamBroken,
+    WrongPolicy,
 )
 from assistant.engine.protocol import Piece, ProbeResult, Sampling
 from storage.errors import InvalidField, KotaeError
@@ -138,10 +139,10 @@ def read_chunk(
         prompt: the prompt's ids, where an earlier chunk brought them and the piece shall too.
 
     Raises:
-        StreamBroken: another model answered, token ids are missing, or the answer was aborted.
+        WrongPolicy: another model answered.
+        StreamBroken: token ids are missing, or the answer was aborted.
     """
-    if event.get("model") != model:
-        raise StreamBroken(f"model: {event.get('model')!r} answered instead of {model!r}; ask again")
+    _check_answered_by(event, model)
     if not event.get("choices"):
         return None
     choice = event["choices"][0]
@@ -164,10 +165,10 @@ def read_probe(answer: Json, *, model: str) -> ProbeResult:
     """Return the probe's answer; a log-probability that vLLM could not write as JSON becomes NaN.
 
     Raises:
-        StreamBroken: another model answered, or the answer has not the expected shape.
+        WrongPolicy: another model answered.
+        StreamBroken: the answer has not the expected shape.
     """
-    if answer.get("model") != model:
-        raise StreamBroken(f"model: {answer.get('model')!r} answered the probe instead of {model!r}")
+    _check_answered_by(answer, model)
     try:
         choice = answer["choices"][0]
         values = [entry["logprob"] for entry in choice["logprobs"]["content"]]
@@ -176,6 +177,15 @@ def read_probe(answer: Json, *, model: str) -> ProbeResult:
         raise StreamBroken("probe: the answer has no log-probs or token ids; use vLLM 0.32") from error
     logprobs = tuple(math.nan if value is None else float(value) for value in values)
     return ProbeResult(text=choice["message"]["content"] or "", token_ids=ids, logprobs=logprobs)
+
+
+def _check_answered_by(answer: Json, model: str) -> None:
+    """Raise WrongPolicy when another model answered; an answer that names none is only broken."""
+    name = answer.get("model")
+    if name is None:
+        raise StreamBroken(f"model: the answer names no model, {model!r} was asked; use vLLM 0.32 or later")
+    if name != model:
+        raise WrongPolicy(f"model: {name!r} answered instead of {model!r}; ask again")
 
 
 def counted(refusal: ContextTooLong, tokenized: str) -> ContextTooLong:

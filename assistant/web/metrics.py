@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import get_args
 
 from assistant.canary_watch import Judged
 from assistant.engine.protocol import Queue
 from assistant.shadow_watch import ShadowEvidence
 from assistant.web.totals import Histogram, Totals
-from storage.records import Served
+from storage.records import FailureKind, Served
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -43,6 +44,7 @@ def exposition(totals: Totals, present: Present) -> str:
             *_counter("kotae_turns", "Answers, by policy and how they ended.", "finish_reason", totals.turns),
             *_counter("kotae_ratings", "Thumbs given, by policy and verdict.", "verdict", totals.ratings),
             *_counter("kotae_comparisons", "Answers compared, by outcome.", "outcome", totals.comparisons),
+            *_failures(totals.failures, present.served),
             *_histogram("kotae_first_token_seconds", "Time to the first token.", totals.first_token_s),
             *_histogram("kotae_answer_seconds", "Time to the whole answer.", totals.total_s),
         ]
@@ -52,6 +54,15 @@ def exposition(totals: Totals, present: Present) -> str:
     if present.shadow is not None:
         lines += _shadow(present.shadow)
     return "\n".join(lines) + "\n"
+
+
+def _failures(counts: Counter[tuple[str, str]], served: Served) -> Iterator[str]:
+    """Yield every kind from zero on for what may answer, so that `rate()` sees the first failure of an outage."""
+    answering = [row.policy_id for row in (served.stable, served.canary) if row is not None]
+    none_yet = {(policy_id, kind): 0 for policy_id in answering for kind in get_args(FailureKind)}
+    yield from _counter(
+        "kotae_failures", "What went wrong and left no answer, by policy and kind.", "kind", none_yet | counts
+    )
 
 
 def _serving(present: Present) -> Iterator[str]:
@@ -153,7 +164,7 @@ def _gauge(name: str, help: str, rows: Gauge) -> Iterator[str]:
         yield f"{name}{_labels(**labels)} {value}"
 
 
-def _counter(name: str, help: str, label: str, counts: Counter[tuple[str, str]]) -> Iterator[str]:
+def _counter(name: str, help: str, label: str, counts: Mapping[tuple[str, str], int]) -> Iterator[str]:
     yield from _head(f"{name}_total", help, "counter")
     for (policy_id, value), count in sorted(counts.items()):
         yield f"{name}_total{_labels(**{'policy': policy_id, label: value})} {count}"

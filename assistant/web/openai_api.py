@@ -48,7 +48,7 @@ class OpenAiApi:
     def router(self) -> APIRouter:
         """Return the routes, to be included before the mounts."""
         router = APIRouter(prefix="/v1")
-        # A POST takes the shortcut (`assistant.web.shortcut`); the route tells of other methods.
+        # A POST takes the shortcut (`assistant.web.shortcut`); the route tells of other methods (`other_paths`).
         router.add_route(COMPLETIONS, self.complete, methods=["POST"])
         router.add_api_route("/models", self.list_models, methods=["GET"], response_model=None)
         router.add_api_route("/models/{name}", self.show_model, methods=["GET"], response_model=None)

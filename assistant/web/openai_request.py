@@ -121,7 +121,10 @@ def read_sampling(body: Json) -> Sampling:
 
 
 def read_messages(value: object) -> list[Json]:
-    """Return the messages with role and text only; `developer` is OpenAI's newer word for `system`."""
+    """Return the messages with role and text only; `developer` is OpenAI's newer word for `system`.
+
+    An answer without text is an empty one: it was stopped before its first word.
+    """
     if not isinstance(value, list):
         raise InvalidField("messages", value, 'send a list: [{"role": "user", "content": "..."}]')
     messages = []
@@ -134,7 +137,10 @@ def read_messages(value: object) -> list[Json]:
                 raise InvalidField(f"{name}.{field}", message[field], "Kotae reads text only; leave it out")
         role = message.get("role")
         role = "system" if role == "developer" else role
-        messages.append({"role": role, "content": _text(f"{name}.content", message.get("content"))})
+        content = message.get("content")
+        if content is None and role == "assistant":
+            content = ""
+        messages.append({"role": role, "content": _text(f"{name}.content", content)})
     return messages
 
 

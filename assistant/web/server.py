@@ -28,6 +28,7 @@ from assistant.web.headers import SecurityHeaders
 from assistant.web.health import HealthApi
 from assistant.web.limits import BodyLimit, SignInLimit
 from assistant.web.openai_api import COMPLETIONS, OpenAiApi
+from assistant.web.other_paths import refuse_other_paths
 from assistant.web.plain_pages import ICON
 from assistant.web.services import Services
 from assistant.web.sessions import Sessions
@@ -66,6 +67,7 @@ def build_app(services: Services, *, secure_cookies: bool, pages: Pages | None =
     app.include_router(FeedbackApi(services, sessions).router())
     app.include_router(HealthApi(services, sessions).router())
     _add_icon(app)
+    refuse_other_paths(app)
     for path, role, make_page in product_pages() if pages is None else pages:
         _mount_page(app, make_page(services), path=path, role=role, sessions=sessions)
     return app

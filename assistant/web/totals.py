@@ -16,9 +16,9 @@ from typing import TypeVar
 
 from storage import tallies
 from storage.store import Store
-from storage.tallies import ComparisonTally, RatingTally, TurnTally
+from storage.tallies import ComparisonTally, FailureTally, RatingTally, TurnTally
 
-Tally = TypeVar("Tally", TurnTally, RatingTally, ComparisonTally)
+Tally = TypeVar("Tally", TurnTally, RatingTally, ComparisonTally, FailureTally)
 
 FIRST_TOKEN_BUCKETS_S = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0)
 TOTAL_BUCKETS_S = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0, 300.0)
@@ -50,6 +50,7 @@ class Totals:
         self.turns: Counter[tuple[str, str]] = Counter()
         self.ratings: Counter[tuple[str, str]] = Counter()
         self.comparisons: Counter[tuple[str, str]] = Counter()
+        self.failures: Counter[tuple[str, str]] = Counter()
         self.first_token_s: dict[str, Histogram] = {}
         self.total_s: dict[str, Histogram] = {}
         self.lock = threading.Lock()
@@ -65,6 +66,9 @@ class Totals:
             left, right = OUTCOMES.get(comparison.choice, (comparison.choice, comparison.choice))
             self.comparisons[comparison.left_policy_id, left] += 1
             self.comparisons[comparison.right_policy_id, right] += 1
+
+        for failure in self._new("failures", tallies.failures_after):
+            self.failures[failure.policy_id, failure.kind] += 1
 
     def _add_turn(self, turn: TurnTally) -> None:
         self.turns[turn.policy_id, turn.finish_reason] += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from assistant.chat import Pair, check_messages
+from assistant.chat import Ask, Pair, check_messages
 from assistant.web.pages import compare_view as look
 from assistant.web.pages.feedback_panel import reason_chips, reasons_offered
 from assistant.web.pages.frame import Frame, clickable, clicked, markup, toast
@@ -111,7 +112,8 @@ class ComparePage:
             person = self.frame.person(request)
             yield self._shown(Vote()) | {self.answers: look.waiting(self.words)}
             try:
-                pair = await self.services.chat.reply_pair(self._ask_of(person, question))
+                ask = await asyncio.to_thread(self._ask_of, person, question)
+                pair = await self.services.chat.reply_pair(ask)
             except BaseExceptionGroup as errors:
                 problem = _told(errors)
                 yield self._shown(Vote()) | {self.answers: note(problem, "bad")}
@@ -177,8 +179,8 @@ class ComparePage:
     def _reason_chips(self, vote: Vote) -> str:
         return reason_chips(self.words, reasons_offered(self.store, "up"), list(vote.reasons))
 
-    def _ask_of(self, person: Person, question: str) -> Any:
-        """Return the question in a conversation of its own, which the chat's list leaves out."""
+    def _ask_of(self, person: Person, question: str) -> Ask:
+        """Return the question in a conversation of its own, which the chat's list leaves out; it is written here."""
         check_messages([{"role": "user", "content": question}])
         conversation = self.services.chat.conversation_for(person, new_id("comparison"))
         return self.services.chat.ask(person, conversation, question)

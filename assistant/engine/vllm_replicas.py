@@ -1,0 +1,211 @@
+"""The vLLM servers behind one engine: which of them answer, what each can serve, which is asked first.
+
+What is known of a server is how it was last seen. One that fell out is tried last until it has been found well again,
+by its health check or by what it lists: nobody needs to ask it a question first. Answers are streamed in `vllm.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import httpx
+
+from assistant.engine import vllm_wire as wire
+from assistant.engine.errors import (
+    AdapterRefused,
+    EngineAbsent,
+    EngineError,
+    EngineUnavailable,
+    StreamBroken,
+)
+from assistant.engine.pace import Pace
+from assistant.engine.protocol import Health, Queue
+from storage.errors import KotaeError
+from storage.records import Json
+
+T = TypeVar("T")
+HEALTH_TIMEOUT_S = 4.0
+"""For one replica, below what the web side waits for all: a silent one must not make the others look absent."""
+
+
+@dataclass(slots=True)
+class Replica:
+    """One server, as last seen."""
+
+    url: str
+    in_flight: int = 0
+    ready: bool = True
+    base: str | None = None
+    """The name under which it serves the base model; learnt from its model list."""
+    policies: set[str] = field(default_factory=set)
+    """What it can serve; learnt from its model list and from what was done since."""
+    pace: Pace = field(default_factory=Pace)
+
+
+class Replicas:
+    """One or more vLLM servers that serve the same base model."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        base_name: str,
+        client: httpx.AsyncClient,
+        explain: Callable[[], EngineAbsent | None],
+    ) -> None:
+        """Remember the addresses; nothing is sent yet. `explain` as of `VllmEngine`."""
+        self.all = [Replica(url.rstrip("/").removesuffix("/v1")) for url in urls]
+        self._base_name = base_name
+        self._client = client
+        self._explain = explain
+
+    def by_load(self, policy_id: str) -> list[Replica]:
+        """Return the replicas in the order to try: those that answer and have the policy, least in flight first.
+
+        One that came back without its adapters is asked for them only when no other is left.
+        """
+
+        def last(replica: Replica) -> tuple[bool, bool, int]:
+            return not replica.ready, policy_id not in replica.policies, replica.in_flight
+
+        return sorted(self.all, key=last)
+
+    async def on_every(self, act: Callable[[Replica], Awaitable[T]]) -> list[T]:
+        """Act on all replicas at once and return the results of those that answer.
+
+        Raises:
+            EngineUnavailable: none answered, or one refused an adapter that another took: that is the server's fault.
+            KotaeError: the first other failure; all of them were tried.
+        """
+        done = await asyncio.gather(*(act(replica) for replica in self.all), return_exceptions=True)
+        results = [outcome for outcome in done if not isinstance(outcome, BaseException)]
+        absent: list[EngineUnavailable] = []
+        for outcome in done:
+            if isinstance(outcome, EngineUnavailable):
+                absent.append(outcome)
+            elif isinstance(outcome, AdapterRefused) and results:
+                raise EngineUnavailable(
+                    f"engine: one replica refuses what another took ({outcome}); give it the same base and adapters"
+                ) from outcome
+            elif isinstance(outcome, BaseException):
+                raise outcome
+        if not results:
+            raise absent[0]
+        return results
+
+    async def health(self) -> Health:
+        """Say how many replicas answer, what they can serve and what is wrong with the others; never raises."""
+        checks = await asyncio.gather(*(self.check(replica) for replica in self.all))
+        wrong = [detail for detail in checks if detail]
+        well = len(checks) - len(wrong)
+        return Health(
+            ready=well > 0,
+            detail="; ".join([f"{well} of {len(checks)} replicas answer", *wrong]),
+            policies=frozenset().union(*(replica.policies for replica in self.all if replica.ready)),
+        )
+
+    async def check(self, replica: Replica) -> str:
+        """Return what is wrong with a replica, or an empty text; remembers the outcome."""
+        try:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                await self._found_well(replica)
+        except (KotaeError, TimeoutError) as error:
+            replica.ready = False
+            return str(error) or f"engine: {replica.url} does not answer within {HEALTH_TIMEOUT_S:g} s"
+        return ""
+
+    async def listed(self, replica: Replica) -> dict[str, str | None]:
+        """As `models`; one that had fallen out is asked how it is first, and is asked questions again from then on."""
+        return await (self.models(replica) if replica.ready else self._found_well(replica))
+
+    async def _found_well(self, replica: Replica) -> dict[str, str | None]:
+        """Return what a healthy replica can serve; raises when it is not healthy."""
+        response = await self.send(replica, "GET", "/health", timeout_s=HEALTH_TIMEOUT_S)
+        if response.status_code >= 400:  # 503, when its engine is dead: absent, not busy
+            raise EngineUnavailable(
+                f"engine: {replica.url} is not well ({response.status_code}); see its log"
+            )
+        models = await self.models(replica)
+        replica.ready = True
+        return models
+
+    async def models(self, replica: Replica) -> dict[str, str | None]:
+        """Return what a replica can serve: our name of it → the path it was loaded from."""
+        response = await self.send(replica, "GET", "/v1/models", timeout_s=HEALTH_TIMEOUT_S)
+        await self.raise_for_status(replica, response)
+        try:
+            rows = response.json()["data"]
+            bases = [row["id"] for row in rows if row.get("parent") is None]
+            paths = {row["id"]: row.get("root") for row in rows if row.get("parent") is not None}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EngineUnavailable(f"engine: {replica.url} is not vLLM; check the address") from error
+        if not bases:
+            raise EngineUnavailable(f"engine: {replica.url} lists no base model; check the address")
+        replica.base = self._base_name if self._base_name in bases else bases[0]
+        replica.policies = {self._base_name, *paths}
+        return {self._base_name: None, **paths}
+
+    async def name_on(self, replica: Replica, policy_id: str) -> str:
+        """Return what a replica calls a policy: a server run elsewhere has its own name for the base."""
+        if policy_id != self._base_name:
+            return policy_id
+        if replica.base is None:
+            await self.models(replica)
+        return replica.base or self._base_name
+
+    async def queues(self) -> list[Queue]:
+        """Return how many answers each replica makes and holds waiting, by its own metrics; never raises."""
+        return await asyncio.gather(*(self._queue(replica) for replica in self.all))
+
+    async def _queue(self, replica: Replica) -> Queue:
+        lengths = None
+        if replica.ready:  # one that is known to be silent would only hold up the others' numbers
+            with suppress(KotaeError):
+                response = await self.send(replica, "GET", "/metrics", timeout_s=HEALTH_TIMEOUT_S)
+                lengths = wire.queue_lengths(response.text)
+        running, waiting = lengths or (None, None)
+        return Queue(replica=replica.url, up=replica.ready, running=running, waiting=waiting)
+
+    async def send(
+        self,
+        replica: Replica,
+        method: str,
+        path: str,
+        *,
+        json: Json | None = None,
+        timeout_s: float | None = None,
+    ) -> httpx.Response:
+        """Return the whole response to a request; raises what `lost` returns when the connection fails."""
+        limit = httpx.USE_CLIENT_DEFAULT if timeout_s is None else timeout_s
+        try:
+            return await self._client.request(method, replica.url + path, json=json, timeout=limit)
+        except httpx.TransportError as error:
+            raise self.lost(replica, error, begun=False) from error
+
+    def lost(self, replica: Replica, error: httpx.TransportError, *, begun: bool) -> EngineError:
+        """Return a failed connection as our error, and try this replica last from now on."""
+        replica.ready, replica.base, replica.policies = False, None, set()
+        reason = str(error) or type(error).__name__
+        if begun:
+            return StreamBroken(f"stream: lost {replica.url} in mid-answer ({reason}); ask again")
+        silent = f"engine: {replica.url} does not answer ({reason}); is it running?"
+        is_absent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+        return self._explain() or (EngineAbsent if is_absent else EngineUnavailable)(silent)
+
+    async def raise_for_status(
+        self, replica: Replica, response: httpx.Response, *, policy_id: str | None = None
+    ) -> None:
+        """Raise an error response as one of ours; `policy_id` is what was asked for, by default the base."""
+        if response.status_code >= 400:
+            await response.aread()
+            error = wire.error_of_body(response.text)
+            raise wire.translate(
+                error,
+                status=response.status_code,
+                policy_id=policy_id or self._base_name,
+                url=replica.url,
+            )
