@@ -19,14 +19,7 @@ from typing import TypeVar
 
 from assistant.admission import Admission, Limits
 from assistant.answering import Prompt, Stream, pieces_of
-from assistant.engine.errors import (
-    ContextTooLong,
-    EngineAbsent,
-    EngineBusy,
-    EngineError,
-    StreamBroken,
-    WrongPolicy,
-)
+from assistant.engine.errors import NO_POLICYS_FAULT, EngineError, StreamBroken, WrongPolicy
 from assistant.engine.protocol import Engine, Sampling
 from assistant.release import Release
 from assistant.shadow import Shadow
@@ -355,9 +348,8 @@ def fault_of_policy(error: BaseException, *, begun: bool) -> FailureKind | None:
     """Return what speaks against the policy and leaves no turn: neither the question nor an engine that is away."""
     if isinstance(error, WrongPolicy):
         return "wrong_policy"
-    if begun or not isinstance(error, EngineError):
-        return None
-    return None if isinstance(error, ContextTooLong | EngineBusy | EngineAbsent) else "error"
+    is_fault = isinstance(error, EngineError) and not isinstance(error, NO_POLICYS_FAULT)
+    return "error" if is_fault and not begun else None
 
 
 def only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from assistant.admission import Admission
 from assistant.answering import Prompt, Stream, pieces_of
-from assistant.engine.errors import ContextTooLong, EngineBusy, EngineError, WrongPolicy
+from assistant.engine.errors import NO_POLICYS_FAULT, EngineError, WrongPolicy
 from assistant.release import Release
 from storage.records import Deployment, ShadowAnswer, ShadowFinish, Turn, new_id, now
 from storage.shadows import record_shadow_answer
@@ -73,7 +73,7 @@ class Shadow:
             if await self._engine_has_room():
                 answer = await self._answer(shadow, replace(prompt, request_id=new_id("shadow")), turn)
                 await asyncio.to_thread(record_shadow_answer, self.store, answer)
-        except (ContextTooLong, EngineBusy) as error:
+        except NO_POLICYS_FAULT as error:
             log.info("the shadow was not asked: %s", error)
         except Exception:
             log.exception("asking the shadow failed")
@@ -82,7 +82,7 @@ class Shadow:
         """Return the shadow's answer, or how it failed.
 
         Raises:
-            ContextTooLong, EngineBusy: the question or the load is to blame.
+            ContextTooLong, EngineBusy, EngineAbsent: the question, the load or an absent engine is to blame.
         """
         started, stream = time.monotonic(), Stream()
         finish = await self._listen(stream, shadow, prompt)
@@ -110,7 +110,7 @@ class Shadow:
                 ):
                     async for piece in pieces:
                         stream.add(piece, elapsed_s=time.monotonic() - started)
-        except (ContextTooLong, EngineBusy):
+        except NO_POLICYS_FAULT:
             raise
         except (EngineError, TimeoutError) as error:
             log.warning("the shadow %s failed: %s", shadow.policy_id, error or "no answer in time")

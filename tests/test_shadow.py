@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from alignment.preferences import load_preferences, take_snapshot
-from assistant.engine.errors import EngineBusy, EngineUnavailable
+from assistant.engine.errors import EngineBusy, EngineError, EngineStarting, EngineUnavailable
 from assistant.engine.protocol import Piece, Queue, Sampling
 from assistant.routing import is_drawn
 from chat_fixtures import Desk, make_desk, put_beside
@@ -178,8 +178,9 @@ def test_the_shadow_gives_way_to_a_person(desk: Desk) -> None:
     assert answers(desk) == []
 
 
-def test_a_full_engine_is_nobodys_fault(desk: Desk) -> None:
-    instead(desk, shade(desk).policy_id, EngineBusy("full"))
+@pytest.mark.parametrize("error", [EngineBusy("full"), EngineStarting("being started")])
+def test_a_full_or_absent_engine_is_nobodys_fault(desk: Desk, error: EngineError) -> None:
+    instead(desk, shade(desk).policy_id, error)
     asyncio.run(ask(desk))
     assert answers(desk) == []
 

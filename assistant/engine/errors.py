@@ -67,3 +67,7 @@ class WrongPolicy(StreamBroken):
 
 class AdapterRefused(EngineError):
     """These adapter files must not be served; the message names file, tensor, value and fix."""
+
+
+NO_POLICYS_FAULT = (ContextTooLong, EngineBusy, EngineAbsent)
+"""What speaks against no policy: the question, the load, or an engine that is away."""
