@@ -44,8 +44,8 @@ from storage.records import Json, Policy, Run, RunTrigger, Snapshot
 from storage.store import Store
 
 if TYPE_CHECKING:
-    from alignment.stages import Work
     from alignment.together import Place
+    from alignment.work import Work
 
 __all__ = ["OUTCOME_EXIT_CODES", "Outcome", "align", "run_folder", "served_policy"]
 METHODS: tuple[Method, ...] = ("dpo", "kto", "ppo")
@@ -123,6 +123,7 @@ def _carry_out(
     progress.step(1, f"{sum(snapshot.counts.values())} labels")
     # 2. the served policy, and the labels as its tokens
     from alignment import stages, together  # torch: only now, so that a run without data ends at once
+    from alignment.work import Work
 
     stages.check_incumbent(incumbent)
     place = place or together.Place(progress=progress)
@@ -135,7 +136,7 @@ def _carry_out(
         on_policy_share=prepared.on_policy_share,
         effective_sample_share=prepared.effective_sample_share,
     )
-    work = stages.Work(
+    work = Work(
         store=store,
         run=run,
         config=config,
@@ -182,7 +183,6 @@ def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, mete
     judging = stages.train_judge(work)
     check_stop(work.progress)
     # 5. the reward model that PPO optimises, which must be another than the judge; it may decide the method
-    scorer = None
     if choice.method == "ppo" or choice.waits_for_reward_model:
         scorer = stages.train_scorer(work)
         check_stop(work.progress)
@@ -191,9 +191,10 @@ def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, mete
         return _not_enough(work.run, choice, statistics)
     # 6. the candidate
     work = replace(work, config=settled(work.config, choice))
-    trained = stages.update_policy(work, choice.method, scorer)
+    trained = stages.update_policy(work, choice.method)
     check_stop(work.progress)
     if trained.held and not trained.moved:
+        stages.forget_training(work, choice.method)
         return Outcome(status="refused", message=trained.held, run_id=work.run.id)
     # 7. the evidence
     evidence = stages.evaluate_candidate(work, judging)
@@ -215,6 +216,7 @@ def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, mete
         cost=cost,
     )
     stages.publish(work, candidate, evidence, verdict)
+    stages.forget_training(work, choice.method)
     work.progress.step(1)
     outcome = _judged(work.run, candidate, verdict)
     return replace(outcome, message=f"{outcome.message} {trained.held}".strip())

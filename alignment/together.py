@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,21 +24,20 @@ from alignment.dpo import train_dpo
 from alignment.kto import train_kto
 from alignment.memory import plan_batches
 from alignment.models import Base, adapter_parameters, add_policy, load_base
-from alignment.policy_training import PolicyResult
-from alignment.ppo import PpoResult, train_ppo
+from alignment.ppo import train_ppo
 from alignment.ppo_config import PpoConfig
 from alignment.ppo_rollouts import Sampler
-from alignment.preferences import Preferences
+from alignment.preferences import Pair, Preferences, Thumb
 from alignment.progress import Interrupted, Progress, Silent
 from alignment.ranked_answers import pairs_to_learn, thumbs_to_learn
 from alignment.reference_cache import ReferenceCache
-from alignment.reward_model import RewardConfig, TrainedReward, train_reward_model
-from alignment.training import all_finite
+from alignment.resume import Kept, Trained, same_to_learn
+from alignment.reward_model import RewardConfig, TrainedReward, load_reward_model, train_reward_model
+from alignment.training import Weights, all_finite, restore_weights
 from storage.errors import CorruptData
 from storage.records import Policy
 
 Made = TypeVar("Made")
-Trained = PolicyResult | PpoResult
 
 
 @dataclass(slots=True, kw_only=True)
@@ -195,6 +195,19 @@ def train_reward(
     return place.scorer
 
 
+def load_scorer(place: Place, folder: Path) -> TrainedReward:
+    """Take the reward model that an interrupted run trained: another training of it agrees to rounding only."""
+    assert place.base is not None
+    place.scorer = load_reward_model(place.base, folder)
+    return place.scorer
+
+
+def put_policy(place: Place, weights: Weights) -> None:
+    """Give the adapter "policy" the weights that its training, in an interrupted run, ended with."""
+    assert place.base is not None
+    restore_weights(adapter_parameters(place.base, "policy"), weights)
+
+
 def train_policy_by(
     place: Place,
     method: Method,
@@ -205,7 +218,7 @@ def train_policy_by(
     config: AlignmentConfig,
     *,
     cache: ReferenceCache | None = None,
-    checkpoint: Path | None = None,
+    kept: Kept | None = None,
     sampler: Sampler | None = None,
 ) -> Trained:
     """Train the adapter "policy" by the method: on pairs, on thumbs, or on its own answers to the prompts.
@@ -213,6 +226,7 @@ def train_policy_by(
     Args:
         unseen: prompts that it does not learn from.
         unlabelled: prompts, with keys, that DPO and KTO may have answered besides the labelled ones.
+        cache, kept, sampler: process 0's alone.
     """
     base = place.base
     assert base is not None
@@ -220,7 +234,7 @@ def train_policy_by(
         "seed": config.seed,
         "progress": place.progress,
         "unseen": unseen,
-        "checkpoint": checkpoint,
+        "checkpoint": kept.checkpoint if kept else None,
         "crew": place.crew,
     }
     if method == "ppo":
@@ -233,9 +247,11 @@ def train_policy_by(
         "crew": place.crew,
     }
     if method == "kto":
-        thumbs, told = thumbs_to_learn(base, labels, config.kto, config.reward, **learn)
+        taken = partial(thumbs_to_learn, base, labels, config.kto, config.reward, **learn)
+        thumbs, told = same_to_learn(kept, Thumb, taken, place.crew)
         result = train_kto(base, thumbs, config.kto, cache=cache, **options)
     else:
-        pairs, told = pairs_to_learn(base, labels, config.dpo, config.reward, **learn)
+        made = partial(pairs_to_learn, base, labels, config.dpo, config.reward, **learn)
+        pairs, told = same_to_learn(kept, Pair, made, place.crew)
         result = train_dpo(base, pairs, config.dpo, cache=cache, **options)
     return replace(result, learnt_from=told)

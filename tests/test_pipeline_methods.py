@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 
-from alignment import kl_hold, ranked_answers
+from alignment import kl_hold
 from alignment.config import AlignmentConfig, config_of
 from alignment.kl_budget import Kl
-from alignment.models import Base
 from alignment.outcome import recorded_outcome
 from alignment.pipeline import Outcome, align, run_folder
-from alignment.rollouts import Rollout, sample
 from alignment_fixtures import (
     CURT,
     KIND,
@@ -49,18 +47,6 @@ def chosen(store: Store, outcome: Outcome) -> dict[str, Any]:
 
 def curves(store: Store, outcome: Outcome) -> set[str]:
     return set(runs.metrics(store, outcome.run_id))
-
-
-@pytest.fixture
-def whole_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the tiny model end the answers that are ranked, which it seldom does."""
-
-    def ending(base: Base, *args: Any, **options: Any) -> list[Rollout]:
-        with monkeypatch.context() as patch:
-            patch.setattr(base, "stop_ids", frozenset(range(0, base.model.config.vocab_size, 4)))
-            return sample(base, *args, **options)
-
-    monkeypatch.setattr(ranked_answers, "sample", ending)
 
 
 def test_thumbs_alone_train_by_kto_and_are_judged_by_thumbs(filled: Filled, tokenizer: Any) -> None:
