@@ -30,6 +30,7 @@ from alignment.together import (
     load_scorer,
     plan_together,
     put_policy,
+    shape_policy,
     train_policy_by,
     train_reward,
 )
@@ -188,6 +189,8 @@ def update_policy(work: Work, method: Method) -> Trained:
         Interrupted: the run was stopped; the checkpoint is kept.
     """
     kept, base, adapter = _kept(work, method), work.prepared.base, work.folder / "adapter"
+    if work.place.together(shape_policy, method, work.config):
+        work.place.together(plan_together, longest(base, work.prepared.preferences))
     found = read_trained(kept, method)
     if found is not None:
         weights, result = found

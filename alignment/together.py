@@ -23,7 +23,14 @@ from alignment.distributed import ALONE, Crew, LostProcess, join, leave
 from alignment.dpo import train_dpo
 from alignment.kto import train_kto
 from alignment.memory import plan_batches
-from alignment.models import Base, adapter_parameters, add_policy, load_base
+from alignment.models import (
+    Base,
+    adapter_parameters,
+    add_policy,
+    has_adapter,
+    load_base,
+    remove_adapter,
+)
 from alignment.ppo import train_ppo
 from alignment.ppo_config import PpoConfig
 from alignment.ppo_rollouts import Sampler
@@ -34,6 +41,7 @@ from alignment.reference_cache import ReferenceCache
 from alignment.resume import Kept, Trained, same_to_learn
 from alignment.reward_model import RewardConfig, TrainedReward, load_reward_model, train_reward_model
 from alignment.training import Weights, all_finite, restore_weights
+from alignment.training_config import LoraSpec
 from storage.errors import CorruptData
 from storage.records import Policy
 
@@ -138,14 +146,36 @@ def load(place: Place, incumbent: Policy, config: AlignmentConfig) -> Base:
         gpu_memory_share=config.gpu_memory_share,
     )
     start = Path(incumbent.adapter_path) if incumbent.adapter_path else None
-    loras = {"ppo": config.ppo.lora, "kto": config.kto.lora}
-    add_policy(base, loras.get(config.method, config.dpo.lora), seed=config.seed, start_from=start)
+    method: Method = (
+        "dpo" if config.method == "auto" else config.method
+    )  # `shape_policy` corrects what was chosen
+    add_policy(base, _lora(config, method), seed=config.seed, start_from=start)
     if start is not None and not all_finite(adapter_parameters(base, "policy")):
         raise CorruptData(
             f"adapter {start}: a weight is not a finite number; roll back to a policy before {incumbent.id}"
         )
     place.base = base
     return base
+
+
+def _lora(config: AlignmentConfig, method: Method) -> LoraSpec:
+    return {"dpo": config.dpo.lora, "kto": config.kto.lora, "ppo": config.ppo.lora}[method]
+
+
+def shape_policy(place: Place, method: Method, config: AlignmentConfig) -> bool:
+    """Give the adapter "policy", untouched so far, the shape that the chosen method asks for; return whether it had another.
+
+    One that continues from a served adapter keeps that one's.
+    """
+    base, spec = place.base, _lora(config, method)
+    assert base is not None
+    has = base.model.peft_config["policy"]
+    same = (has.r, has.lora_alpha, set(has.target_modules)) == (spec.rank, spec.alpha, set(spec.targets))
+    if same or has_adapter(base, "reference"):
+        return False
+    remove_adapter(base, "policy")
+    add_policy(base, spec, seed=config.seed)
+    return True
 
 
 def plan_together(place: Place, longest: int, ppo: PpoConfig | None = None) -> None:
