@@ -21,6 +21,7 @@ from alignment.choose import (
     Method,
     RewardEvidence,
     choose_method,
+    flip_rate_says,
     reward_evidence,
     settled,
     statistics_of,
@@ -162,6 +163,8 @@ def _choose(work: Work, statistics: DataStatistics, *, reward: RewardEvidence | 
         short := parts_short(work.prepared.parts, method, min_class_thumbs=config.kto.min_class_thumbs)
     ):
         choice = Choice(method=None, rule="0: not enough data", reason=short)
+    if choice.method == "dpo" and (flips := flip_rate_says(config, statistics)):
+        choice = replace(choice, warnings=(*choice.warnings, flips))
     _keep_choice(work.store, work.run, work.folder, statistics, choice)
     return choice
 
@@ -190,7 +193,8 @@ def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, mete
     if choice.method is None:
         return _not_enough(work.run, choice, statistics)
     # 6. the candidate
-    work = replace(work, config=settled(work.config, choice))
+    config = work.config
+    work = replace(work, config=settled(work.config, choice, statistics))
     trained = stages.update_policy(work, choice.method)
     check_stop(work.progress)
     if trained.held and not trained.moved:
@@ -219,7 +223,8 @@ def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, mete
     stages.forget_training(work, choice.method)
     work.progress.step(1)
     outcome = _judged(work.run, candidate, verdict)
-    return replace(outcome, message=f"{outcome.message} {trained.held}".strip())
+    flips = flip_rate_says(config, statistics) if choice.method == "dpo" else ""
+    return replace(outcome, message=" ".join(filter(None, (outcome.message, trained.held, flips))))
 
 
 def _judged(run: Run, candidate: Policy, verdict: Verdict) -> Outcome:
