@@ -106,7 +106,7 @@ def prepare(
         former=former,
         unlabelled=unlabelled_prompts(
             recent_turns(store, base_sha256=incumbent.base_sha256),
-            labelled=prompts_of(preferences),
+            labelled=prompts_of(preferences).union(former.seen_prompts if former else ()),
             until=newest_label_at(store, snapshot),
             longest_prompt=base.max_positions // 2,
         ),
@@ -279,7 +279,9 @@ def evaluate_candidate(work: Work, scorer: TrainedReward) -> Evidence:
     questions = choose_questions(
         turns,
         held_out=work.prepared.parts.held_out,
-        learnt={*work.prepared.parts.learnt_prompts(), *work.prepared.unlabelled.values()},
+        learnt=work.prepared.parts.learnt_prompts().union(
+            work.prepared.unlabelled.values(), scorer.seen_prompts
+        ),
         config=config.evaluation,
         longest_prompt=base.max_positions - room,
         seed=config.seed,
