@@ -36,6 +36,7 @@ __all__ = [
     "Method",
     "RewardEvidence",
     "choose_method",
+    "flip_rate_says",
     "reward_evidence",
     "settled",
     "statistics_of",
@@ -43,6 +44,9 @@ __all__ = [
 Method = Literal["dpo", "ppo", "kto"]
 LOUD_SHARE = 0.5
 """Of the weight, that of one of few raters that is worth a warning; of ten or more it is twice what one was to have."""
+LOSSES_WITH_FLIPS = ("cdpo", "robust")
+MOST_FLIPS = 0.45
+"""Near a half these losses say nothing: the labels would be coins."""
 RANKED_BECAUSE = {"dpo": why_ranked, "kto": why_ranked_by_fit}
 
 
@@ -91,9 +95,14 @@ def choose_method(
     return _rule_5(look)
 
 
-def settled(config: AlignmentConfig, choice: Choice) -> AlignmentConfig:
-    """Settle what DPO and KTO learn from, and take the supervised term where all are corrections."""
-    dpo, kto = config.dpo, config.kto
+def settled(config: AlignmentConfig, choice: Choice, data: DataStatistics | None = None) -> AlignmentConfig:
+    """Settle what DPO and KTO learn from, how many labels DPO takes for wrong, and take the supervised term where all are
+    corrections.
+
+    Args:
+        data: None: nothing was measured.
+    """
+    dpo, kto = replace(config.dpo, flip_rate=_flip_rate(config, data)), config.kto
     if dpo.pairs_from == "auto" and not choice.ranked_because:
         dpo = replace(dpo, pairs_from="labels")
     if choice.corrections_only:
@@ -101,6 +110,30 @@ def settled(config: AlignmentConfig, choice: Choice) -> AlignmentConfig:
     if kto.ranked_by == "auto":
         kto = replace(kto, ranked_by="fit" if choice.ranked_because else "reward_model")
     return replace(config, dpo=dpo, kto=kto)
+
+
+def _flip_rate(config: AlignmentConfig, data: DataStatistics | None) -> float:
+    """Return the share of wrong labels that DPO assumes: as set, or for a loss that needs it the larger one of those that
+    people's agreement and a fit to the other labels tell."""
+    if data is None or config.dpo.flip_rate > 0 or config.dpo.loss not in LOSSES_WITH_FLIPS:
+        return config.dpo.flip_rate
+    known = data.agreement is not None and data.agreement.n >= config.choice.min_agreement_meetings
+    by_agreement = data.flip_rate if known else 0.0
+    turned = data.turned_share.value if data.turned_share else 0.0
+    return round(min(MOST_FLIPS, max(by_agreement, turned)), 2)
+
+
+def flip_rate_says(config: AlignmentConfig, data: DataStatistics) -> str:
+    """Return what people should know of the share of wrong labels that DPO assumes, "" where they set it or none is."""
+    loss, rate = config.dpo.loss, _flip_rate(config, data)
+    if loss not in LOSSES_WITH_FLIPS or config.dpo.flip_rate > 0:
+        return ""
+    if rate > 0:
+        return f"Loss {loss} takes {rate:.0%} of the labels for wrong, as measured (dpo.flip_rate is 0)."
+    return (
+        f"Loss {loss} equals plain DPO: dpo.flip_rate is 0, and nothing measured says that labels are wrong. Set it, or let "
+        "several people judge the same answers."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

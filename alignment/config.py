@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from storage.outcomes import HAND_OVER_PHRASES
 from storage.records import Json
 
 WantedMethod = Literal["auto", "dpo", "ppo", "kto"]
+DEVICE = r"auto|(cpu|cuda|mps|xpu)(:\d+)?"
+"""Regular expression of the devices that torch knows by name and trains on."""
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -230,6 +233,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "gate.kl_per_response_nats_max": (0, 100_000),
     "gate.kl_from_base_nats_max": (0, 100_000),
     "gate.length_ratio_max": (1, 1000),
+    "reward.epochs": (0, 1000),
     "reward.members": (1, 64),
     "reward.adapters": (1, 16),
     "reward.head_learning_rate": (1e-8, 1),
@@ -301,12 +305,17 @@ def config_of(table: Json) -> AlignmentConfig:
 
 
 def check_together(config: AlignmentConfig) -> None:
-    """Check what two fields say together.
+    """Check what two fields say together, and texts that must mean something.
 
     Raises:
         InvalidField: naming the one to change.
     """
     gate = config.gate
+    launcher_words(config.launcher)
+    if not re.fullmatch(DEVICE, config.device):
+        raise InvalidField(
+            "device", config.device, "use auto, or as torch names it: cpu, cuda, cuda:1, mps or xpu"
+        )
     for phrase in config.evaluation.hand_over_phrases:
         try:
             re.compile(phrase)
@@ -315,6 +324,21 @@ def check_together(config: AlignmentConfig) -> None:
             raise InvalidField("evaluation.hand_over_phrases", phrase, fix) from error
     if not 0 < gate.length_ratio_min <= 1:
         raise InvalidField("gate.length_ratio_min", gate.length_ratio_min, "use a number above 0, at most 1")
+
+
+def launcher_words(launcher: str) -> list[str]:
+    """Return the words of the command that starts several processes; none where there is to be one.
+
+    Raises:
+        InvalidField: it is no command.
+    """
+    try:
+        words = shlex.split(launcher)
+    except ValueError as error:
+        raise InvalidField("launcher", launcher, f"close its quotes ({error})") from error
+    if launcher and not (words and words[0]):
+        raise InvalidField("launcher", launcher, 'name a command, or leave it "" for one process')
+    return words
 
 
 def config_json(config: AlignmentConfig) -> Json:

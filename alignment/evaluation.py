@@ -32,11 +32,15 @@ from alignment.models import Base, has_adapter
 from alignment.preferences import Pair, Preferences
 from alignment.progress import Progress
 from alignment.questions import Question, ServedSampling
-from alignment.reward_metrics import thumb_metrics
+from alignment.reward_metrics import pair_accuracy, thumb_metrics
 from alignment.reward_model import TrainedReward
 from alignment.safety import Suite, promises_too_much
 from storage.errors import InvalidField
 from storage.records import Json
+
+FEWEST_PAIRS = 20
+"""Independent held-out pairs below which thumbs speak for the judge and for what was learnt, if they say more: 15 of 20 are
+the fewest that are clearly no coin's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,16 +137,18 @@ def _bounded(sampling: ServedSampling, config: EvaluationConfig) -> ServedSampli
 
 
 def judge_numbers(metrics: dict[str, float]) -> dict[str, Estimate]:
-    """Return what is known of the judge itself, from its held-out pairs, or from thumbs where there are no pairs."""
-    n = int(metrics["reward/pairs"])
-    if n == 0 and metrics.get("reward/thumb_couples"):
-        return {"judge_accuracy": _of_thumbs(metrics)}
+    """Return what is known of the judge itself, from its held-out pairs, or from thumbs where the pairs are too few."""
     accuracy = Estimate(
         value=metrics["reward/accuracy"],
         low=metrics["reward/accuracy_low"],
         high=metrics["reward/accuracy_high"],
-        n=n,
+        n=int(metrics["reward/independent_pairs"]),
     )
+    if accuracy.n < FEWEST_PAIRS and metrics.get("reward/thumb_couples", 0) > accuracy.n:
+        accuracy = _of_thumbs(metrics)
+    n = int(metrics["reward/pairs"])
+    if n == 0:
+        return {"judge_accuracy": accuracy}
     plain = {
         f"judge_{name}": Estimate(value=value, low=value, high=value, n=n)
         for name in ("calibration_error", "length_only_accuracy", "score_length_correlation")
@@ -187,16 +193,20 @@ def _drift_numbers(trial: Trial, ours: Answers, progress: Progress) -> dict[str,
 def preference_accuracy(trial: Trial, progress: Progress) -> Estimate:
     """Return the share of held-out pairs whose implicit reward ranks as people did (arXiv 2305.18290, section 5)."""
     pairs = [pair for pair in trial.held_out.pairs if not pair.tie]
-    if not pairs:
-        return _thumb_accuracy(trial, progress)
+    found = _pair_accuracy(trial, pairs, progress) if pairs else wilson(0, 0)
+    if found.n < FEWEST_PAIRS and trial.held_out.thumbs:
+        found = max(found, _thumb_accuracy(trial, progress), key=lambda one: one.n)
+    return found
+
+
+def _pair_accuracy(trial: Trial, pairs: Sequence[Pair], progress: Progress) -> Estimate:
     rows = [(pair.prompt_ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     sums = [
         [sum(values) for values in completion_logprobs(trial.base, rows, adapter=adapter, progress=progress)]
         for adapter in (CANDIDATE, INCUMBENT)
     ]
     ratios = (np.array(sums[0]) - np.array(sums[1])).reshape(-1, 2)  # (pairs, 2)
-    h = ratios[:, 0] - ratios[:, 1]
-    return wilson(float((h > 0).sum() + 0.5 * (h == 0).sum()), len(pairs))
+    return pair_accuracy(ratios[:, 0] - ratios[:, 1], pairs)
 
 
 def _thumb_accuracy(trial: Trial, progress: Progress) -> Estimate:

@@ -27,8 +27,12 @@ class Estimate:
     n: int
 
 
-def wilson(successes: float, n: int) -> Estimate:
-    """Return the share `successes / n` with Wilson's score interval (Wilson 1927); n = 0 gives [0, 1]."""
+def wilson(successes: float, n: float) -> Estimate:
+    """Return the share `successes / n` with Wilson's score interval (Wilson 1927); n = 0 gives [0, 1].
+
+    Args:
+        n: may be an effective number, which the estimate then states rounded down.
+    """
     if n == 0:
         return Estimate(value=0.5, low=0.0, high=1.0, n=0)
     share, z = successes / n, Z_95
@@ -37,7 +41,47 @@ def wilson(successes: float, n: int) -> Estimate:
     half = z / scale * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low = 0.0 if successes == 0 else middle - half
     high = 1.0 if successes == n else middle + half
-    return Estimate(value=share, low=low, high=high, n=n)
+    return Estimate(value=share, low=low, high=high, n=int(n))
+
+
+def wilson_by_group(right: Floats, groups: NDArray[np.int64]) -> Estimate:
+    """Return the mean of `right` (N,), each 0 to 1, with Wilson's interval for what the N are worth when those of a group
+    hang together.
+
+    Their effective number is p (1 - p) over the variance of the mean between groups (Kish 1965, the design effect), as far
+    as so many groups can tell it: a group's part as the mean without it sees it (the jackknife; Bell & McCaffrey 2002),
+    Student's quantile, and p pulled to a half, so that a few groups that agree are no proof. It is at least what they are
+    worth when all of a group are alike, (sum n)^2 / sum n^2, and at most N; with groups of one it is N.
+
+    Args:
+        groups: (N,) number of the group, from 0.
+    """
+    count = len(right)
+    if count == 0:
+        return wilson(0, 0)
+    sizes = np.bincount(groups).astype(np.float64)
+    fewest = count**2 / float((sizes * sizes).sum())
+    share = float(right.mean())
+    pulled = (fewest * share + Z_95**2 / 2) / (fewest + Z_95**2)
+    others = np.maximum(1 - sizes / count, 1e-9)
+    apart = (
+        np.bincount(groups, weights=right - pulled) / others
+    )  # what each group adds to the variance of the sum
+    worth = pulled * (1 - pulled) * count**2 / float((apart * apart).sum())
+    worth *= (Z_95 / _student_95(fewest - 1)) ** 2
+    worth = max(fewest, min(float(count), worth))
+    return wilson(share * worth, worth)
+
+
+def _student_95(freedom: float) -> float:
+    """Return Student's two-sided 95% quantile (Abramowitz & Stegun 26.7.5); below 1 degree of freedom that of 1."""
+    z, v = Z_95, max(1.0, freedom)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / v**power for power, term in enumerate(terms, start=1))
 
 
 def mean_of(shares: Sequence[Estimate]) -> Estimate:

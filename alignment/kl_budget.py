@@ -17,6 +17,7 @@ from alignment.models import Base, active, has_adapter, head
 from alignment.rollouts import sample
 
 LONGEST_ANSWER_TOKENS = 256
+"""An answer also ends where its own prompt leaves no more room in the context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +69,16 @@ def kl_per_response(base: Base, prompts: Sequence[Sequence[int]], *, seed: int, 
     2504.10637, the Rao-Blackwellised estimator): unbiased, and of lower variance than any function of the log-probs of
     the tokens that came, where a single rare one decides the sum.
     """
-    room = min(LONGEST_ANSWER_TOKENS, base.max_positions - max(len(prompt) for prompt in prompts))
     numbers = crew.share(range(len(prompts)))
     mine = [tuple(prompts[number]) for number in numbers]
     answers = sample(
-        base, mine, adapter="policy", temperature=1.0, max_new_tokens=room, seed=seed, numbers=numbers
+        base,
+        mine,
+        adapter="policy",
+        temperature=1.0,
+        max_new_tokens=LONGEST_ANSWER_TOKENS,
+        seed=seed,
+        numbers=numbers,
     )
     rows = [(prompt, answer.token_ids) for prompt, answer in zip(mine, answers, strict=True)]
     others = ("reference", None) if has_adapter(base, "reference") else ("reference",)

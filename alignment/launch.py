@@ -8,7 +8,6 @@ the others follow it (`alignment.together`). No torch here.
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from alignment.config import launcher_words
 from alignment.outcome import Outcome, recorded_outcome
 from storage import runs
 from storage.errors import InvalidField, KotaeError
@@ -88,7 +88,7 @@ def launch(store: Store, launcher: str, command: Sequence[str]) -> Outcome:
     SIGINT and SIGTERM go to process 0 alone, which saves its checkpoint and lets the others end.
 
     Raises:
-        InvalidField: there is no such program.
+        InvalidField: it is no command, or there is no such program.
         NotLaunched: it ended before a run began.
         KeyboardInterrupt: it was stopped before a run began.
     """
@@ -115,7 +115,7 @@ def launch(store: Store, launcher: str, command: Sequence[str]) -> Outcome:
 
 def _found(launcher: str) -> list[str]:
     """Return the launcher's words; programs beside this Python count as installed."""
-    words = shlex.split(launcher)
+    words = launcher_words(launcher)
     beside = Path(sys.executable).parent
     program = shutil.which(words[0], path=f"{beside}{os.pathsep}{os.environ.get('PATH', os.defpath)}")
     if program is None:

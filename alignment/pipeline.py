@@ -21,6 +21,7 @@ from alignment.choose import (
     Method,
     RewardEvidence,
     choose_method,
+    flip_rate_says,
     reward_evidence,
     settled,
     statistics_of,
@@ -44,8 +45,8 @@ from storage.records import Json, Policy, Run, RunTrigger, Snapshot
 from storage.store import Store
 
 if TYPE_CHECKING:
-    from alignment.stages import Work
     from alignment.together import Place
+    from alignment.work import Work
 
 __all__ = ["OUTCOME_EXIT_CODES", "Outcome", "align", "run_folder", "served_policy"]
 METHODS: tuple[Method, ...] = ("dpo", "kto", "ppo")
@@ -123,6 +124,7 @@ def _carry_out(
     progress.step(1, f"{sum(snapshot.counts.values())} labels")
     # 2. the served policy, and the labels as its tokens
     from alignment import stages, together  # torch: only now, so that a run without data ends at once
+    from alignment.work import Work
 
     stages.check_incumbent(incumbent)
     place = place or together.Place(progress=progress)
@@ -135,7 +137,7 @@ def _carry_out(
         on_policy_share=prepared.on_policy_share,
         effective_sample_share=prepared.effective_sample_share,
     )
-    work = stages.Work(
+    work = Work(
         store=store,
         run=run,
         config=config,
@@ -161,6 +163,8 @@ def _choose(work: Work, statistics: DataStatistics, *, reward: RewardEvidence | 
         short := parts_short(work.prepared.parts, method, min_class_thumbs=config.kto.min_class_thumbs)
     ):
         choice = Choice(method=None, rule="0: not enough data", reason=short)
+    if choice.method == "dpo" and (flips := flip_rate_says(config, statistics)):
+        choice = replace(choice, warnings=(*choice.warnings, flips))
     _keep_choice(work.store, work.run, work.folder, statistics, choice)
     return choice
 
@@ -182,7 +186,6 @@ def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, mete
     judging = stages.train_judge(work)
     check_stop(work.progress)
     # 5. the reward model that PPO optimises, which must be another than the judge; it may decide the method
-    scorer = None
     if choice.method == "ppo" or choice.waits_for_reward_model:
         scorer = stages.train_scorer(work)
         check_stop(work.progress)
@@ -190,10 +193,12 @@ def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, mete
     if choice.method is None:
         return _not_enough(work.run, choice, statistics)
     # 6. the candidate
-    work = replace(work, config=settled(work.config, choice))
-    trained = stages.update_policy(work, choice.method, scorer)
+    config = work.config
+    work = replace(work, config=settled(work.config, choice, statistics))
+    trained = stages.update_policy(work, choice.method)
     check_stop(work.progress)
     if trained.held and not trained.moved:
+        stages.forget_training(work, choice.method)
         return Outcome(status="refused", message=trained.held, run_id=work.run.id)
     # 7. the evidence
     evidence = stages.evaluate_candidate(work, judging)
@@ -215,9 +220,11 @@ def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, mete
         cost=cost,
     )
     stages.publish(work, candidate, evidence, verdict)
+    stages.forget_training(work, choice.method)
     work.progress.step(1)
     outcome = _judged(work.run, candidate, verdict)
-    return replace(outcome, message=f"{outcome.message} {trained.held}".strip())
+    flips = flip_rate_says(config, statistics) if choice.method == "dpo" else ""
+    return replace(outcome, message=" ".join(filter(None, (outcome.message, trained.held, flips))))
 
 
 def _judged(run: Run, candidate: Policy, verdict: Verdict) -> Outcome:

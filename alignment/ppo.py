@@ -51,7 +51,7 @@ from alignment.ppo_experience import (
 )
 from alignment.ppo_losses import kl_ahead, kl_k1, next_beta
 from alignment.ppo_rollouts import Answers, Sampler, step_prompts
-from alignment.ppo_state import Sample, Training, all_weights, ppo_fingerprint, save, start_training
+from alignment.ppo_state import Sample, Training, all_weights, save, start_training
 from alignment.ppo_update import Experience, minibatch_epochs
 from alignment.ppo_watch import Start, why_stop
 from alignment.progress import Interrupted, Progress
@@ -59,7 +59,7 @@ from alignment.reward_model import TrainedReward
 from alignment.training import all_finite, copy_weights, restore_weights, set_rate
 from storage.errors import InvalidField
 
-__all__ = ["PpoConfig", "PpoResult", "Sample", "ppo_fingerprint", "train_ppo"]
+__all__ = ["PpoConfig", "PpoResult", "Sample", "train_ppo"]
 
 ABOVE_ZERO = (
     "steps",

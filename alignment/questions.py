@@ -74,7 +74,7 @@ def choose_questions(
 
     Args:
         turns: recent turns, newest first.
-        learnt: prompt keys that the policy or the judge was trained on.
+        learnt: prompt keys that the policy or the judge was trained on, the judge in former runs too.
         longest_prompt: tokens that leave room for an answer.
     """
     texts = {prompt_key(turn): str(turn.messages[-1].get("content", "")) for turn in reversed(turns)}
@@ -95,7 +95,7 @@ def unlabelled_prompts(
 
     Args:
         turns: recent turns, newest first.
-        labelled: prompt keys.
+        labelled: prompt keys, also of labels that a former judge learnt from.
         until: when the newest label was given. Chats go on while a stopped run waits, which must find the same questions
             when it goes on.
         longest_prompt: tokens that leave room for an answer.

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from alignment.intervals import Estimate, Floats, wilson
+from alignment.intervals import Estimate, Floats, wilson, wilson_by_group
 from alignment.preferences import Pair, Thumb
 
 FEWEST_PAIRS_A_BIN = 20
@@ -38,13 +38,13 @@ def held_out_metrics(
     lengths = np.array([[len(p.chosen_ids), len(p.rejected_ids)] for p in pairs], dtype=np.float64).reshape(
         -1, 2
     )
-    right = _right(leads)
-    accuracy = wilson(float(right.sum()), len(pairs))
+    accuracy = pair_accuracy(leads, pairs)
     length_lead = (lengths[:, 0] - lengths[:, 1]) * (1 if longer_wins else -1)
     new = [i for i, pair in enumerate(pairs) if pair.rater not in seen_raters]
     plain = members if plain_members is None else plain_members
     result = {
         "pairs": float(len(pairs)),
+        "independent_pairs": float(accuracy.n),
         **_interval("accuracy", accuracy),
         "temperature": fit_temperature(leads),
         "calibration_error": crossed_calibration_error(leads, prompt_halves(pairs)),
@@ -58,8 +58,15 @@ def held_out_metrics(
         "unseen_rater_pairs": float(len(new)),
     }
     if new:
-        result |= _interval("unseen_rater_accuracy", wilson(float(right[new].sum()), len(new)))
+        result |= _interval("unseen_rater_accuracy", pair_accuracy(leads[new], [pairs[i] for i in new]))
     return {f"reward/{name}": value for name, value in result.items()}
+
+
+def pair_accuracy(leads: Floats, pairs: Sequence[Pair]) -> Estimate:
+    """Return the share of pairs whose winner leads, (P,) leads. Those of a prompt hang together: every thumb up of a prompt
+    makes a pair with every thumb down, and people compare one answer with several."""
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(pair.prompt_key for pair in pairs))}
+    return wilson_by_group(_right(leads), np.array([numbers[p.prompt_key] for p in pairs], dtype=np.int64))
 
 
 def thumb_metrics(scores: Floats, thumbs: Sequence[Thumb]) -> dict[str, float]:
@@ -67,21 +74,30 @@ def thumb_metrics(scores: Floats, thumbs: Sequence[Thumb]) -> dict[str, float]:
 
     Raters are compared with themselves only, so leniency does not count. The interval is Wilson's for as many
     observations as separate couples can be formed: the mean over all couples varies no more than over those (Hoeffding
-    1948). Thumbs of raters with one kind alone say nothing here.
+    1948). Couples are separate when they share no prompt, whose answers may all be scored alike, and a rater counts by
+    their number; where raters judged the same prompts, those couples are one observation. Thumbs of raters with one kind
+    alone say nothing here.
 
     Args:
         scores: (U,) of the thumbs' answers.
         thumbs: the U held-out thumbs.
     """
-    couples, wins, separate = 0, 0.0, 0
+    wins, separate = 0.0, 0
+    prompts: tuple[set[str], set[str]] = (set(), set())
     for rater in sorted({thumb.rater for thumb in thumbs}):
-        ups = np.array([s for s, t in zip(scores, thumbs, strict=True) if t.rater == rater and t.up])
-        downs = np.array([s for s, t in zip(scores, thumbs, strict=True) if t.rater == rater and not t.up])
-        couples += len(ups) * len(downs)
-        wins += float(_right(ups[:, None] - downs[None, :]).sum())
-        separate += min(len(ups), len(downs))
-    accuracy = wilson(wins / max(1, couples) * separate, separate)
-    found = {"thumbs": float(len(thumbs)), "thumb_couples": float(separate)}
+        own = [(s, t) for s, t in zip(scores, thumbs, strict=True) if t.rater == rater]
+        ups, downs = (np.array([score for score, thumb in own if thumb.up == up]) for up in (True, False))
+        if not len(ups) or not len(downs):
+            continue
+        asked = [{thumb.prompt_key for _, thumb in own if thumb.up == up} for up in (True, False)]
+        couples = min(map(len, asked))
+        wins += couples * float(_right((ups[:, None] - downs[None, :]).ravel()).mean())
+        separate += couples
+        for everyones, one in zip(prompts, asked, strict=True):
+            everyones.update(one)
+    worth = min(separate, *map(len, prompts))
+    accuracy = wilson(wins / max(1, separate) * worth, worth)
+    found = {"thumbs": float(len(thumbs)), "thumb_couples": float(worth)}
     found |= _interval("thumb_accuracy", accuracy)
     return {f"reward/{name}": value for name, value in found.items()}
 

@@ -160,6 +160,7 @@ def _advance(base: Base, running: _Running, tokens: torch.Tensor) -> torch.Tenso
     """Append the chosen tokens (B,) and return the new last hidden states (B, D)."""
     running.mask = torch.cat([running.mask, running.mask.new_ones(len(tokens), 1)], dim=1)
     positions = running.mask.long().sum(-1, keepdim=True) - 1
+    positions = positions.clamp(max=base.max_positions - 1)  # of ended rows, which wait for the others
     if isinstance(running.cache, PackedCache):
         return read_tokens(base, running.cache, tokens, positions.squeeze(1))
     return _forward(base, running, tokens.unsqueeze(1), positions)

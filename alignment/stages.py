@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from alignment.choose import Choice, DataStatistics, Method
 from alignment.config import AlignmentConfig
@@ -14,69 +11,45 @@ from alignment.fixed_questions import FixedQuestions
 from alignment.gate import Verdict
 from alignment.golden import golden_file, load_golden
 from alignment.memory import longest
-from alignment.models import Base, answer_ids, save_adapter
-from alignment.ppo import ppo_fingerprint
+from alignment.models import adapter_parameters, answer_ids, save_adapter
 from alignment.preferences import Preferences, load_preferences, newest_label_at
 from alignment.probe_record import record_probes
 from alignment.questions import choose_questions, recent_turns, served_sampling, unlabelled_prompts
 from alignment.reference_cache import ReferenceCache, reference_identity
 from alignment.report import Card, write_card
+from alignment.resume import Kept, Trained, keep_trained, kept_by, read_trained
 from alignment.reward_model import TrainedReward
 from alignment.reward_raters import weighed_by_others
 from alignment.rollout_server import ServedRollouts
 from alignment.run_progress import RunProgress, check_stop
 from alignment.safety import load_suite
 from alignment.sample_share import measured_share
-from alignment.together import Place, Trained, load, plan_together, train_policy_by, train_reward
-from alignment.training_data import Parts, divide, on_policy_share, prompts_in, prompts_of, recent_policies
+from alignment.together import (
+    Place,
+    load,
+    load_scorer,
+    plan_together,
+    put_policy,
+    shape_policy,
+    train_policy_by,
+    train_reward,
+)
+from alignment.training import copy_weights
+from alignment.training_data import divide, on_policy_share, prompts_in, prompts_of, recent_policies
 from alignment.warm_start import Former, former_judge
-from alignment.whole_files import whole
+from alignment.whole_files import remove, whole
+from alignment.work import Prepared, Work
 from storage import policies, runs, settings
 from storage.adapters import import_adapter, verify_adapter
 from storage.digests import base_digest, file_sha256, sha256_of
 from storage.errors import CorruptData, KotaeError
 from storage.probes import write_probes
-from storage.records import Evaluation, Json, Policy, RewardModel, Run, Snapshot, new_id, now
+from storage.records import Evaluation, Json, Policy, RewardModel, Snapshot, new_id, now
 from storage.store import Store
-
-CHECKPOINTS_KEPT_S = 7 * 24 * 3600
-"""A checkpoint that nobody resumed in a week is removed."""
 
 
 class TrainingStopped(KotaeError):
     """The training stopped itself: its numbers left what can be trusted."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """The served model in memory, with the adapter "policy" about to be trained, and the labels as its tokens."""
-
-    base: Base
-    incumbent: Policy
-    preferences: Preferences
-    parts: Parts
-    on_policy_share: float
-    effective_sample_share: float | None
-    """Of the answers under the served policy; None: not measured."""
-    former: Former | None
-    """The judge of a former run that this run's judge starts from."""
-    unlabelled: dict[tuple[int, ...], str]
-    """Prompts without a label that the policy may answer to learn from, with their keys."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """What every stage after the choice of a method works with."""
-
-    store: Store
-    run: Run
-    config: AlignmentConfig
-    folder: Path
-    """Of the run's files."""
-    prepared: Prepared
-    progress: RunProgress
-    place: Place
-    """This process's, where all of the run's processes meet."""
 
 
 def check_incumbent(incumbent: Policy) -> None:
@@ -133,7 +106,7 @@ def prepare(
         former=former,
         unlabelled=unlabelled_prompts(
             recent_turns(store, base_sha256=incumbent.base_sha256),
-            labelled=prompts_of(preferences),
+            labelled=prompts_of(preferences).union(former.seen_prompts if former else ()),
             until=newest_label_at(store, snapshot),
             longest_prompt=base.max_positions // 2,
         ),
@@ -178,13 +151,20 @@ def train_judge(work: Work) -> TrainedReward:
 
 
 def train_scorer(work: Work) -> TrainedReward:
-    """Train the reward model that PPO optimises, on the policy's part of the labels.
+    """Train the reward model that PPO optimises, on the policy's part of the labels; an interrupted run's is taken again.
 
     Raises:
         TrainingStopped: its numbers were not finite.
         Interrupted: the run was stopped.
     """
-    return _reward_model(work, work.prepared.parts.policy, seed=work.config.seed + 1)
+    kept = _kept(work, "ppo")
+    if kept.scorer.is_dir():
+        return work.place.together(load_scorer, kept.scorer)
+    scorer = _reward_model(work, work.prepared.parts.policy, seed=work.config.seed + 1)
+    remove(kept.checkpoint)  # of a training on another one
+    with whole(kept.scorer) as aside:
+        scorer.save(aside)
+    return scorer
 
 
 def _reward_model(
@@ -199,31 +179,54 @@ def _reward_model(
     return scorer
 
 
-def update_policy(work: Work, method: Method, scorer: TrainedReward | None) -> Trained:
-    """Train the adapter "policy" and write it to the run's folder; interrupted training of the same data resumes.
+def update_policy(work: Work, method: Method) -> Trained:
+    """Train the adapter "policy" and write it to the run's folder; interrupted training of the same data goes on.
 
-    Args:
-        scorer: the reward model, for PPO.
+    PPO optimises the latest reward model.
 
     Raises:
         TrainingStopped: it stopped itself; the last good adapter is in the run's folder.
         Interrupted: the run was stopped; the checkpoint is kept.
     """
-    checkpoint = _checkpoint(work, method, scorer)
-    result = _trained(work, method, checkpoint)
-    adapter = work.folder / "adapter"
+    kept, base, adapter = _kept(work, method), work.prepared.base, work.folder / "adapter"
+    if work.place.together(shape_policy, method, work.config):
+        work.place.together(plan_together, longest(base, work.prepared.preferences))
+    found = read_trained(kept, method)
+    if found is not None:
+        weights, result = found
+        work.place.together(put_policy, weights)
+    else:
+        result = _trained(work, method, kept)
     with whole(adapter) as aside:
-        save_adapter(work.prepared.base, "policy", aside)
-    checkpoint.unlink(missing_ok=True)
+        save_adapter(base, "policy", aside)
     if result.stopped_because:
+        kept.forget()
         raise TrainingStopped(
             f"training stopped itself after {result.steps} steps: {result.stopped_because}. The last good adapter "
             f"is in {adapter}; lower {method}.learning_rate or raise {method}.beta"
         )
+    if found is None:
+        keep_trained(kept, copy_weights(adapter_parameters(base, "policy")), result)
     return result
 
 
-def _trained(work: Work, method: Method, checkpoint: Path) -> Trained:
+def forget_training(work: Work, method: Method) -> None:
+    """Drop what was kept for a run that goes on: this one is done."""
+    _kept(work, method).forget()
+
+
+def _kept(work: Work, method: Method) -> Kept:
+    return kept_by(
+        work.store.data,
+        method,
+        incumbent=work.prepared.incumbent,
+        config=work.config,
+        parts=work.prepared.parts,
+        unlabelled=list(work.prepared.unlabelled),
+    )
+
+
+def _trained(work: Work, method: Method, kept: Kept) -> Trained:
     incumbent = work.prepared.incumbent
     identity = reference_identity(
         work.prepared.base, base_sha256=incumbent.base_sha256, reference_sha256=incumbent.adapter_sha256
@@ -243,7 +246,7 @@ def _trained(work: Work, method: Method, checkpoint: Path) -> Trained:
             work.prepared.unlabelled,
             work.config,
             cache=cache,
-            checkpoint=checkpoint,
+            kept=kept,
             sampler=sampler,
         )
 
@@ -267,29 +270,6 @@ def _unseen(work: Work) -> list[tuple[int, ...]]:
     return list(prompts_in(work.prepared.parts.judge))
 
 
-def _checkpoint(work: Work, method: Method, scorer: TrainedReward | None) -> Path:
-    """Return the checkpoint's file, named by everything the training depends on; drop forgotten ones."""
-    folder = work.store.data / "cache" / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob("*.pt"):
-        if time.time() - file.stat().st_mtime > CHECKPOINTS_KEPT_S:
-            file.unlink(missing_ok=True)
-    incumbent, config, labels = work.prepared.incumbent, work.config, work.prepared.parts.policy
-    if method == "ppo":
-        assert scorer is not None
-        training: object = ppo_fingerprint(_prompts(work), scorer, config.ppo, seed=config.seed)
-    else:  # all labels: those of the other kind may rank the answers that it learns from
-        given = [*map(asdict, labels.pairs), *map(asdict, labels.thumbs), *work.prepared.unlabelled]
-        training = [
-            asdict(config.kto if method == "kto" else config.dpo),
-            asdict(config.reward),
-            config.seed,
-            given,
-        ]
-    identity = [incumbent.base_sha256, incumbent.adapter_sha256, method, training, _unseen(work)]
-    return folder / f"{sha256_of(identity)[:32]}.pt"
-
-
 def evaluate_candidate(work: Work, scorer: TrainedReward) -> Evidence:
     """Gather the questions and compare the candidate with the incumbent on them."""
     base, incumbent, config = work.prepared.base, work.prepared.incumbent, work.config
@@ -299,7 +279,9 @@ def evaluate_candidate(work: Work, scorer: TrainedReward) -> Evidence:
     questions = choose_questions(
         turns,
         held_out=work.prepared.parts.held_out,
-        learnt={*work.prepared.parts.learnt_prompts(), *work.prepared.unlabelled.values()},
+        learnt=work.prepared.parts.learnt_prompts().union(
+            work.prepared.unlabelled.values(), scorer.seen_prompts
+        ),
         config=config.evaluation,
         longest_prompt=base.max_positions - room,
         seed=config.seed,

@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,22 +23,29 @@ from alignment.distributed import ALONE, Crew, LostProcess, join, leave
 from alignment.dpo import train_dpo
 from alignment.kto import train_kto
 from alignment.memory import plan_batches
-from alignment.models import Base, adapter_parameters, add_policy, load_base
-from alignment.policy_training import PolicyResult
-from alignment.ppo import PpoResult, train_ppo
+from alignment.models import (
+    Base,
+    adapter_parameters,
+    add_policy,
+    has_adapter,
+    load_base,
+    remove_adapter,
+)
+from alignment.ppo import train_ppo
 from alignment.ppo_config import PpoConfig
 from alignment.ppo_rollouts import Sampler
-from alignment.preferences import Preferences
+from alignment.preferences import Pair, Preferences, Thumb
 from alignment.progress import Interrupted, Progress, Silent
 from alignment.ranked_answers import pairs_to_learn, thumbs_to_learn
 from alignment.reference_cache import ReferenceCache
-from alignment.reward_model import RewardConfig, TrainedReward, train_reward_model
-from alignment.training import all_finite
+from alignment.resume import Kept, Trained, same_to_learn
+from alignment.reward_model import RewardConfig, TrainedReward, load_reward_model, train_reward_model
+from alignment.training import Weights, all_finite, restore_weights
+from alignment.training_config import LoraSpec
 from storage.errors import CorruptData
 from storage.records import Policy
 
 Made = TypeVar("Made")
-Trained = PolicyResult | PpoResult
 
 
 @dataclass(slots=True, kw_only=True)
@@ -138,14 +146,36 @@ def load(place: Place, incumbent: Policy, config: AlignmentConfig) -> Base:
         gpu_memory_share=config.gpu_memory_share,
     )
     start = Path(incumbent.adapter_path) if incumbent.adapter_path else None
-    loras = {"ppo": config.ppo.lora, "kto": config.kto.lora}
-    add_policy(base, loras.get(config.method, config.dpo.lora), seed=config.seed, start_from=start)
+    method: Method = (
+        "dpo" if config.method == "auto" else config.method
+    )  # `shape_policy` corrects what was chosen
+    add_policy(base, _lora(config, method), seed=config.seed, start_from=start)
     if start is not None and not all_finite(adapter_parameters(base, "policy")):
         raise CorruptData(
             f"adapter {start}: a weight is not a finite number; roll back to a policy before {incumbent.id}"
         )
     place.base = base
     return base
+
+
+def _lora(config: AlignmentConfig, method: Method) -> LoraSpec:
+    return {"dpo": config.dpo.lora, "kto": config.kto.lora, "ppo": config.ppo.lora}[method]
+
+
+def shape_policy(place: Place, method: Method, config: AlignmentConfig) -> bool:
+    """Give the adapter "policy", untouched so far, the shape that the chosen method asks for; return whether it had another.
+
+    One that continues from a served adapter keeps that one's.
+    """
+    base, spec = place.base, _lora(config, method)
+    assert base is not None
+    has = base.model.peft_config["policy"]
+    same = (has.r, has.lora_alpha, set(has.target_modules)) == (spec.rank, spec.alpha, set(spec.targets))
+    if same or has_adapter(base, "reference"):
+        return False
+    remove_adapter(base, "policy")
+    add_policy(base, spec, seed=config.seed)
+    return True
 
 
 def plan_together(place: Place, longest: int, ppo: PpoConfig | None = None) -> None:
@@ -195,6 +225,19 @@ def train_reward(
     return place.scorer
 
 
+def load_scorer(place: Place, folder: Path) -> TrainedReward:
+    """Take the reward model that an interrupted run trained: another training of it agrees to rounding only."""
+    assert place.base is not None
+    place.scorer = load_reward_model(place.base, folder)
+    return place.scorer
+
+
+def put_policy(place: Place, weights: Weights) -> None:
+    """Give the adapter "policy" the weights that its training, in an interrupted run, ended with."""
+    assert place.base is not None
+    restore_weights(adapter_parameters(place.base, "policy"), weights)
+
+
 def train_policy_by(
     place: Place,
     method: Method,
@@ -205,7 +248,7 @@ def train_policy_by(
     config: AlignmentConfig,
     *,
     cache: ReferenceCache | None = None,
-    checkpoint: Path | None = None,
+    kept: Kept | None = None,
     sampler: Sampler | None = None,
 ) -> Trained:
     """Train the adapter "policy" by the method: on pairs, on thumbs, or on its own answers to the prompts.
@@ -213,6 +256,7 @@ def train_policy_by(
     Args:
         unseen: prompts that it does not learn from.
         unlabelled: prompts, with keys, that DPO and KTO may have answered besides the labelled ones.
+        cache, kept, sampler: process 0's alone.
     """
     base = place.base
     assert base is not None
@@ -220,7 +264,7 @@ def train_policy_by(
         "seed": config.seed,
         "progress": place.progress,
         "unseen": unseen,
-        "checkpoint": checkpoint,
+        "checkpoint": kept.checkpoint if kept else None,
         "crew": place.crew,
     }
     if method == "ppo":
@@ -233,9 +277,11 @@ def train_policy_by(
         "crew": place.crew,
     }
     if method == "kto":
-        thumbs, told = thumbs_to_learn(base, labels, config.kto, config.reward, **learn)
+        taken = partial(thumbs_to_learn, base, labels, config.kto, config.reward, **learn)
+        thumbs, told = same_to_learn(kept, Thumb, taken, place.crew)
         result = train_kto(base, thumbs, config.kto, cache=cache, **options)
     else:
-        pairs, told = pairs_to_learn(base, labels, config.dpo, config.reward, **learn)
+        made = partial(pairs_to_learn, base, labels, config.dpo, config.reward, **learn)
+        pairs, told = same_to_learn(kept, Pair, made, place.crew)
         result = train_dpo(base, pairs, config.dpo, cache=cache, **options)
     return replace(result, learnt_from=told)

@@ -146,7 +146,8 @@ class DpoConfig(FixedAnswersConfig):
     """dpo (arXiv 2305.18290 eq. 7), cdpo (its section on noisy labels, Mitchell 2023), robust (arXiv
     2403.00409), ipo (arXiv 2310.12036, length-normalised)."""
     flip_rate: float = 0.0
-    """Assumed share of wrong labels, used by cdpo and robust; at most 0.45."""
+    """Share of wrong labels that cdpo and robust assume; at most 0.45. 0: as measured, the larger one of what people's
+    agreement tells (as a = (1 - e)^2 + e^2) and of a fit to the other labels; with neither, both are plain DPO."""
     pairs_from: LearnFrom = "auto"
     """labels: the pairs that people made. ranked: the best and the worst of the served policy's own answers, by a fit to all
     labels (`alignment.ranked_answers`). auto: ranked where that fit is good (choice.fit_accuracy_low_min) or many labels may

@@ -98,6 +98,20 @@ def filled(tmp_path: Path, model: Path) -> Iterator[Filled]:
     made.store.close()
 
 
+@pytest.fixture
+def whole_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the tiny model end the answers that are ranked, which it seldom does."""
+    from alignment import ranked_answers
+    from alignment.rollouts import sample
+
+    def ending(base: Any, *args: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(base, "stop_ids", frozenset(range(0, base.model.config.vocab_size, 4)))
+            return sample(base, *args, **options)
+
+    monkeypatch.setattr(ranked_answers, "sample", ending)
+
+
 @pytest.fixture(scope="session")
 def corpus() -> Corpus:
     from alignment.starter.corpus import load_corpus

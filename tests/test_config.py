@@ -58,6 +58,13 @@ def test_what_is_kept_with_a_run_reads_back_as_the_same_configuration() -> None:
         ({"evaluation": {"hand_over_phrases": ["("]}}, "evaluation.hand_over_phrases: got '('"),
         ({"evaluation": {"golden_file": 3}}, "evaluation.golden_file: got 3; use a text"),
         ({"gate": {"length_ratio_min": 0}}, "gate.length_ratio_min: got 0"),
+        ({"launcher": "torchrun 'x"}, """launcher: got "torchrun 'x"; close its quotes"""),
+        ({"launcher": " "}, "launcher: got ' '; name a command"),
+        ({"launcher": "'' --flag"}, "launcher: got \"'' --flag\"; name a command"),
+        ({"device": "gpu"}, "device: got 'gpu'; use auto, or as torch names it: cpu, cuda, cuda:1"),
+        ({"device": "cuda:first"}, "device: got 'cuda:first'; use auto"),
+        ({"device": ""}, "device: got ''; use auto"),
+        ({"reward": {"epochs": -1}}, "reward.epochs: got -1; use a whole number from 0 to 1000"),
         ({"dpo": {"ranked_answers": 1}}, "dpo.ranked_answers: got 1; use a whole number from 2 to 64"),
     ],
 )
@@ -65,6 +72,14 @@ def test_a_wrong_value_is_refused_by_name_value_and_fix(table: dict[str, Any], m
     with pytest.raises(InvalidField) as refused:
         config_of(table)
     assert str(refused.value).startswith(message)
+
+
+def test_values_that_look_odd_but_mean_something_are_taken() -> None:
+    for device in ("auto", "cpu", "cuda", "cuda:1", "mps", "xpu:0"):
+        assert config_of({"device": device}).device == device
+    assert config_of({"launcher": ""}).launcher == ""
+    assert config_of({"launcher": "torchrun --tag 'my run'"}).launcher
+    assert config_of({"reward": {"epochs": 0}}).reward.epochs == 0  # the heads stay on the base's own states
 
 
 def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:

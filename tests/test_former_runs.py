@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from alignment import stages
 from alignment.config import AlignmentConfig, config_of
+from alignment.evaluation import Evidence, Trial, evaluate
 from alignment.models import add_policy, load_base, save_adapter
 from alignment.pipeline import align
 from alignment.preferences import Preferences, load_preferences, take_snapshot
@@ -112,6 +115,28 @@ def test_the_judge_starts_from_the_last_runs_and_says_so(filled: Filled) -> None
     assert after.sha256 != before.sha256
     seen = json.loads((Path(after.path) / "reward.json").read_text())["seen_prompts"]
     assert seen == json.loads((Path(before.path) / "reward.json").read_text())["seen_prompts"]
+
+
+def test_the_judge_is_not_asked_what_it_learnt_in_a_former_run(
+    filled: Filled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another seed the parts are others, and what it learnt then belongs to none of them: it is asked as recent."""
+    trials: list[Trial] = []
+
+    def noted(trial: Trial, progress: Any) -> Evidence:
+        trials.append(trial)
+        return evaluate(trial, progress)
+
+    monkeypatch.setattr(stages, "evaluate", noted)
+    first = warm()
+    for config in (first, replace(first, seed=1)):
+        assert align(filled.store, config).status == "passed"
+    (former,) = runs.reward_models_of(filled.store, runs.list_runs(filled.store)[1].id)
+    seen = set(json.loads((Path(former.path) / "reward.json").read_text())["seen_prompts"])
+    assert seen < trials[1].judge.seen_prompts
+    asked = {question.key for question in trials[1].questions}
+    assert asked
+    assert not asked & trials[1].judge.seen_prompts
 
 
 def test_a_judge_of_another_shape_or_base_is_not_started_from(filled: Filled) -> None:

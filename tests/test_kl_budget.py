@@ -66,9 +66,19 @@ def curve(curves: Recorder, name: str) -> list[float]:
 
 
 def plain_kl(base: Base, prompts: Sequence[Sequence[int]], other: str | None, *, seed: int) -> float:
-    """Return KL(policy ‖ other) of the same answers, one after the other, in float64."""
-    room = min(LONGEST_ANSWER_TOKENS, base.max_positions - max(len(prompt) for prompt in prompts))
-    answers = sample(base, prompts, adapter="policy", temperature=1.0, max_new_tokens=room, seed=seed)
+    """Return KL(policy ‖ other) of the same answers, one after the other, in float64; each has its own prompt's room."""
+    answers = []
+    for number, prompt in enumerate(prompts):
+        room = min(LONGEST_ANSWER_TOKENS, base.max_positions - len(prompt))
+        answers += sample(
+            base,
+            [prompt],
+            adapter="policy",
+            temperature=1.0,
+            max_new_tokens=room,
+            seed=seed,
+            numbers=[number],
+        )
     total = 0.0
     base.model.double()
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -96,6 +106,16 @@ def test_in_the_first_round_both_are_the_same_number_and_that_of_a_plain_loop(mo
     kl = kl_per_response(base, prompts, seed=1)
     assert kl.from_base == kl.from_reference
     assert kl.from_base == pytest.approx(plain_kl(base, prompts, None, seed=1), rel=1e-5)
+
+
+def test_a_prompt_near_the_contexts_end_does_not_shorten_the_answers_to_others(model: Path) -> None:
+    base = base_with_policy(model, spread=0.1)
+    base.stop_ids = frozenset()
+    short = [pair.prompt_ids for pair in make_pairs(6)]
+    full = tuple(range(20, 20 + base.max_positions - 2))
+    kl, together = (kl_per_response(base, some, seed=1) for some in (short, [*short, full]))
+    assert together.from_base == pytest.approx(plain_kl(base, [*short, full], None, seed=1), rel=1e-5)
+    assert 7 * together.from_base > 6 * kl.from_base, "the six answers' nats, and those of the seventh"
 
 
 def test_in_a_later_round_each_is_that_of_a_plain_loop(model: Path, served: Path) -> None:

@@ -139,6 +139,15 @@ async def _check_answers_as_recorded(candidate: Policy, model: Path) -> None:
     await engine.close()
 
 
+def test_a_judge_without_epochs_is_the_fit_on_the_bases_own_states(filled: Filled) -> None:
+    plain = config_of({**SMALL, "gate": OPEN_GATE, "reward": {**SMALL["reward"], "epochs": 0}})
+    outcome = align(filled.store, plain)
+    assert outcome.status == "passed", outcome.message
+    (judge,) = runs.reward_models_of(filled.store, outcome.run_id)
+    assert judge.metrics["reward/accuracy"] > 0.9  # kind against curt: the base tells them apart
+    assert "reward/loss" not in runs.metrics(filled.store, outcome.run_id)
+
+
 def test_a_refused_run_says_why_and_its_candidate_cannot_be_approved(filled: Filled) -> None:
     outcome = align(filled.store, small(win_rate_low_min=1.0))
     assert (outcome.status, outcome.exit_code) == ("refused", 3)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from alignment import kl_hold, ranked_answers
+from alignment import kl_hold
 from alignment.config import AlignmentConfig, config_of
 from alignment.kl_budget import Kl
-from alignment.models import Base
 from alignment.outcome import recorded_outcome
 from alignment.pipeline import Outcome, align, run_folder
-from alignment.rollouts import Rollout, sample
 from alignment_fixtures import (
     CURT,
     KIND,
@@ -49,18 +48,6 @@ def chosen(store: Store, outcome: Outcome) -> dict[str, Any]:
 
 def curves(store: Store, outcome: Outcome) -> set[str]:
     return set(runs.metrics(store, outcome.run_id))
-
-
-@pytest.fixture
-def whole_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the tiny model end the answers that are ranked, which it seldom does."""
-
-    def ending(base: Base, *args: Any, **options: Any) -> list[Rollout]:
-        with monkeypatch.context() as patch:
-            patch.setattr(base, "stop_ids", frozenset(range(0, base.model.config.vocab_size, 4)))
-            return sample(base, *args, **options)
-
-    monkeypatch.setattr(ranked_answers, "sample", ending)
 
 
 def test_thumbs_alone_train_by_kto_and_are_judged_by_thumbs(filled: Filled, tokenizer: Any) -> None:
@@ -194,6 +181,33 @@ def test_corrections_alone_train_with_a_supervised_term(filled: Filled, tokenize
     assert chosen(filled.store, outcome)["rule"].startswith("5")
     nll = runs.metrics(filled.store, outcome.run_id)["dpo/nll_weight"]
     assert {value for _, value in nll} == {1.0}
+
+
+def adapter_config(store: Store, outcome: Outcome) -> dict[str, Any]:
+    folder = Path(str(policies.get_policy(store, str(outcome.policy_id)).adapter_path))
+    return dict(json.loads((folder / "adapter_config.json").read_text()))
+
+
+def test_the_chosen_method_gives_the_adapter_its_shape_unless_a_served_one_has(
+    filled: Filled, tokenizer: Any
+) -> None:
+    rate_all(filled, add_answers(filled, tokenizer, LABELS, (KIND, CURT)), ("up", "down"))
+    kto = {"batch_thumbs": 8, "epochs": 1, "min_class_thumbs": 4} | NO_KL_BUDGETS
+    shaped = {**kto, "lora": {"rank": 4, "alpha": 12, "targets": ["q_proj", "v_proj"]}}
+    chosen_by_rule, asked_for = (
+        align(filled.store, config(method=method, kto=shaped)) for method in ("auto", "kto")
+    )
+    found = adapter_config(filled.store, chosen_by_rule)
+    assert (found["r"], found["lora_alpha"], found["target_modules"]) == (4, 12, ["q_proj", "v_proj"])
+    one, other = (
+        policies.get_policy(filled.store, str(outcome.policy_id)).adapter_sha256
+        for outcome in (chosen_by_rule, asked_for)
+    )
+    assert one == other, "as if the method had been asked for"
+    serve(filled, str(chosen_by_rule.policy_id))
+    second = align(filled.store, config(kto={**kto, "lora": {"rank": 8}}))
+    assert second.status == "passed", second.message
+    assert adapter_config(filled.store, second)["r"] == 4
 
 
 def test_a_method_that_does_not_exist_is_named() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 
+from alignment import rollouts
 from alignment.logprobs import completion_logprobs
 from alignment.models import Base, active
 from alignment.progress import Interrupted
@@ -133,6 +135,26 @@ def test_an_answer_stops_where_the_context_ends(base: Base) -> None:
     prompt = [11] * (base.max_positions - 3)
     (rollout,) = sample(base, [prompt], adapter="policy", temperature=1.0, max_new_tokens=50)
     assert len(rollout.token_ids) <= 3
+
+
+def test_each_answer_of_a_batch_ends_where_its_own_context_does(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No row asks for a position beyond it, also an ended one that waits for the others: learned positions end there."""
+    asked: list[int] = []
+    forward = rollouts._forward
+    monkeypatch.setattr(base, "stop_ids", frozenset())
+    monkeypatch.setattr(rollouts, "samples_packed", lambda base: False)
+
+    def watched(base: Base, running: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        asked.append(int(positions.max()))
+        return forward(base, running, ids, positions)
+
+    monkeypatch.setattr(rollouts, "_forward", watched)
+    some = [*prompts(9), (11,) * (base.max_positions - 3)]
+    found = sample(base, some, adapter="policy", temperature=1.0, max_new_tokens=40)
+    assert [len(rollout.token_ids) for rollout in found] == [40] * 9 + [3]
+    assert max(asked) < base.max_positions
 
 
 def test_bad_settings_and_prompts_are_named(base: Base) -> None:

@@ -1,0 +1,90 @@
+"""How many labels the losses for noisy labels take for wrong: what was set, else what was measured, and the run says so."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from alignment.choose import Choice, DataStatistics, flip_rate_says, settled
+from alignment.config import config_of
+from alignment.intervals import Estimate, wilson
+from alignment.pipeline import align, run_folder
+from alignment_fixtures import OPEN_GATE, PAIRS, SMALL, Filled, add_comparisons
+from storage import people
+from storage.people import SYSTEM
+
+DPO = Choice(method="dpo", rule="", reason="")
+QUIET = DataStatistics(
+    pairs=600,
+    effective_pairs=600.0,
+    prompts=500,
+    thumbs=0,
+    corrections=0,
+    raters=4,
+    largest_rater_share=0.3,
+    agreement=None,
+    on_policy_share=0.9,
+    dropped={},
+)
+AGREED = replace(QUIET, agreement=wilson(680, 1000))  # 0.68 = 0.8^2 + 0.2^2: one choice in five is wrong
+TURNED = Estimate(value=0.123, low=0.05, high=0.2, n=600)
+
+
+def rate(data: DataStatistics | None, **dpo: Any) -> float:
+    return settled(config_of({"dpo": dpo}), DPO, data).dpo.flip_rate
+
+
+@pytest.mark.parametrize("loss", ["cdpo", "robust"])
+def test_a_loss_for_noisy_labels_assumes_the_larger_of_the_measured_rates(loss: str) -> None:
+    assert rate(AGREED, loss=loss) == 0.2
+    assert rate(replace(QUIET, turned_share=TURNED), loss=loss) == 0.12
+    assert rate(replace(AGREED, turned_share=TURNED), loss=loss) == 0.2
+    assert rate(replace(AGREED, turned_share=replace(TURNED, value=0.3)), loss=loss) == 0.3
+    assert (
+        rate(replace(QUIET, agreement=wilson(400, 1000)), loss=loss) == 0.45
+    )  # where robust still has a meaning
+
+
+def test_what_was_set_stays_and_other_losses_assume_nothing() -> None:
+    assert rate(AGREED, loss="cdpo", flip_rate=0.1) == 0.1
+    assert rate(AGREED) == rate(AGREED, loss="ipo") == 0.0
+    assert rate(None, loss="cdpo") == rate(QUIET, loss="cdpo") == 0.0
+    # 19 double ratings count as unknown everywhere
+    assert rate(replace(QUIET, agreement=wilson(12, 19)), loss="cdpo") == 0.0
+
+
+def test_people_are_told_what_is_assumed_and_when_the_loss_is_plain_dpo() -> None:
+    def says(data: DataStatistics, **dpo: Any) -> str:
+        return flip_rate_says(config_of({"dpo": dpo}), data)
+
+    assert says(AGREED, loss="cdpo").startswith("Loss cdpo takes 20% of the labels for wrong, as measured")
+    assert says(QUIET, loss="robust").startswith("Loss robust equals plain DPO: dpo.flip_rate is 0")
+    assert says(AGREED) == says(AGREED, loss="cdpo", flip_rate=0.1) == ""
+
+
+def test_a_run_trains_with_the_measured_rate_and_says_so(filled: Filled, tokenizer: Any) -> None:
+    plain = config_of({**SMALL, "gate": OPEN_GATE, "dpo": {**SMALL["dpo"], "loss": "cdpo"}})
+    add_comparisons(filled, tokenizer, PAIRS)
+    alone = align(filled.store, plain)
+    assert "Loss cdpo equals plain DPO" in alone.message
+    for number in range(4):  # of whom each chooses the other side every third time
+        rater = people.add_person(filled.store, name=f"rater {number}", role="reviewer", actor=SYSTEM)
+        for start in range(12 * number, 12 * number + 12):
+            add_comparisons(
+                filled,
+                tokenizer,
+                1,
+                start=100 + start,
+                rater=rater,
+                choice="right" if start % 3 == 0 else "left",
+            )
+    noisy = align(filled.store, plain)
+    assert noisy.status == "passed", noisy.message
+    assert "of the labels for wrong, as measured" in noisy.message
+    folder = run_folder(filled.store, noisy.run_id)
+    assert "Warning: Loss cdpo takes" in (folder / "report.md").read_text()
+    kept = json.loads((folder / "choice.json").read_text())
+    assert any(told.startswith("Loss cdpo takes") for told in kept["choice"]["warnings"])
