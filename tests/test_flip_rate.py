@@ -24,7 +24,6 @@ QUIET = DataStatistics(
     thumbs=0,
     corrections=0,
     raters=4,
-    largest_rater_share=0.3,
     agreement=None,
     on_policy_share=0.9,
     dropped={},
