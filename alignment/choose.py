@@ -27,6 +27,7 @@ from alignment.shortfalls import (
     too_weak,
     why_ranked,
     why_ranked_by_fit,
+    why_reward_ranked,
 )
 from storage.errors import InvalidField
 
@@ -47,7 +48,7 @@ LOUD_SHARE = 0.5
 LOSSES_WITH_FLIPS = ("cdpo", "robust")
 MOST_FLIPS = 0.45
 """Near a half these losses say nothing: the labels would be coins."""
-RANKED_BECAUSE = {"dpo": why_ranked, "kto": why_ranked_by_fit}
+RANKED_BECAUSE = {"dpo": why_ranked, "kto": why_ranked_by_fit, "ppo": why_reward_ranked}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +60,8 @@ class Choice:
     reason: str
     warnings: tuple[str, ...] = ()
     ranked_because: str = ""
-    """Why it should learn from answers that a fit to all labels ranks; "": DPO from the labels, KTO from answers that a
-    reward model ranks."""
+    """Why it should learn from answers that a fit to all labels ranks; "": DPO and PPO's reward model from the labels, KTO
+    from answers that a reward model ranks."""
     waits_for_reward_model: bool = False
     """Undecided: train a reward model on the policy's part of the labels and choose again with its evidence."""
     corrections_only: bool = False
@@ -166,7 +167,7 @@ class _Look:
             rule=rule,
             reason=reason,
             warnings=_warnings(method, data, config, ignored=ignored),
-            ranked_because=RANKED_BECAUSE[method](data, config) if method in RANKED_BECAUSE else "",
+            ranked_because=RANKED_BECAUSE[method](data, config),
             corrections_only=method == "dpo" and corrections_only(data, config),
         )
 
@@ -196,6 +197,7 @@ def _rule_1(look: _Look) -> Choice | None:
             method=None,
             rule="1: waits for the reward model",
             reason=f"{look.data.labels} labels of shifted answers: PPO if a reward model learns them well enough.",
+            ranked_because=why_reward_ranked(look.data, look.config),
             waits_for_reward_model=True,
         )
     if too_weak(look.reward, look.config):
@@ -280,8 +282,8 @@ def _warnings(
     told = [*data.rater_warnings, *(f"Trained although: {text}" for text in ignored)]
     if method == "dpo" and data.pairs < config.full_pairs:
         told.append(_few("pairs", data.pairs, config.full_pairs))
-    noise = {"dpo": too_noisy, "kto": too_noisy_thumbs}
-    if method in noise and (noisy := noise[method](data, config)):
+    noise = {"dpo": too_noisy, "kto": too_noisy_thumbs, "ppo": why_reward_ranked}
+    if noisy := noise[method](data, config):
         told.append(noisy)
     if method == "kto" and data.thumbs < config.full_thumbs:
         told.append(_few("thumbs", data.thumbs, config.full_thumbs))

@@ -95,7 +95,7 @@ class PpoResult:
     held: str
     """For people: what the KL budget from the base did to the training; "" where it did not matter."""
     learnt_from: str = ""
-    """Of the other methods: always its own answers."""
+    """For people: which labels its reward model learnt from, where those are not theirs."""
 
 
 def train_ppo(

@@ -28,7 +28,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from alignment.training_config import BaseBudget, LoraSpec
+from alignment.training_config import BaseBudget, LearnFrom, LoraSpec
 
 EnsembleRule = Literal["mean_std", "mean_variance", "min"]
 ReferenceKind = Literal["fixed", "moving"]
@@ -85,6 +85,11 @@ class PpoConfig(BaseBudget):
     """Most that exp(old - served) weighs a token whose sampler was not the trainer (truncated importance sampling,
     Ionides 2008)."""
 
+    reward_from: LearnFrom = "auto"
+    """What its reward model learns from. labels: what people said. ranked: the best and the worst of the served policy's own
+    answers to each question by a fit to all labels, sampled as DPO's are (`dpo.ranked_answers`). auto: ranked where many
+    labels may be turned (choice.turned_share_high_min, choice.noisy_flip_rate_min): a reward model learns those by heart,
+    and PPO goes where they lead."""
     ensemble_rule: EnsembleRule = "mean_std"
     """The members' scores become one: mean - penalty * std, mean - penalty * variance, or the least (arXiv 2310.02743)."""
     ensemble_penalty: float = 0.5

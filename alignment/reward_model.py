@@ -80,6 +80,8 @@ class TrainedReward:
     """Tokens of the training answers, where the length term is zero."""
     seen_prompts: frozenset[str] = frozenset()
     """Keys of the prompts that it or a model it was started from learnt from."""
+    learnt_from: str = ""
+    """For people: what it learnt from, where that are not their labels."""
 
     def score(self, rows: Sequence[Row], *, progress: Progress | None = None, crew: Crew = ALONE) -> Scores:
         """Score (prompt ids, answer ids) rows.
@@ -126,6 +128,7 @@ class TrainedReward:
             "mean_length": self.mean_length,
             "metrics": self.metrics,
             "seen_prompts": sorted(self.seen_prompts),
+            "learnt_from": self.learnt_from,
         }
         (folder / ABOUT).write_text(json.dumps(about, indent=2, sort_keys=True))
 
@@ -158,6 +161,7 @@ def load_reward_model(base: Base, folder: Path) -> TrainedReward:
         length_slopes=slopes if len(slopes) else None,
         mean_length=about.get("mean_length", 0.0),
         seen_prompts=frozenset(about.get("seen_prompts", [])),
+        learnt_from=about.get("learnt_from", ""),
     )
 
 

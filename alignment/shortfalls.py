@@ -178,6 +178,11 @@ def why_ranked_by_fit(data: DataStatistics, config: ChoiceConfig) -> str:
     )
 
 
+def why_reward_ranked(data: DataStatistics, config: ChoiceConfig) -> str:
+    """Return why PPO's reward model should learn from answers that a fit to all labels ranks; "" where it need not."""
+    return too_noisy(data, config) or too_noisy_thumbs(data, config)
+
+
 def too_noisy(data: DataStatistics, config: ChoiceConfig) -> str:
     """Return what says that many labels are turned round, else ""."""
     if corrections_only(data, config):

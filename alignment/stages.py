@@ -32,6 +32,7 @@ from alignment.together import (
     put_policy,
     shape_policy,
     train_policy_by,
+    train_ranked_reward,
     train_reward,
 )
 from alignment.training import copy_weights
@@ -150,8 +151,9 @@ def train_judge(work: Work) -> TrainedReward:
     return scorer
 
 
-def train_scorer(work: Work) -> TrainedReward:
-    """Train the reward model that PPO optimises, on the policy's part of the labels; an interrupted run's is taken again.
+def train_scorer(work: Work, choice: Choice) -> TrainedReward:
+    """Train the reward model that PPO optimises, on the policy's part of the labels or on answers that a fit to those ranks;
+    an interrupted run's is taken again.
 
     Raises:
         TrainingStopped: its numbers were not finite.
@@ -160,18 +162,29 @@ def train_scorer(work: Work) -> TrainedReward:
     kept = _kept(work, "ppo")
     if kept.scorer.is_dir():
         return work.place.together(load_scorer, kept.scorer)
-    scorer = _reward_model(work, work.prepared.parts.policy, seed=work.config.seed + 1)
+    scorer = _scorer(work, choice)
     remove(kept.checkpoint)  # of a training on another one
     with whole(kept.scorer) as aside:
         scorer.save(aside)
     return scorer
 
 
+def _scorer(work: Work, choice: Choice) -> TrainedReward:
+    labels, seed, source = work.prepared.parts.policy, work.config.seed + 1, work.config.ppo.reward_from
+    if source == "labels" or (source == "auto" and not choice.ranked_because):
+        return _reward_model(work, labels, seed=seed)
+    held_out, unlabelled = work.prepared.parts.held_out, work.prepared.unlabelled
+    return _finite(work.place.together(train_ranked_reward, labels, held_out, unlabelled, work.config, seed))
+
+
 def _reward_model(
     work: Work, labels: Preferences, *, seed: int, former: Former | None = None
 ) -> TrainedReward:
     held_out, start = work.prepared.parts.held_out, former.folder if former else None
-    scorer = work.place.together(train_reward, labels, held_out, work.config.reward, seed, start)
+    return _finite(work.place.together(train_reward, labels, held_out, work.config.reward, seed, start))
+
+
+def _finite(scorer: TrainedReward) -> TrainedReward:
     if scorer.stopped_because:
         raise TrainingStopped(
             f"the reward model's training stopped: {scorer.stopped_because}; lower reward.learning_rate"

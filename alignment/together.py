@@ -225,6 +225,34 @@ def train_reward(
     return place.scorer
 
 
+def train_ranked_reward(
+    place: Place,
+    labels: Preferences,
+    held_out: Preferences,
+    unlabelled: dict[tuple[int, ...], str],
+    config: AlignmentConfig,
+    seed: int,
+) -> TrainedReward:
+    """Train a reward model on the served policy's own answers as a fit to all labels ranks them, measured on people's
+    labels; on their labels after all where too few answers differ."""
+    assert place.base is not None
+    pairs, told = pairs_to_learn(
+        place.base,
+        labels,
+        replace(config.dpo, pairs_from="auto"),
+        config.reward,
+        unlabelled=unlabelled,
+        seed=config.seed,
+        progress=place.progress,
+        crew=place.crew,
+    )
+    if any(pair.source == "ranked" for pair in pairs):
+        labels = Preferences(pairs=tuple(pairs), thumbs=())
+    scorer = train_reward(place, labels, held_out, config.reward, seed, None)
+    place.scorer = replace(scorer, learnt_from=f"PPO's reward model: {told}")
+    return place.scorer
+
+
 def load_scorer(place: Place, folder: Path) -> TrainedReward:
     """Take the reward model that an interrupted run trained: another training of it agrees to rounding only."""
     assert place.base is not None
@@ -269,7 +297,8 @@ def train_policy_by(
     }
     if method == "ppo":
         assert place.scorer is not None
-        return train_ppo(base, prompts, place.scorer, config.ppo, sampler=sampler, **options)
+        trained = train_ppo(base, prompts, place.scorer, config.ppo, sampler=sampler, **options)
+        return replace(trained, learnt_from=place.scorer.learnt_from)
     learn: dict[str, Any] = {
         "unlabelled": unlabelled,
         "seed": config.seed,

@@ -206,6 +206,18 @@ def test_many_labels_of_shifted_answers_wait_for_the_reward_model_and_then_give_
     assert "length alone 55%" in second.reason
 
 
+def test_where_labels_are_turned_ppos_reward_model_learns_from_what_a_fit_ranks() -> None:
+    noisy = replace(SHIFTED, turned_share=Estimate(value=0.28, low=0.1, high=0.4, n=2000))
+    waiting, choice = auto(noisy), auto(noisy, TRUSTED)
+    assert "28% of the pairs are turned round" in waiting.ranked_because
+    assert choice.method == "ppo"
+    assert choice.ranked_because == waiting.ranked_because
+    assert choice.ranked_because in choice.warnings
+    assert not auto(SHIFTED).ranked_because
+    by_thumbs = replace(SHIFTED, turned_thumb_share=Estimate(value=0.28, low=0.1, high=0.4, n=2000))
+    assert "28% of the thumbs" in auto(by_thumbs).ranked_because
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

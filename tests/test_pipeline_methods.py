@@ -83,22 +83,29 @@ def test_kto_ranks_answers_to_questions_without_a_label_too(filled: Filled, toke
 
 
 @pytest.mark.usefixtures("whole_answers")
-def test_noisy_comparisons_train_on_ranked_answers(filled: Filled, tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    ("method", "curve", "learnt"),
+    [("dpo", "dpo/loss", ""), ("ppo", "objective/score", "PPO's reward model: ")],
+)
+def test_noisy_comparisons_train_on_ranked_answers(
+    filled: Filled, tokenizer: Any, method: str, curve: str, learnt: str
+) -> None:
     for number in range(4):  # of four people, each of whom chooses the other side every third time
         rater = people.add_person(filled.store, name=f"rater {number}", role="reviewer", actor=SYSTEM)
         for start in range(12 * number, 12 * number + 12):
             answers = (CURT, KIND) if start % 3 == 0 else (KIND, CURT)
             add_comparisons(filled, tokenizer, 1, start=start, rater=rater, answers=answers)
-    outcome = align(filled.store, config(choice={"turned_share_high_min": 0.1}))
+    outcome = align(filled.store, config(method=method, choice={"turned_share_high_min": 0.1}))
     assert outcome.status == "passed", outcome.message
     choice = chosen(filled.store, outcome)
     assert "of the pairs are turned round" in choice["ranked_because"]
     assert choice["ranked_because"] in choice["warnings"]
     report = (run_folder(filled.store, outcome.run_id) / "report.md").read_text()
     assert re.search(
-        r"turned round.* It learnt from \d+ pairs of its own answers, the best against the worst of 4", report
+        rf"turned round.* {learnt}It learnt from \d+ pairs of its own answers, the best against the worst of 4",
+        report,
     )
-    assert "dpo/loss" in curves(filled.store, outcome)
+    assert curve in curves(filled.store, outcome)
 
 
 def test_ppo_optimises_a_reward_model_that_is_not_the_judge(filled: Filled, tokenizer: Any) -> None:
@@ -107,9 +114,9 @@ def test_ppo_optimises_a_reward_model_that_is_not_the_judge(filled: Filled, toke
     assert outcome.status == "passed", outcome.message
     named = {"objective/score", "ppo/beta", "value/loss", "objective/kl_from_base_nats"}
     assert named <= curves(filled.store, outcome)
-    assert (
-        "ppo, beta automatic at first" in (run_folder(filled.store, outcome.run_id) / "report.md").read_text()
-    )
+    report = (run_folder(filled.store, outcome.run_id) / "report.md").read_text()
+    assert "ppo, beta automatic at first" in report
+    assert "its own answers" not in report
 
 
 def test_ppo_asks_the_server_that_its_configuration_names(filled: Filled, tokenizer: Any) -> None:

@@ -31,6 +31,7 @@ from tastes_cells import (
     Setting,
     as_in_a_run,
     asked,
+    by_ppo,
     pairs_of,
     texts,
     thumbs_of,
@@ -134,8 +135,10 @@ class Study:
             labels = weighed_by_others(base, labels, config.reward, seed=seed, progress=progress)
         weighed = time.process_time()
         add_policy(base, config.dpo.lora, seed=seed)
-        if as_a_run or setting.method == "ppo":
+        if as_a_run:
             outcome, ranked = as_in_a_run(base, setting, labels, seed=seed, progress=progress)
+        elif setting.method == "ppo":
+            outcome = by_ppo(base, setting, labels, ranked=False, seed=seed, progress=progress, unseen=())
         elif setting.method == "kto":
             outcome = train_kto(base, labels.thumbs, config.kto, seed=seed, progress=progress)
         else:

@@ -207,11 +207,13 @@ def as_in_a_run(
     unseen: Sequence[Sequence[int]] = (),
 ) -> tuple[Any, str]:
     """Train "policy" on what a run would learn from; return that and why a fit ranks it, "" if none does."""
-    if setting.method == "ppo":
-        return by_ppo(base, setting, weighed, seed=seed, progress=progress, unseen=unseen), ""
-    method: Method = "dpo" if setting.method == "dpo" else "kto"
+    method: Method = "ppo" if setting.method == "ppo" else "dpo" if setting.method == "dpo" else "kto"
     data = statistics_of(weighed, corrections=0, on_policy_share=1.0)
     why = RANKED_BECAUSE[method](data, setting.config.choice)
+    if method == "ppo":
+        return by_ppo(
+            base, setting, weighed, ranked=bool(why), seed=seed, progress=progress, unseen=unseen
+        ), why
     config = settled(setting.config, Choice(method=method, rule="", reason="", ranked_because=why))
     ranking: dict[str, Any] = {"unlabelled": unlabelled, "seed": seed, "progress": progress}
     training: dict[str, Any] = {"seed": seed, "progress": progress, "unseen": unseen}
@@ -227,13 +229,17 @@ def by_ppo(
     setting: Setting,
     weighed: Preferences,
     *,
+    ranked: bool,
     seed: int,
     progress: Progress,
     unseen: Sequence[Sequence[int]],
 ) -> PpoResult:
-    """Train "policy" by PPO on a reward model of four fifths of the pairs."""
-    pairs = weighed.pairs
+    """Train "policy" by PPO on a reward model of four fifths of the pairs, or of its own answers ranked by a fit to all."""
+    pairs, config = weighed.pairs, setting.config
     known = Preferences(pairs=pairs[: len(pairs) * 4 // 5], thumbs=())
+    if ranked:
+        found, _ = pairs_to_learn(base, weighed, config.dpo, config.reward, seed=seed, progress=progress)
+        known = Preferences(pairs=tuple(found), thumbs=())
     scorer = train_reward_model(base, known, None, setting.config.reward, seed=seed, progress=Silent())
     prompts = [pair.prompt_ids for pair in pairs]
     return train_ppo(base, prompts, scorer, setting.config.ppo, seed=seed, progress=progress, unseen=unseen)
