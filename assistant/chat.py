@@ -232,13 +232,23 @@ class Chat:
             self.shadow.offer(ask.prompt, turn)
 
     async def _beside(self, work: Callable[[], T]) -> T:
-        """Do what writes in its thread, whoever leaves meanwhile; after `stop` here, where nobody else waits any more.
+        """Do what writes in its thread, to its end, whoever leaves meanwhile; after `stop` here, where nobody else waits.
 
-        Shielded: a thread's work that waits for its turn would be dropped with the one who asked for it.
+        Who leaves may leave again, as a page does that stops its answer and then closes it: what comes after must find the
+        turn, so a cancellation waits until it is written.
         """
         if self._is_stopped:
             return work()
-        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self.recording, work))
+        writing = asyncio.get_running_loop().run_in_executor(self.recording, work)
+        left: asyncio.CancelledError | None = None
+        while not writing.done():
+            try:
+                await asyncio.wait({writing})
+            except asyncio.CancelledError as error:
+                left = error
+        if left is not None:
+            raise left
+        return writing.result()
 
     def _record_end(
         self,

@@ -96,20 +96,24 @@ def test_a_failure_is_booked_beside_the_event_loop(desk: Desk) -> None:
     assert len(failures_since(desk.world.store, (desk.world.base.id, ""), since=0)) == 1
 
 
-def test_who_is_cancelled_twice_still_leaves_what_was_said(desk: Desk) -> None:
+def test_who_is_cancelled_twice_has_ended_only_when_what_was_said_is_recorded(desk: Desk) -> None:
+    """The page stops its answer, closes it, and then shows the turn."""
+
     async def cancel() -> None:
         listening, _ = await first_word(desk)
         with another_process_writes(desk.world.store) as other:
             for _ in range(2):  # the second meets the recording
                 listening.cancel()
                 await asyncio.sleep(0.05)
-            await asyncio.gather(listening, return_exceptions=True)
+            assert not listening.done()
             other.execute("ROLLBACK")
+        (ended,) = await asyncio.gather(listening, return_exceptions=True)
+        assert isinstance(ended, asyncio.CancelledError)
+        assert recorded(desk) == [("one", "cancelled")]
         await desk.chat.stop()
 
     desk.engine.enqueue(["one two three"])
     asyncio.run(cancel())
-    assert recorded(desk) == [("one", "cancelled")]
 
 
 def test_what_went_wrong_with_the_answer_is_told_and_not_that_it_could_not_be_recorded(
