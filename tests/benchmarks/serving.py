@@ -59,6 +59,8 @@ class Seen:
     seconds: float = 0.0
     first_token_s: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    """Tokens a second of each round."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -116,9 +118,11 @@ async def crowd(
         while time.monotonic() < ends:
             await ask(texts[next(numbers) % len(texts)], seen)
 
-    started = time.monotonic()
+    started, tokens = time.monotonic(), seen.tokens
     await asyncio.gather(*(one(place) for place in range(people)))
-    seen.seconds += time.monotonic() - started
+    took = time.monotonic() - started
+    seen.seconds += took
+    seen.rates.append((seen.tokens - tokens) / took)
 
 
 class Tab:
@@ -175,6 +179,14 @@ class Tab:
 def quantile(values: list[float], share: float) -> float:
     """Return the value below which a share of the values lies; nan without values."""
     return float(np.quantile(values, share)) if values else float("nan")
+
+
+def ratio_interval(rates: list[float], others: list[float], *, resamples: int = 10_000) -> list[float]:
+    """Return the 95% interval of the ratio of two ways' rates, over rounds that were drawn anew (paired bootstrap)."""
+    pairs = np.array([rates, others])
+    drawn = np.random.default_rng(0).integers(len(rates), size=(resamples, len(rates)))
+    sums = pairs[:, drawn].sum(axis=2)  # (2, resamples): rounds last about equally long
+    return np.quantile(sums[0] / sums[1], (0.025, 0.975)).tolist()
 
 
 @asynccontextmanager
@@ -240,7 +252,7 @@ async def measure(
 
 
 def report(alone: dict[str, Seen], busy: dict[str, Seen]) -> dict[str, object]:
-    """Return ratios and differences."""
+    """Return ratios and differences, the throughput's with its interval: single rounds differ by several percent."""
     failures = [text for seen in (*alone.values(), *busy.values()) for text in seen.failures]
     first = {name: seen.first_token_s for name, seen in busy.items()}
     return {
@@ -249,6 +261,8 @@ def report(alone: dict[str, Seen], busy: dict[str, Seen]) -> dict[str, object]:
         "engine_tokens_per_s": busy["engine"].tokens_per_s,
         "api_tokens_per_s": busy["api"].tokens_per_s,
         "throughput_ratio": busy["api"].tokens_per_s / busy["engine"].tokens_per_s,
+        "throughput_ratio_95": ratio_interval(busy["api"].rates, busy["engine"].rates),
+        "tokens_per_s_by_round": {name: seen.rates for name, seen in busy.items()},
         "alone_engine_first_token_p50_ms": 1e3 * quantile(alone["engine"].first_token_s, 0.5),
         "gateway_adds_p50_ms": 1e3
         * (quantile(alone["api"].first_token_s, 0.5) - quantile(alone["engine"].first_token_s, 0.5)),
