@@ -152,7 +152,9 @@ def _compared(label: Comparison, better: Turn, worse: Turn) -> Pair:
 
 
 def from_corrections(
-    labels: Sequence[Correction], turns: LabelledTurns, tokenize: Callable[[str], list[int]]
+    labels: Sequence[Correction],
+    turns: LabelledTurns,
+    tokenize: Callable[[str, Sequence[int]], list[int]],
 ) -> list[Pair]:
     """Edited is better than original."""
     pairs = []
@@ -160,8 +162,8 @@ def from_corrections(
         turn = turns.usable(label.turn_id)
         if turn is None:
             continue
-        edited = _ended(tokenize(label.edited), turn)
-        if not label.edited.strip() or edited == turn.answer_token_ids:
+        edited = tokenize(label.edited, turn.answer_token_ids)
+        if label.edited.strip() in ("", turn.answer.strip()) or edited == turn.answer_token_ids:
             turns.dropped["the correction changes nothing"] += 1
         elif turns.too_long(turn.prompt_token_ids, edited):
             turns.dropped[turns.too_long_says] += 1
@@ -180,12 +182,6 @@ def from_corrections(
                 )
             )
     return pairs
-
-
-def _ended(edited: list[int], turn: Turn) -> list[int]:
-    """Add the token that ended the served answer, unless the edited one has it."""
-    last = turn.answer_token_ids[-1]
-    return edited if turn.finish_reason != "stop" or edited[-1:] == [last] else [*edited, last]
 
 
 def from_ratings(labels: Sequence[Rating], turns: LabelledTurns) -> list[Thumb]:

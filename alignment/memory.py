@@ -57,6 +57,8 @@ class Shape:
     ffn: int
     vocabulary: int
     tied: bool
+    norms_heads: bool = False
+    """Whether each head's query and key are normed, which keeps them once more for the backward pass."""
 
     @property
     def query_width(self) -> int:
@@ -81,6 +83,7 @@ def shape_of(config: Any) -> Shape:
         ffn=int(config.intermediate_size),
         vocabulary=int(config.vocab_size),
         tied=bool(config.tie_word_embeddings),
+        norms_heads=config.model_type == "qwen3",
     )
 
 
@@ -139,7 +142,7 @@ def activation_bytes_per_token(
     """
     d, q, k, f = shape.hidden, shape.query_width, shape.key_width, shape.ffn
     short = width != WIDE  # then PEFT casts the input of each LoRA layer: a copy for each
-    norms = 2 * d * WIDE
+    norms = (2 * d + (q + k if shape.norms_heads else 0)) * WIDE
     lora_inputs = ((5 * d if short else 2 * d) + q + f) * WIDE + 7 * rank * WIDE
     attention = (q + 2 * (q if mask_width else k) + (q if short else 0) + mask_width) * width
     layer = norms + lora_inputs + attention + 3 * f * width + WIDE * shape.heads + 2 * WIDE
@@ -161,6 +164,8 @@ def packed_bytes_per_token(shape: Shape, *, width: int, longest: int, checkpoint
     ) // 2  # on average, with the squares at the ends of blocks
     seen = softmax if width == WIDE else 1  # the GPU's attention keeps the logarithm of the sum
     layer = (4 * d + 2 * q + 2 * k + 2 * f) * width + (2 + shape.heads * seen) * WIDE
+    if shape.norms_heads:
+        layer += (q + k) * width + (shape.heads + shape.kv_heads) * WIDE
     # In the backward pass two more numbers as wide as the feed-forward part, for which a last layer makes room elsewhere.
     return shape.layers * d * width + layer + 2 * f * width if checkpointing else shape.layers * layer
 

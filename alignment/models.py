@@ -108,24 +108,49 @@ def load_base(
 def _describe(
     model: Any, tokenizer: Any, *, path: str, place: torch.device, kind: torch.dtype, parts: int
 ) -> Base:
-    eos_id = int(tokenizer.eos_token_id)
     generation_eos = model.generation_config.eos_token_id
     extra = generation_eos if isinstance(generation_eos, list) else [generation_eos]
-    layer_types = getattr(model.config, "layer_types", None) or ["full_attention"]
+    stop_ids = frozenset(int(i) for i in (tokenizer.eos_token_id, *extra) if i is not None)
+    eos_id = _end_of_answer(tokenizer, stop_ids)
     return Base(
         model=model,
         tokenizer=tokenizer,
         device=place,
         dtype=kind,
         eos_id=eos_id,
-        stop_ids=frozenset({eos_id, *(int(i) for i in extra if i is not None)}),
+        stop_ids=stop_ids,
         pad_id=int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_id),
         max_positions=int(model.config.max_position_embeddings),
         path=path,
         batch_tokens=CPU_BATCH_TOKENS if place.type == "cpu" else GPU_BATCH_TOKENS,
-        share_prefixes=set(layer_types) == {"full_attention"},
+        share_prefixes=_sees_all(model.config),
         parts=parts,
     )
+
+
+def _sees_all(config: Any) -> bool:
+    """Return whether every layer sees the whole row; where a configuration lists no layers, a window is of all of them."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        return getattr(config, "sliding_window", None) is None
+    return set(layer_types) == {"full_attention"}
+
+
+def _end_of_answer(tokenizer: Any, stop_ids: frozenset[int]) -> int:
+    """Return the token that ends an answer in the chat template, which need not be the tokenizer's end of a text.
+
+    Gemma's template ends a turn with <end_of_turn>, where its tokenizer's end is <eos>.
+    """
+    question = {"role": "user", "content": "?"}
+    asked, answered = (
+        tokenizer.apply_chat_template(messages, add_generation_prompt=is_asked, return_dict=False)
+        for messages, is_asked in (
+            ([question], True),
+            ([question, {"role": "assistant", "content": "!"}], False),
+        )
+    )
+    ends = (int(token) for token in answered[len(asked) :] if token in stop_ids)
+    return next(ends, int(tokenizer.eos_token_id))
 
 
 def _place(device: str) -> torch.device:
@@ -202,38 +227,57 @@ def prompt_ids(base: Base, messages: Sequence[Json]) -> list[int]:
     return [int(i) for i in ids]
 
 
-def answer_ids(base: Base, text: str) -> list[int]:
-    """Tokenise an edited answer and end it. Served answers are never tokenised again."""
+def answer_ids(base: Base, text: str, *, served: Sequence[int] = ()) -> list[int]:
+    """Tokenise an edited answer and end it as the answer that was `served` ended; where that was cut off, as the template
+    does. Served answers are never tokenised again.
+    """
     ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return [*(int(i) for i in ids), base.eos_id]
+    end = served[-1] if served and served[-1] in base.stop_ids else base.eos_id
+    return [*(int(i) for i in ids), end]
 
 
 def add_adapter(base: Base, name: str, spec: LoraSpec, *, seed: int) -> None:
     """Add a fresh adapter that changes nothing yet (B = 0). The same seed gives the same weights.
 
     Raises:
-        InvalidField: the base has no layer of one of the names in `spec.targets`.
+        InvalidField: the base has no linear layer of one of the names in `spec.targets`.
     """
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,
         lora_dropout=0.0,
         bias="none",
-        target_modules=list(spec.targets),
+        target_modules=list(lora_targets(base, spec)),
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            if isinstance(base.model, PeftModel):
-                base.model.add_adapter(name, config)
-            else:
-                base.model = get_peft_model(base.model, config, adapter_name=name)
-        except ValueError as error:
-            raise InvalidField(
-                "lora.targets", spec.targets, f"name linear layers of the base ({error})"
-            ) from error
+        if isinstance(base.model, PeftModel):
+            base.model.add_adapter(name, config)
+        else:
+            base.model = get_peft_model(base.model, config, adapter_name=name)
     base.model.eval()
+
+
+def lora_targets(base: Base, spec: LoraSpec) -> tuple[str, ...]:
+    """Return the names of the linear layers that an adapter of this shape is on, those of the whole decoder by default.
+
+    PEFT refuses names only when it finds none of them: a Phi-3, whose layers hold queries, keys and values in one, would
+    get an adapter on half of its layers.
+
+    Raises:
+        InvalidField: the base has no linear layer of one of the names.
+    """
+    paths = (
+        path.removesuffix(".base_layer")
+        for path, part in backbone(base).named_modules()
+        if isinstance(part, nn.Linear) and ".lora_" not in path
+    )
+    found = {path.rpartition(".")[2] for path in paths}
+    if missing := sorted(set(spec.targets) - found):
+        fix = f"the base's linear layers are {', '.join(sorted(found))}; it has no {', '.join(missing)}"
+        raise InvalidField("lora.targets", spec.targets, fix)
+    return spec.targets or tuple(sorted(found))
 
 
 def load_adapter(base: Base, name: str, folder: Path, *, trainable: bool) -> None:

@@ -1,4 +1,4 @@
-"""The forward pass of Llama and Qwen2 models over packed prefix trees: no padding, no mask, no row for nothing.
+"""The forward pass of Llama, Mistral, Qwen2 and Qwen3 over packed prefix trees: no padding, no mask, no row for nothing.
 
 On a CPU in float32, on a GPU in bfloat16 with float32 adapters; only the attention differs.
 
@@ -21,7 +21,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from alignment.batching import Batch, sent
 from alignment.models import Base, backbone
@@ -29,10 +31,12 @@ from alignment.packed_attention import Heads, Rotation, tree_attention
 from alignment.packed_flash import flash_attention, has_flash, sequences_of
 from alignment.packed_layers import Block, Factors, Linear, adapted, gated_down, normed
 
-MODELS = (llama.LlamaModel, qwen2.Qwen2Model)
+MODELS = (llama.LlamaModel, mistral.MistralModel, qwen2.Qwen2Model, qwen3.Qwen3Model)
 PARTS = (
     *(llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaMLP, llama.LlamaRMSNorm),
+    *(mistral.MistralDecoderLayer, mistral.MistralAttention, mistral.MistralMLP, mistral.MistralRMSNorm),
     *(qwen2.Qwen2DecoderLayer, qwen2.Qwen2Attention, qwen2.Qwen2MLP, qwen2.Qwen2RMSNorm),
+    *(qwen3.Qwen3DecoderLayer, qwen3.Qwen3Attention, qwen3.Qwen3MLP, qwen3.Qwen3RMSNorm),
     SiLUActivation,
 )
 """What their layers are made of, beside linear layers: another activation or a wrapped norm is none of it."""
@@ -124,9 +128,15 @@ def _computes(base: Base, head_size: int) -> bool:
 def _known(layer: Any, dtype: torch.dtype) -> bool:
     """Return whether `layer_states` does all that this layer does."""
     own, mlp = layer.self_attn, layer.mlp
-    parts = (layer, own, mlp, mlp.act_fn, layer.input_layernorm, layer.post_attention_layernorm)
+    parts = [layer, own, mlp, mlp.act_fn, layer.input_layernorm, layer.post_attention_layernorm]
+    parts += [own.q_norm, own.k_norm] if _norms_heads(own) else []
     linears = (own.q_proj, own.k_proj, own.v_proj, own.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     return all(type(part) in PARTS for part in parts) and all(_read_whole(part, dtype) for part in linears)
+
+
+def _norms_heads(attention: Any) -> bool:
+    """Return whether each head's query and key are normed before they are rotated, as Qwen3's are."""
+    return hasattr(attention, "q_norm")
 
 
 def _read_whole(part: Any, dtype: torch.dtype) -> bool:
@@ -296,6 +306,9 @@ def layer_states(
     if read is not None:
         x, calm = x[read], calm[read]
     q = adapted(calm, [_linear(own.q_proj)])
+    if _norms_heads(own):
+        keys, values = kv.tensor_split([heads.keys * heads.size], dim=1)
+        q, kv = heads_normed(own.q_norm, q), torch.cat([heads_normed(own.k_norm, keys), values], dim=1)
     x = adapted(mix(q, kv, heads=heads), [_linear(own.o_proj)], residual=x)
     calm = normed_by(layer.post_attention_layernorm, x)
     both = adapted(calm, [_linear(mlp.gate_proj), _linear(mlp.up_proj)])
@@ -305,6 +318,11 @@ def layer_states(
 def normed_by(norm: Any, x: torch.Tensor) -> torch.Tensor:
     """Return the norm of x (N, D)."""
     return normed(x, norm.weight, norm.variance_epsilon)
+
+
+def heads_normed(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return the norm of each head of x (N, H * E)."""
+    return normed_by(norm, x.reshape(-1, norm.weight.shape[0])).view_as(x)
 
 
 def _linear(part: Any) -> Linear:

@@ -103,7 +103,7 @@ def load_preferences(
     store: Store,
     snapshot: Snapshot,
     *,
-    tokenize: Callable[[str], list[int]],
+    tokenize: Callable[[str, Sequence[int]], list[int]],
     max_tokens: int,
     base_sha256: str | None = None,
     weigh: Weigh | None = None,
@@ -111,8 +111,7 @@ def load_preferences(
     """Turn the snapshot's labels into pairs and thumbs; `notes` says what was dropped and why.
 
     Args:
-        tokenize: edited text to answer ids (`alignment.models.answer_ids`); an end-of-sequence token that is
-            missing there is taken from the served answer.
+        tokenize: edited text, and the ids of the answer that was served, to answer ids (`alignment.models.answer_ids`).
         max_tokens: longest prompt and answer together.
         base_sha256: drop turns of another base model, whose token ids mean something else.
         weigh: applies the raters' weights; `weighted` by default.

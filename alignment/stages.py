@@ -89,7 +89,7 @@ def prepare(
     preferences = load_preferences(
         store,
         snapshot,
-        tokenize=lambda text: answer_ids(base, text),
+        tokenize=lambda text, served: answer_ids(base, text, served=served),
         max_tokens=min(config.data.max_tokens, base.max_positions),
         base_sha256=incumbent.base_sha256,
         weigh=lambda labels: _planned_and_weighed(place, labels, config, progress),

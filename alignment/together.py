@@ -29,6 +29,7 @@ from alignment.models import (
     add_policy,
     has_adapter,
     load_base,
+    lora_targets,
     remove_adapter,
 )
 from alignment.ppo import train_ppo
@@ -170,7 +171,8 @@ def shape_policy(place: Place, method: Method, config: AlignmentConfig) -> bool:
     base, spec = place.base, _lora(config, method)
     assert base is not None
     has = base.model.peft_config["policy"]
-    same = (has.r, has.lora_alpha, set(has.target_modules)) == (spec.rank, spec.alpha, set(spec.targets))
+    wanted = (spec.rank, spec.alpha, set(lora_targets(base, spec)))
+    same = (has.r, has.lora_alpha, set(has.target_modules)) == wanted
     if same or has_adapter(base, "reference"):
         return False
     remove_adapter(base, "policy")

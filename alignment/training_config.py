@@ -13,7 +13,6 @@ DpoLoss = Literal["dpo", "cdpo", "robust", "ipo"]
 LearnFrom = Literal["auto", "labels", "ranked"]
 RankedBy = Literal["auto", "fit", "reward_model"]
 KtoLoss = Literal["kto", "apo_zero_unpaired"]
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +23,8 @@ class LoraSpec:
     """One of vLLM's ranks (8, 16, 32, 64, ...). 16 on every linear layer: "LoRA Without Regret" (Schulman 2025)."""
     alpha: int = 32
     """Scale is alpha / rank. Twice the rank: the common setting (QLoRA, arXiv 2305.14314, and public recipes)."""
-    targets: tuple[str, ...] = ALL_LINEAR
-    """Names of the linear layers. All of them: arXiv 2305.14314, section 4."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers, such as q_proj; empty: all of the decoder's (arXiv 2305.14314, section 4)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,7 +46,7 @@ def labels_of(filled: Filled) -> tuple[Preferences, Snapshot]:
     runs.close_run(filled.store, run.id, status="cancelled", message="", cost={})
     sha256 = filled.base.base_sha256
     preferences = load_preferences(
-        filled.store, snapshot, tokenize=lambda text: [1], max_tokens=200, base_sha256=sha256
+        filled.store, snapshot, tokenize=lambda text, served: [1], max_tokens=200, base_sha256=sha256
     )
     return preferences, snapshot
 

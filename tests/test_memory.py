@@ -36,24 +36,27 @@ TINY = Shape(
 )  # Q = 8, K = 4
 
 
-def make_model(folder: Path, *, hidden: int, layers: int, kv_heads: int, ffn: int) -> Path:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def make_model(
+    folder: Path, *, hidden: int, layers: int, kv_heads: int, ffn: int, norms_heads: bool = False
+) -> Path:
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = make_tokenizer()
-    config = Qwen2Config(
+    config = (Qwen3Config if norms_heads else Qwen2Config)(
         vocab_size=8192,
         hidden_size=hidden,
         intermediate_size=ffn,
         num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=kv_heads,
+        head_dim=hidden // 8,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    (Qwen3ForCausalLM if norms_heads else Qwen2ForCausalLM)(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -72,6 +75,8 @@ def fresh_processes() -> Iterator[ProcessPoolExecutor]:
 
 
 WIDE = {"hidden": 512, "layers": 8, "kv_heads": 2, "ffn": 1408}
+NORMED = {**WIDE, "kv_heads": 8, "norms_heads": True}
+"""Queries and keys as wide as the hidden states, so that what their norms keep counts."""
 DEEP = {"hidden": 256, "layers": 16, "kv_heads": 8, "ffn": 704}
 
 
@@ -86,6 +91,8 @@ DEEP = {"hidden": 256, "layers": 16, "kv_heads": 8, "ffn": 704}
         (DEEP, "float32", 2048, "padded", 2048, False, 0.75, 1.25),
         (WIDE, "float32", 2048, "padded", 2048, True, 0.75, 1.25),
         (WIDE, "float32", 1024, "packed", 256, False, 0.88, 1.12),
+        (NORMED, "float32", 1024, "packed", 256, False, 0.88, 1.12),
+        (NORMED, "float32", 2048, "padded", 2048, False, 0.75, 1.25),
         (DEEP, "float32", 2048, "packed", 256, True, 0.75, 1.25),
         (DEEP, "float32", 2048, "packed", 256, False, 0.88, 1.12),
         # Every row is long, and the estimate allows for short ones beside the longest, which keep more softmax.

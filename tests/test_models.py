@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from alignment.models import (
 )
 from learning_fixtures import SMALL, base_with_policy, ids, make_pairs, randomise
 from storage.errors import InvalidField
-from tiny_models import make_adapter, make_tiny_model
+from tiny_models import make_adapter, make_tiny_model, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +169,76 @@ def test_an_edited_answer_ends_with_the_end_of_sequence_token(model: Path) -> No
     found = answer_ids(base, "On its way.")
     assert found[-1] == base.eos_id
     assert base.tokenizer.decode(found[:-1]) == "On its way."
+
+
+GEMMAS_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|endoftext|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_an_edited_answer_ends_as_the_template_ends_one_not_as_the_tokenizer_ends_a_text(
+    model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "gemma-like"
+    copytree(model, folder)
+    loaded = load_base(str(model))
+    turn_end = loaded.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    loaded.tokenizer.chat_template = GEMMAS_TEMPLATE
+    loaded.tokenizer.save_pretrained(folder)
+    loaded.model.generation_config.eos_token_id = [loaded.eos_id, turn_end]
+    loaded.model.save_pretrained(folder)
+    base = load_base(str(folder))
+    assert base.stop_ids == {loaded.eos_id, turn_end}
+    assert answer_ids(base, "On its way.")[-1] == turn_end
+
+
+def test_an_edited_answer_ends_as_the_served_one_where_a_token_ended_that(model: Path) -> None:
+    base = load_base(str(model))
+    base.stop_ids = frozenset({base.eos_id, 3})
+    text = answer_ids(base, "On its way.")[:-1]
+    assert answer_ids(base, "On its way.", served=[20, 21, 3]) == [*text, 3]
+    # a stop text of the request, or the limit, ended it: its last token is a word
+    assert answer_ids(base, "On its way.", served=[20, 21, 13]) == [*text, base.eos_id]
+
+
+def make_phi3(folder: Path) -> Path:
+    """Write a random Phi-3, whose layers hold queries, keys and values in one, and gate and up in one."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    tokenizer = make_tokenizer()
+    config = Phi3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    Phi3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_is_on_all_linear_layers_whatever_they_are_called(tmp_path: Path) -> None:
+    base = load_base(str(make_phi3(tmp_path)))
+    add_adapter(base, "policy", LoraSpec(rank=2), seed=0)
+    on = {name.split(".lora_")[0].rpartition(".")[2] for name in adapter_parameters(base, "policy")}
+    assert on == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    add_adapter(base, "second", LoraSpec(rank=2), seed=0)  # beside one that wraps the layers already
+    assert set(base.model.peft_config["second"].target_modules) == on
+
+
+def test_a_name_that_no_layer_has_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
+    base = load_base(str(make_phi3(tmp_path)))
+    with pytest.raises(
+        InvalidField, match=r"are down_proj, gate_up_proj, o_proj, qkv_proj; it has no q_proj"
+    ):
+        add_adapter(base, "policy", LoraSpec(targets=("q_proj", "o_proj")), seed=0)
 
 
 def test_what_is_no_chat_model_is_refused_with_its_path(model: Path, tmp_path: Path) -> None:

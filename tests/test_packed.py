@@ -56,13 +56,14 @@ SIZES: dict[str, Any] = {
 
 def make_model(folder: Path, kind: str, **settings: Any) -> Path:
     """Write a random model whose biases and norms differ from 0 and 1, where transformers starts them."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    import transformers
 
     tokenizer = make_tokenizer()
-    config_type, model_type = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    }[kind]
+    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
+    config_type, model_type = (
+        getattr(transformers, f"{name}Config"),
+        getattr(transformers, f"{name}ForCausalLM"),
+    )
     config = config_type(
         vocab_size=len(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
@@ -121,8 +122,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": None}),
     "qwen2": ("qwen2", {"num_key_value_heads": 4}),
     "qwen2, grouped heads": ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen3, normed heads": ("qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
+    "qwen3, biases": ("qwen3", {"num_key_value_heads": 1, "head_dim": 12, "attention_bias": True}),
     "qwen2, yarn": (
         "qwen2",
         {

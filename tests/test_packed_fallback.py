@@ -117,11 +117,11 @@ def test_what_it_does_not_know_takes_the_models_own_pass(
 
 def make_other(folder: Path, name: str) -> Path:
     """Write a model that `load_base` takes and the packed pass does not know."""
-    from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import GemmaConfig, GemmaForCausalLM, Phi3Config, Phi3ForCausalLM
 
     config_type, model_type = {
-        "mistral": (MistralConfig, MistralForCausalLM),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "gemma": (GemmaConfig, GemmaForCausalLM),
+        "phi3": (Phi3Config, Phi3ForCausalLM),
     }[name]
     tokenizer = make_tokenizer()
     config = config_type(
@@ -137,7 +137,7 @@ def make_other(folder: Path, name: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen3"])
+@pytest.mark.parametrize("name", ["gemma", "phi3"])
 def test_another_architecture_takes_its_own_pass(tmp_path: Path, name: str) -> None:
     base = load_base(str(make_other(tmp_path, name)), device="cpu")
     batch = collate(TREES, share=True, pad_id=0, device=torch.device("cpu"))
@@ -147,18 +147,39 @@ def test_another_architecture_takes_its_own_pass(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("kind", "settings"),
     [
-        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+        ("mistral", {"sliding_window": 4}),
+        ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
     ],
-    ids=["sliding windows", "frequencies that depend on the longest row"],
+    ids=["sliding windows", "a window of every layer", "frequencies that depend on the longest row"],
 )
 def test_a_known_architecture_with_an_unknown_part_takes_its_own_pass(
-    tmp_path: Path, settings: dict[str, Any]
+    tmp_path: Path, kind: str, settings: dict[str, Any]
 ) -> None:
-    base = load_base(str(make_model(tmp_path, "qwen2", num_key_value_heads=2, **settings)), device="cpu")
+    base = load_base(str(make_model(tmp_path, kind, num_key_value_heads=2, **settings)), device="cpu")
     assert not packs(base)
+
+
+def test_a_window_that_the_configuration_gives_to_no_layer_is_of_all_and_rows_share_no_prompt(
+    tmp_path: Path,
+) -> None:
+    base = load_base(
+        str(make_model(tmp_path, "mistral", num_key_value_heads=2, sliding_window=4)), device="cpu"
+    )
+    trees = [make_tree(range(5, 17), [[20, 21, 22], [23, 24]])]
+    assert not shares(base, trees)
+    rows = collate(trees, share=shares(base, trees), pad_id=base.pad_id, device=base.device)
+    with torch.no_grad():
+        alone = [
+            base.model(input_ids=torch.tensor([[*range(5, 17), *answer]])).logits[0].log_softmax(-1)
+            for answer in ([20, 21, 22], [23, 24])
+        ]
+        found = token_logprobs(base, rows)
+    expected = [alone[0][11 + at, token] for at, token in enumerate((20, 21, 22))]
+    expected += [alone[1][11 + at, token] for at, token in enumerate((23, 24))]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_short_prompts_are_shared_where_that_costs_no_mask(small: Base) -> None:

@@ -77,7 +77,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "attention_of", packed._flash)
 
 
-@pytest.fixture(scope="module", params=["llama, heads of their own size", "qwen2, grouped heads"])
+@pytest.fixture(
+    scope="module", params=["llama, heads of their own size", "qwen2, grouped heads", "qwen3, normed heads"]
+)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Base:
     kind, settings = MODELS[request.param]
     return wide_base(make_model(tmp_path_factory.mktemp("model"), kind, **settings))

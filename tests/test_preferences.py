@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,11 +46,15 @@ def compared(world: World, choice: str, *, person: Person | None = None, strengt
     )
 
 
+def ended_as_served(text: str, served: Sequence[int]) -> list[int]:
+    return [*map(ord, text), served[-1]]
+
+
 def loaded(world: World, **options) -> Preferences:
     run = make_run()
     runs.open_run(world.store, run)
     snapshot = take_snapshot(world.store, run_id=run.id)
-    options = {"tokenize": lambda text: [ord(letter) for letter in text], "max_tokens": 100, **options}
+    options = {"tokenize": ended_as_served, "max_tokens": 100, **options}
     runs.close_run(world.store, run.id, status="refused", message="a test", cost={})
     return load_preferences(world.store, snapshot, **options)
 
@@ -85,16 +90,6 @@ def test_a_correction_is_a_pair_edited_over_served_and_ends_as_the_served_one(wo
     assert pair.chosen_ids == (97, 98, EOS)
     assert pair.rejected_ids == (4, 5, EOS)
     assert pair.source == "correction"
-    # an end-of-sequence token that tokenize added is not doubled
-    (pair,) = loaded(world, tokenize=lambda text: [97, 98, EOS]).pairs
-    assert pair.chosen_ids == (97, 98, EOS)
-
-
-def test_a_correction_of_a_cut_off_answer_gets_no_end_that_was_not_given(world: World) -> None:
-    turn, _ = two_turns(world, finish_reason="length")
-    feedback.correct(world.store, turn_id=turn.id, person_id=world.staff.id, edited="ab")
-    (pair,) = loaded(world).pairs
-    assert pair.chosen_ids == (97, 98)
 
 
 def test_thumbs_that_differ_on_two_answers_to_one_prompt_become_a_pair_too(world: World) -> None:
@@ -172,7 +167,7 @@ def test_a_snapshot_is_stored_and_later_labels_do_not_enter_it(world: World) -> 
     compared(world, "right")
     assert runs.snapshot_of(world.store, run.id) == snapshot
     assert snapshot.counts == {"comparisons": 1, "ratings": 0, "corrections": 0}
-    found = load_preferences(world.store, snapshot, tokenize=lambda text: [1], max_tokens=100)
+    found = load_preferences(world.store, snapshot, tokenize=lambda text, served: [1], max_tokens=100)
     assert len(found.pairs) == 1
 
 
@@ -182,7 +177,7 @@ def test_a_snapshot_that_does_not_match_its_hash_is_refused(world: World) -> Non
     snapshot = take_snapshot(world.store, run_id=run.id)
     forged = replace(snapshot, item_ids={**snapshot.item_ids, "comparisons": ["comparison_1"]})
     with pytest.raises(InvalidField, match="hash"):
-        load_preferences(world.store, forged, tokenize=lambda text: [1], max_tokens=100)
+        load_preferences(world.store, forged, tokenize=lambda text, served: [1], max_tokens=100)
 
 
 def test_prompts_that_differ_in_case_and_order_number_only_have_one_key(world: World) -> None:

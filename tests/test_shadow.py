@@ -227,7 +227,7 @@ def test_a_shadow_is_in_no_history_search_feedback_snapshot_canary_evidence_or_c
     run = make_run()
     runs.open_run(store, run)
     snapshot = take_snapshot(store, run_id=run.id)
-    loaded = load_preferences(store, snapshot, tokenize=lambda text: [1], max_tokens=1000)
+    loaded = load_preferences(store, snapshot, tokenize=lambda text, served: [1], max_tokens=1000)
     assert [thumb.answer_ids for thumb in loaded.thumbs] == [tuple(turn.answer_token_ids)]
     assert loaded.pairs == ()
 
