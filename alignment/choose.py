@@ -103,7 +103,13 @@ def settled(config: AlignmentConfig, choice: Choice, data: DataStatistics | None
     Args:
         data: None: nothing was measured.
     """
-    dpo, kto = replace(config.dpo, flip_rate=_flip_rate(config, data)), config.kto
+    turned = _turned_share(data)
+    dpo = replace(
+        config.dpo,
+        flip_rate=_flip_rate(config, data),
+        ranked_flip_rate=config.dpo.ranked_flip_rate or turned,
+    )
+    kto = replace(config.kto, ranked_flip_rate=config.kto.ranked_flip_rate or turned)
     if dpo.pairs_from == "auto" and not choice.ranked_because:
         dpo = replace(dpo, pairs_from="labels")
     if choice.corrections_only:
@@ -120,8 +126,13 @@ def _flip_rate(config: AlignmentConfig, data: DataStatistics | None) -> float:
         return config.dpo.flip_rate
     known = data.agreement is not None and data.agreement.n >= config.choice.min_agreement_meetings
     by_agreement = data.flip_rate if known else 0.0
-    turned = data.turned_share.value if data.turned_share else 0.0
-    return round(min(MOST_FLIPS, max(by_agreement, turned)), 2)
+    return max(round(min(MOST_FLIPS, by_agreement), 2), _turned_share(data))
+
+
+def _turned_share(data: DataStatistics | None) -> float:
+    """Return the likeliest share of pairs turned round, as a fit to the other labels tells; 0 where nothing was measured."""
+    share = data.turned_share if data else None
+    return round(min(MOST_FLIPS, share.value), 2) if share else 0.0
 
 
 def flip_rate_says(config: AlignmentConfig, data: DataStatistics) -> str:

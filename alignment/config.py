@@ -237,7 +237,6 @@ LIMITS: dict[str, tuple[float, float]] = {
     "reward.members": (1, 64),
     "reward.adapters": (1, 16),
     "reward.head_learning_rate": (1e-8, 1),
-    "dpo.flip_rate": (0, 0.45),
     "dpo.reference_every": (0, 1_000_000),
     "kto.batch_thumbs": (2, 100_000),
     "kto.min_class_thumbs": (1, 1_000_000),
@@ -256,7 +255,9 @@ SHARED_LIMITS: dict[str, tuple[float, float]] = {
     "kl_every": (1, 1_000_000),
     "kl_prompts": (1, 100_000),
     "kl_base_share": (0.01, 1),
+    "flip_rate": (0, 0.45),
     "ranked_answers": (2, 64),
+    "ranked_flip_rate": (0, 0.45),
     "ranked_temperature": (0.05, 5),
     "ranked_prompts": (2, 1_000_000),
     "displacement_window": (1, 1000),
@@ -264,8 +265,7 @@ SHARED_LIMITS: dict[str, tuple[float, float]] = {
     "checkpoint_every": (1, 1_000_000),
 }
 """The same for fields that several tables have, where a table has no limits of its own."""
-SHARE = (0.0, 1.0)
-NOT_NEGATIVE = (0.0, 1e9)
+SHARE, NOT_NEGATIVE = (0.0, 1.0), (0.0, 1e9)
 
 
 def limits_of(key: str) -> tuple[float, float]:

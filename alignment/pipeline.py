@@ -187,7 +187,7 @@ def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, mete
     check_stop(work.progress)
     # 5. the reward model that PPO optimises, which must be another than the judge; it may decide the method
     if choice.method == "ppo" or choice.waits_for_reward_model:
-        scorer = stages.train_scorer(work, choice)
+        scorer = stages.train_scorer(replace(work, config=settled(work.config, choice, statistics)), choice)
         check_stop(work.progress)
         choice = _choose(work, statistics, reward=reward_evidence(scorer.metrics))
     if choice.method is None:

@@ -85,11 +85,11 @@ def pairs_to_learn(
     if told := _too_few(asked, config, "dpo.pairs_from", wanted=config.pairs_from == "ranked", least=1):
         return labels.pairs, told
     found = _best_and_worst(
-        asked, _fit_scores(base, labels, asked, reward, seed=seed, progress=progress, crew=crew)
+        asked, _fit_scores(base, labels, asked, reward, config, seed=seed, progress=progress, crew=crew)
     )
     told = (
         f"It learnt from {len(found)} pairs of its own answers, the best against the worst of "
-        f"{config.ranked_answers} to a question by a fit to all labels."
+        f"{config.ranked_answers} to a question by {_fit_says(config)}."
     )
     return found + [pair for pair in labels.pairs if pair.source == "correction"], told
 
@@ -125,7 +125,7 @@ def thumbs_to_learn(
         return labels.thumbs, told
     by_fit = config.ranked_by == "fit"
     scores = (_fit_scores if by_fit else _reward_scores)(
-        base, labels, asked, reward, seed=seed, progress=progress, crew=crew
+        base, labels, asked, reward, config, seed=seed, progress=progress, crew=crew
     )
     found = [
         Thumb(
@@ -142,8 +142,14 @@ def thumbs_to_learn(
     ]
     return found, (
         f"It learnt from {len(found)} of its own answers, the best and the worst of {config.ranked_answers} to a question "
-        f"by a {'fit to all' if by_fit else 'reward model of the'} labels."
+        f"by {_fit_says(config) if by_fit else 'a reward model of the labels'}."
     )
+
+
+def _fit_says(config: FixedAnswersConfig) -> str:
+    """Return what ranks, and what it takes the labels for."""
+    rate = config.ranked_flip_rate
+    return "a fit to all labels" + (f", which takes {rate:.0%} of the pairs for turned round" if rate else "")
 
 
 def _too_few(asked: _Asked, config: FixedAnswersConfig, key: str, *, wanted: bool, least: int) -> str:
@@ -256,6 +262,7 @@ def _fit_scores(
     labels: Preferences,
     asked: _Asked,
     reward: RewardConfig,
+    config: FixedAnswersConfig,
     *,
     seed: int,
     progress: Progress,
@@ -264,7 +271,8 @@ def _fit_scores(
     """Return the answers' scores by one head, fitted to every label on the base's own states."""
     one = replace(reward, members=1)
     pairs = [pair for pair in labels.pairs if pair.source != "ratings"]  # their thumbs are here themselves
-    items = make_items(base, pairs, list(labels.thumbs), one, seed=seed)
+    rate = config.ranked_flip_rate
+    items = make_items(base, pairs, list(labels.thumbs), one, seed=seed, flip_rate=rate)
     trees = [
         make_tree(prompt, given)
         for prompt, given in zip(asked.questions, asked.answers, strict=True)
@@ -283,6 +291,7 @@ def _reward_scores(
     labels: Preferences,
     asked: _Asked,
     reward: RewardConfig,
+    _: FixedAnswersConfig,
     *,
     seed: int,
     progress: Progress,

@@ -33,10 +33,18 @@ class Items:
     ties: torch.Tensor  # (pairs,) bool
     ups: torch.Tensor  # (thumbs,) bool
     raters: torch.Tensor  # (thumbs,) row of the rater's bias
+    flip_rate: float
+    """Share of the pairs that the losses take to be turned round."""
 
 
 def make_items(
-    base: Base, pairs: list[Pair], thumbs: list[Thumb], config: RewardConfig, *, seed: int
+    base: Base,
+    pairs: list[Pair],
+    thumbs: list[Thumb],
+    config: RewardConfig,
+    *,
+    seed: int,
+    flip_rate: float = 0.0,
 ) -> Items:
     """Return the items on the base's device; the seed draws each member's bootstrap of prompts."""
     keys = [pair.prompt_key for pair in pairs] + [thumb.prompt_key for thumb in thumbs]
@@ -55,6 +63,7 @@ def make_items(
         ties=torch.tensor([p.tie for p in pairs], dtype=torch.bool, device=place),
         ups=torch.tensor([t.up for t in thumbs], dtype=torch.bool, device=place),
         raters=torch.tensor([raters[t.rater] for t in thumbs], dtype=torch.int64, device=place),
+        flip_rate=flip_rate,
     )
 
 
@@ -82,6 +91,7 @@ def item_losses(
         margins=items.margins[pairs],
         ties=items.ties[pairs],
         centring=centring,
+        flip_rate=items.flip_rate,
     )
     of_thumbs = thumb_losses(
         scores[2 * len(pairs) :],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -13,6 +15,7 @@ def pair_losses(
     margins: torch.Tensor,
     ties: torch.Tensor,
     centring: float,
+    flip_rate: float = 0.0,
 ) -> torch.Tensor:
     """Return (P, M) Bradley-Terry losses: -log s(s_w - s_l - m) + c (s_w + s_l)^2.
 
@@ -24,9 +27,15 @@ def pair_losses(
         margins: (P,) m in log-odds (arXiv 2307.09288 eq. 2).
         ties: (P,) bool, True = equally good.
         centring: c (arXiv 2312.09244 eq. 2).
+        flip_rate: e, the share of choices that were turned round, below 1/2. A choice then has the likelihood
+            (1 - e) s(d) + e s(-d), which a confident contradiction cannot bring under e (arXiv 2403.00409's model of noise).
     """
     lead = chosen - rejected
-    won = -F.logsigmoid(lead - margins.unsqueeze(1))
+    beyond = lead - margins.unsqueeze(1)
+    won = -F.logsigmoid(beyond)
+    if flip_rate:
+        as_said, turned = math.log(1 - flip_rate), math.log(flip_rate)
+        won = -torch.logaddexp(as_said + F.logsigmoid(beyond), turned + F.logsigmoid(-beyond))
     even = -(F.logsigmoid(lead) + F.logsigmoid(-lead)) / 2
     return torch.where(ties.unsqueeze(1), even, won) + centring * (chosen + rejected).square()
 

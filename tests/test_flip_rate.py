@@ -47,6 +47,18 @@ def test_a_loss_for_noisy_labels_assumes_the_larger_of_the_measured_rates(loss: 
     )  # where robust still has a meaning
 
 
+def test_the_fit_that_ranks_answers_takes_as_many_pairs_for_turned_as_other_labels_tell() -> None:
+    def rates(data: DataStatistics | None, **tables: Any) -> tuple[float, float]:
+        config = settled(config_of(tables), DPO, data)
+        return config.dpo.ranked_flip_rate, config.kto.ranked_flip_rate
+
+    turned = replace(QUIET, turned_share=TURNED)
+    assert rates(turned) == (0.12, 0.12)
+    assert rates(replace(QUIET, turned_share=replace(TURNED, value=0.5))) == (0.45, 0.45)
+    assert rates(None) == rates(AGREED) == (0.0, 0.0)
+    assert rates(turned, dpo={"ranked_flip_rate": 0.3}, kto={"ranked_flip_rate": 0.2}) == (0.3, 0.2)
+
+
 def test_what_was_set_stays_and_other_losses_assume_nothing() -> None:
     assert rate(AGREED, loss="cdpo", flip_rate=0.1) == 0.1
     assert rate(AGREED) == rate(AGREED, loss="ipo") == 0.0

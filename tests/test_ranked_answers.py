@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from alignment import ranked_answers
 from alignment.batching import make_tree
 from alignment.models import Base, add_policy, load_base, prompt_ids
 from alignment.preferences import Pair, Preferences
 from alignment.progress import Interrupted, Silent
 from alignment.ranked_answers import pairs_to_learn, thumbs_to_learn
-from alignment.reward_items import make_items
+from alignment.reward_items import Items, make_items
 from alignment.reward_model import train_reward_model
 from alignment.reward_training import fitted_head, last_states
 from alignment.rollouts import sample
@@ -78,6 +80,25 @@ def test_each_pair_is_the_best_against_the_worst_of_the_reference_by_the_fit(bas
     assert min(gaps) > 0
     for (gap, pair), (other, next_pair) in pairwise(zip(gaps, made, strict=True)):
         assert pair.weight / next_pair.weight == pytest.approx(gap / other, rel=1e-4)
+
+
+def test_the_fit_that_ranks_takes_the_share_of_the_pairs_for_turned_that_it_is_told(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+
+    def spied(
+        base: Base, states: torch.Tensor, items: Items, config: RewardConfig
+    ) -> dict[str, torch.Tensor]:
+        rates.append(items.flip_rate)
+        return fitted_head(base, states, items, config)
+
+    monkeypatch.setattr(ranked_answers, "fitted_head", spied)
+    _, told = learnt(base, labels(), pairs_from="ranked", ranked_flip_rate=0.3)
+    assert "by a fit to all labels, which takes 30% of the pairs for turned round." in told
+    _, told = learnt(base, labels(), pairs_from="ranked")
+    assert "by a fit to all labels." in told
+    assert rates == [0.3, 0.0]
 
 
 def test_the_same_seed_makes_the_same_pairs_and_another_seed_others(base: Base) -> None:

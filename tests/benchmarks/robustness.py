@@ -180,7 +180,7 @@ class Study:
             better = {pair.id: pair.chosen_ids for pair in self.labels.pairs}
             pairs = [pair for pair in weighed.pairs if not pair.tie]
             right = [pair.chosen_ids == better[pair.id] for pair in pairs]
-            leads = _leads_of_fit(base, weighed, pairs, reward, seed=seed)
+            leads = _leads_of_fit(base, weighed, pairs, reward, seed=seed, flip_rate=turned.value)
             by_fit = [(lead > 0) is one for lead, one in zip(leads, right, strict=True)]
             ranked = f"{sum(by_fit) / len(by_fit):.0%}"
         return (
@@ -192,11 +192,17 @@ class Study:
 
 
 def _leads_of_fit(
-    base: Base, labels: Preferences, pairs: Sequence[Pair], reward: RewardConfig, *, seed: int
+    base: Base,
+    labels: Preferences,
+    pairs: Sequence[Pair],
+    reward: RewardConfig,
+    *,
+    seed: int,
+    flip_rate: float,
 ) -> list[float]:
     """Return by how much the fit to all labels, that which ranks answers, scores each pair's chosen answer higher."""
     one = replace(reward, members=1)
-    items = make_items(base, list(labels.pairs), [], one, seed=seed)
+    items = make_items(base, list(labels.pairs), [], one, seed=seed, flip_rate=flip_rate)
     trees = [make_tree(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
     states = last_states(base, None, [*items.trees, *trees], batch_tokens=0, progress=Silent())
     labelled = 2 * len(labels.pairs)

@@ -210,11 +210,12 @@ def as_in_a_run(
     method: Method = "ppo" if setting.method == "ppo" else "dpo" if setting.method == "dpo" else "kto"
     data = statistics_of(weighed, corrections=0, on_policy_share=1.0)
     why = RANKED_BECAUSE[method](data, setting.config.choice)
+    config = settled(setting.config, Choice(method=method, rule="", reason="", ranked_because=why), data)
     if method == "ppo":
+        setting = replace(setting, config=config)
         return by_ppo(
             base, setting, weighed, ranked=bool(why), seed=seed, progress=progress, unseen=unseen
         ), why
-    config = settled(setting.config, Choice(method=method, rule="", reason="", ranked_because=why))
     ranking: dict[str, Any] = {"unlabelled": unlabelled, "seed": seed, "progress": progress}
     training: dict[str, Any] = {"seed": seed, "progress": progress, "unseen": unseen}
     if method == "dpo":
@@ -238,7 +239,8 @@ def by_ppo(
     pairs, config = weighed.pairs, setting.config
     known = Preferences(pairs=pairs[: len(pairs) * 4 // 5], thumbs=())
     if ranked:
-        found, _ = pairs_to_learn(base, weighed, config.dpo, config.reward, seed=seed, progress=progress)
+        dpo = replace(config.dpo, pairs_from="auto")
+        found, _ = pairs_to_learn(base, weighed, dpo, config.reward, seed=seed, progress=progress)
         known = Preferences(pairs=tuple(found), thumbs=())
     scorer = train_reward_model(base, known, None, setting.config.reward, seed=seed, progress=Silent())
     prompts = [pair.prompt_ids for pair in pairs]
