@@ -207,7 +207,7 @@ class VllmEngine:
 
     async def _load_on(self, replica: Replica, policy_id: str, path: str) -> None:
         body = {"lora_name": policy_id, "lora_path": path}
-        response = await self._replicas.send(replica, "POST", "/v1/load_lora_adapter", json=body)
+        response = await self._replicas.control(replica, "POST", "/v1/load_lora_adapter", json=body)
         if response.status_code == 200:
             replica.policies.add(policy_id)
             return
@@ -234,7 +234,7 @@ class VllmEngine:
 
         async def forget(replica: Replica) -> None:
             body = {"lora_name": policy_id}
-            response = await self._replicas.send(replica, "POST", "/v1/unload_lora_adapter", json=body)
+            response = await self._replicas.control(replica, "POST", "/v1/unload_lora_adapter", json=body)
             if response.status_code not in (200, 404):
                 await self._replicas.raise_for_status(replica, response, policy_id=policy_id)
             replica.policies.discard(policy_id)

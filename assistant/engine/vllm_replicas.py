@@ -30,6 +30,8 @@ from storage.records import Json
 T = TypeVar("T")
 HEALTH_TIMEOUT_S = 4.0
 """For one replica, below what the web side waits for all: a silent one must not make the others look absent."""
+AWAY = (429, 502, 503, 504)
+"""To a control call vLLM has no such answer, as it queues none: a proxy says so of a server that is down."""
 
 
 @dataclass(slots=True)
@@ -44,6 +46,10 @@ class Replica:
     policies: set[str] = field(default_factory=set)
     """What it can serve; learnt from its model list and from what was done since."""
     pace: Pace = field(default_factory=Pace)
+
+    def forget(self) -> None:
+        """Take it for gone: whoever answers here next may be another server, with nothing loaded."""
+        self.ready, self.base, self.policies = False, None, set()
 
 
 class Replicas:
@@ -124,8 +130,8 @@ class Replicas:
 
     async def _found_well(self, replica: Replica) -> dict[str, str | None]:
         """Return what a healthy replica can serve; raises when it is not healthy."""
-        response = await self.send(replica, "GET", "/health", timeout_s=HEALTH_TIMEOUT_S)
-        if response.status_code >= 400:  # 503, when its engine is dead: absent, not busy
+        response = await self.control(replica, "GET", "/health", timeout_s=HEALTH_TIMEOUT_S)
+        if response.status_code >= 400:
             raise EngineUnavailable(
                 f"engine: {replica.url} is not well ({response.status_code}); see its log"
             )
@@ -135,7 +141,7 @@ class Replicas:
 
     async def models(self, replica: Replica) -> dict[str, str | None]:
         """Return what a replica can serve: our name of it → the path it was loaded from."""
-        response = await self.send(replica, "GET", "/v1/models", timeout_s=HEALTH_TIMEOUT_S)
+        response = await self.control(replica, "GET", "/v1/models", timeout_s=HEALTH_TIMEOUT_S)
         await self.raise_for_status(replica, response)
         try:
             rows = response.json()["data"]
@@ -170,6 +176,28 @@ class Replicas:
         running, waiting = lengths or (None, None)
         return Queue(replica=replica.url, up=replica.ready, running=running, waiting=waiting)
 
+    async def control(
+        self,
+        replica: Replica,
+        method: str,
+        path: str,
+        *,
+        json: Json | None = None,
+        timeout_s: float | None = None,
+    ) -> httpx.Response:
+        """As `send`, for what is no question: whoever is too busy even for that is away, and is tried last from then on.
+
+        Raises:
+            EngineAbsent: it answers one of `AWAY`.
+        """
+        response = await self.send(replica, method, path, json=json, timeout_s=timeout_s)
+        if response.status_code in AWAY:
+            replica.forget()
+            raise EngineAbsent(
+                f"engine: {replica.url} is not well ({response.status_code}); see its log, or its proxy's"
+            )
+        return response
+
     async def send(
         self,
         replica: Replica,
@@ -188,7 +216,7 @@ class Replicas:
 
     def lost(self, replica: Replica, error: httpx.TransportError, *, begun: bool) -> EngineError:
         """Return a failed connection as our error, and try this replica last from now on."""
-        replica.ready, replica.base, replica.policies = False, None, set()
+        replica.forget()
         reason = str(error) or type(error).__name__
         if begun:
             return StreamBroken(f"stream: lost {replica.url} in mid-answer ({reason}); ask again")
