@@ -18,7 +18,7 @@ from pathlib import Path
 
 from assistant.decisions import approve, check_files, promote, reject, retire, rollback, serving, withdraw
 from assistant.engine.behaviour_gate import BehaviourGate
-from assistant.engine.errors import AdapterRefused, EngineError, EngineStarting
+from assistant.engine.errors import AdapterRefused, EngineError, EngineStarting, ReplicaAtFault
 from assistant.engine.protocol import Engine
 from assistant.engine.reconcile import LoadResult, load_missing, unload_unused
 from assistant.routing import assign, is_drawn
@@ -219,16 +219,22 @@ class Release:
     ) -> dict[str, KotaeError]:
         """Probe what the engine has of `wanted` and did not pass yet; return why some of it did not now.
 
-        Not only what was just loaded: its probes may have found the engine busy, or an earlier process loaded it.
+        Not only what was just loaded: its probes may have found the engine busy, or an earlier process loaded it, or a
+        replica came back. One that fails what another passes is asked nothing of it: the operator hears of it, no one waits.
         """
         self._checked &= wanted.keys() - result.failed.keys() - result.loaded
         failed: dict[str, KotaeError] = {}
-        for policy_id in sorted(wanted.keys() - result.failed.keys() - self._checked):
+        for policy_id in sorted(wanted.keys() - result.failed.keys()):
+            if policy_id in self._checked and not self.engine.awaits_proof(policy_id):
+                continue
             try:
                 await self._probe(wanted[policy_id])
-                self._checked.add(policy_id)
+            except ReplicaAtFault as error:
+                self._tell_once(f"{policy_id}: {error}")
             except KotaeError as error:
                 failed[policy_id] = error
+                continue
+            self._checked.add(policy_id)
         return failed
 
     async def _probe(self, policy: Policy) -> None:
@@ -254,10 +260,14 @@ class Release:
         elif policy_id in {row.policy_id for row in (served.canary, served.shadow) if row is not None}:
             retire(self.store, policy_id=policy_id, actor=SYSTEM, reason=why)
         else:
-            why = f"{policy_id} is no way back: {refused[policy_id]}"
-            if why in self.alerts:
-                return  # it is looked at again and again, in case it can be loaded after all
+            self._tell_once(f"{policy_id} is no way back: {refused[policy_id]}")
+            return
         self.tell(why)
+
+    def _tell_once(self, message: str) -> None:
+        """As `tell`, for what is looked at again and again, in case it is well after all."""
+        if message not in self.alerts:
+            self.tell(message)
 
     def tell(self, message: str) -> None:
         """Show the operator a message, among the latest ones."""

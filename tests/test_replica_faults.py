@@ -9,10 +9,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from assistant.engine.errors import AdapterRefused, EngineError, EngineUnavailable
 from assistant.engine.vllm import VllmEngine
 from assistant.release import Release
 from chat_fixtures import add_random_candidate, make_real_desk
 from engine_fixtures import collect, text_of
+from storage import policies
 from storage.records import Json, Policy
 from storage_fixtures import World
 
@@ -28,6 +30,8 @@ class Twin:
         self.status = 200
         """Of every answer."""
         self.load_status = 200
+        self.is_full = False
+        """Turns questions and probes away."""
         self.ignores_adapters = False
         """Takes adapters and answers with the base all the same."""
         self.asked: list[str] = []
@@ -45,6 +49,8 @@ class Twin:
             return self._load(body)
         if request.url.path == "/v1/unload_lora_adapter":
             self.adapters.pop(body["lora_name"], None)
+        if request.url.path == "/v1/chat/completions" and self.is_full:
+            return httpx.Response(503, json={"error": {"message": "The queue is full."}})
         if request.url.path == "/v1/chat/completions":
             return self._answer(body["model"], is_probe="logprobs" in body)
         return httpx.Response(200)
@@ -138,3 +144,80 @@ def test_a_replica_whose_proxy_answers_for_it_holds_nothing_up(
     assert pair.one.adapters == pair.two.adapters
     pair.ask(policy)
     assert (pair.one.asked, len(pair.two.asked)) == ([policy.id], asked)
+
+
+# -- one that takes an adapter and does not apply it ---------------------------------------------------------
+
+
+def test_an_approval_wants_every_replica_that_answers_to_pass_the_probes(pair: Pair, policy: Policy) -> None:
+    """Two takes the load and answers with the base: under the policy's name, had it not been probed too."""
+    pair.two.ignores_adapters = True
+    with pytest.raises(EngineUnavailable, match=r"http://two.*answers exactly like the base"):
+        pair.approve(policy)
+    assert policies.standing(pair.world.store, policy.id) == "candidate"
+    assert {pair.ask(policy) for _ in range(4)} == {str(policy.adapter_path)}
+    assert pair.two.asked == []
+
+
+def test_a_policy_that_no_replica_applies_is_refused_as_that_of_one_server(
+    pair: Pair, policy: Policy
+) -> None:
+    pair.one.ignores_adapters = pair.two.ignores_adapters = True
+    with pytest.raises(AdapterRefused, match="answers exactly like the base"):
+        pair.approve(policy)
+    assert (pair.one.adapters, pair.two.adapters) == ({}, {})
+
+
+def test_a_replica_that_comes_back_is_probed_before_it_is_asked(pair: Pair, policy: Policy) -> None:
+    pair.approve(policy)
+    pair.one.restart()
+    pair.one.probed.clear()
+    asyncio.run(pair.engine.load(policy_id=policy.id, adapter=Path(str(policy.adapter_path))))
+    pair.ask(policy)  # one has the adapter, and comes first
+    assert pair.one.asked == []
+    pair.sync()
+    assert policy.id in pair.one.probed
+    pair.ask(policy)
+    assert pair.one.asked == [policy.id]
+
+
+def test_a_replica_that_comes_back_and_fails_is_told_of_and_never_asked(pair: Pair, policy: Policy) -> None:
+    """The policy itself answers elsewhere, so it stays, and nothing else waits for that replica."""
+    pair.approve(policy)
+    pair.two.restart()
+    pair.two.ignores_adapters = True
+    for _ in range(2):
+        pair.sync()
+    assert pair.release.served.stable.policy_id == policy.id
+    assert [alert for alert in pair.release.alerts if "http://two" in alert] == pair.release.alerts
+    assert len(pair.release.alerts) == 1
+    pair.one.status = 503
+    with pytest.raises(EngineError):
+        pair.ask(policy)
+    assert pair.two.asked == []
+    pair.two.ignores_adapters = False  # somebody mended it
+    pair.sync()
+    assert pair.ask(policy) == str(policy.adapter_path)
+
+
+def test_a_replica_that_was_too_busy_for_the_probes_is_probed_later(pair: Pair, policy: Policy) -> None:
+    pair.two.is_full = True
+    pair.approve(policy)
+    assert pair.release.served.stable.policy_id == policy.id
+    pair.ask(policy)
+    assert (pair.two.probed, pair.two.asked) == ([], [])
+    pair.two.is_full = False
+    pair.sync()
+    assert policy.id in pair.two.probed
+    pair.one.status = 503
+    assert pair.ask(policy) == str(policy.adapter_path)
+
+
+def test_readiness_does_not_count_a_replica_that_did_not_pass(pair: Pair, policy: Policy) -> None:
+    pair.approve(policy)
+    pair.two.restart()
+    pair.two.ignores_adapters = True
+    pair.sync()
+    assert policy.id in asyncio.run(pair.engine.health()).policies
+    pair.one.status = 503
+    assert asyncio.run(pair.engine.health()).policies == {pair.world.base.id}

@@ -3,8 +3,9 @@
 KotaeError
 └── EngineError
     ├── EngineUnavailable   no answer came: it failed, or refused
-    │   └── EngineAbsent    nobody is there to ask
-    │       └── EngineStarting  not yet: it is being started
+    │   ├── EngineAbsent    nobody is there to ask
+    │   │   └── EngineStarting  not yet: it is being started
+    │   └── ReplicaAtFault  one server does other than the rest
     ├── EngineBusy          the queue is full; try again
     ├── PolicyNotLoaded     the engine does not know this policy (it restarted)
     ├── ContextTooLong      the messages do not fit the model
@@ -32,6 +33,10 @@ class EngineAbsent(EngineUnavailable):
 
 class EngineStarting(EngineAbsent):
     """The engine is being started, which takes a while and is no fault."""
+
+
+class ReplicaAtFault(EngineUnavailable):
+    """One of several servers does not take or does not apply what another one does: no fault of the policy."""
 
 
 class EngineBusy(EngineError):

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from assistant.engine.errors import ContextTooLong, EngineAbsent, PolicyNotLoaded
-from assistant.engine.protocol import Health, Piece, ProbeResult, Queue, Sampling
+from assistant.engine.protocol import Health, Judge, Piece, ProbeResult, Queue, Sampling
 from storage.records import Json
 
 Answer = str | Exception | tuple[str | Exception, ...]
@@ -112,6 +112,14 @@ class FakeEngine:
             logprobs=logprobs,
             in_float32=True,
         )
+
+    async def prove(self, policy_id: str, judge: Judge) -> None:
+        """Let `judge` ask this one server. See `Engine.prove`."""
+        await judge("fake", self.probe)
+
+    def awaits_proof(self, policy_id: str) -> bool:
+        """Return False: no server joins later."""
+        return False
 
     async def health(self) -> Health:
         """Return `health_now` with what is loaded, or that it is closed."""

@@ -26,7 +26,7 @@ from assistant.engine.errors import (
     PolicyNotLoaded,
     StreamBroken,
 )
-from assistant.engine.protocol import Health, Piece, ProbeResult, Queue, Sampling
+from assistant.engine.protocol import Health, Judge, Piece, ProbeResult, Queue, Sampling
 from storage.errors import InvalidField, KotaeError
 from storage.records import Json
 
@@ -105,6 +105,14 @@ class LocalEngine:
     async def probe(self, *, policy_id: str, messages: list[Json], max_tokens: int) -> ProbeResult:
         """Return a greedy answer with its log-probs. See `Engine.probe`."""
         return await self._do(lambda model: model.probe(policy_id, messages, max_tokens))
+
+    async def prove(self, policy_id: str, judge: Judge) -> None:
+        """Let `judge` ask this one server. See `Engine.prove`."""
+        await judge("in this process", self.probe)
+
+    def awaits_proof(self, policy_id: str) -> bool:
+        """Return False: no server joins later."""
+        return False
 
     async def health(self) -> Health:
         """Say whether the model is loaded; never raises."""
