@@ -1,4 +1,4 @@
-"""Replicas that misbehave beside one that is well: what they hold up, which is nothing, and when they are asked again."""
+"""Servers that misbehave: what they hold up, which is nothing, when they are asked again, and what is not withdrawn."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from assistant import release
+from assistant.chat import Chat
 from assistant.engine.errors import AdapterRefused, EngineError, EngineUnavailable
 from assistant.engine.vllm import VllmEngine
 from assistant.release import Release
@@ -221,3 +223,66 @@ def test_readiness_does_not_count_a_replica_that_did_not_pass(pair: Pair, policy
     assert policy.id in asyncio.run(pair.engine.health()).policies
     pair.one.status = 503
     assert asyncio.run(pair.engine.health()).policies == {pair.world.base.id}
+
+
+# -- an engine that fails at loading what it has served before ------------------------------------------------
+
+
+def lose_adapters(pair: Pair, *, load_status: int) -> None:
+    for twin in (pair.one, pair.two):
+        twin.restart()
+        twin.load_status = load_status
+
+
+@pytest.mark.parametrize("status", [404, 500])
+def test_a_policy_that_has_answered_outlives_an_engine_that_cannot_load_it_for_now(
+    pair: Pair, policy: Policy, status: int
+) -> None:
+    """For want of memory beside a training, or of a volume that is not mounted yet: neither is the adapter's fault."""
+    pair.approve(policy)
+    lose_adapters(pair, load_status=status)
+    for _ in range(2):
+        with pytest.raises(EngineUnavailable, match="CUDA out of memory"):
+            pair.sync()
+    assert "CUDA out of memory" in pair.release.alerts[0]
+    assert len(pair.release.alerts) == 1
+    lose_adapters(pair, load_status=200)
+    pair.sync()
+    assert pair.release.served.stable.policy_id == policy.id
+    assert pair.ask(policy) == str(policy.adapter_path)
+
+
+def test_that_it_has_answered_is_known_to_the_next_process(pair: Pair, policy: Policy) -> None:
+    pair.approve(policy)
+    chat = Chat(pair.world.store, pair.engine, pair.release)
+    question = chat.ask(pair.world.staff, pair.desk.conversation, "Hello?")
+    assert asyncio.run(chat.complete(question)).policy_id == policy.id
+    pair.start()
+    lose_adapters(pair, load_status=500)
+    with pytest.raises(EngineUnavailable):
+        pair.sync()
+    assert release.serving(pair.world.store).stable.policy_id == policy.id
+
+
+def test_a_policy_that_never_answered_is_withdrawn_when_the_engine_fails_at_it(
+    pair: Pair, policy: Policy
+) -> None:
+    release.approve(pair.world.store, policy_id=policy.id, person=pair.world.admin, reason="without a server")
+    lose_adapters(pair, load_status=500)
+    pair.sync()
+    assert pair.release.served.stable.policy_id == pair.world.base.id
+    assert "was withdrawn" in pair.release.alerts[0]
+
+
+def test_nobody_waits_for_a_way_back_that_cannot_be_loaded_for_now(
+    pair: Pair, policy: Policy, tmp_path: Path
+) -> None:
+    pair.approve(policy)
+    newer = add_random_candidate(pair.world, tmp_path, seed=2)
+    pair.approve(newer)
+    for twin in (pair.one, pair.two):
+        del twin.adapters[policy.id]
+        twin.load_status = 500
+    pair.sync()
+    assert pair.release.served.stable.policy_id == newer.id
+    assert policy.id in pair.release.alerts[0]

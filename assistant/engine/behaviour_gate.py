@@ -42,6 +42,8 @@ class BehaviourGate:
         self.tolerance_nats = tolerance_nats
         self._base_logprobs: dict[str, dict[str, tuple[float, ...]]] = {}
         """Server → probe → the base's log-probs (nats)."""
+        self.passed: set[str] = set()
+        """The policies that passed at some time."""
 
     async def check(self, policy_id: str, adapter: Path) -> None:
         """Raise unless the greedy answers are finite, not the base's own, and the trainer's where it left a record.
@@ -51,6 +53,7 @@ class BehaviourGate:
             ReplicaAtFault: one server answers so and another does not.
         """
         await self.engine.prove(policy_id, partial(self._judge, policy_id, read_record(adapter)))
+        self.passed.add(policy_id)
 
     async def _judge(self, policy_id: str, record: ProbeRecord | None, server: str, probe: Probe) -> None:
         """As `check`, for one server."""

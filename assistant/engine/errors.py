@@ -12,6 +12,7 @@ KotaeError
     ├── StreamBroken        the answer ended without saying so
     │   └── WrongPolicy     another policy answered
     └── AdapterRefused      these files must not be served
+        └── LoadFailed      the engine failed at them, through their fault or its own
 """
 
 from __future__ import annotations
@@ -72,6 +73,13 @@ class WrongPolicy(StreamBroken):
 
 class AdapterRefused(EngineError):
     """These adapter files must not be served; the message names file, tensor, value and fix."""
+
+
+class LoadFailed(AdapterRefused):
+    """An engine that is well did not load these files, and does not say why in a way that could be told apart.
+
+    vLLM answers a bad adapter as it answers its own want of memory, and one that is gone as a volume not mounted yet.
+    """
 
 
 NO_POLICYS_FAULT = (ContextTooLong, EngineBusy, EngineAbsent)

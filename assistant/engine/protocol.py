@@ -104,7 +104,7 @@ class Engine(Protocol):
         """Make an adapter answer under `policy_id`; loading it twice is fine.
 
         Raises:
-            AdapterRefused: the engine does not take these files.
+            AdapterRefused: the engine does not take these files; as LoadFailed, perhaps only for now.
             EngineUnavailable: nobody answered.
         """
         ...

@@ -25,6 +25,7 @@ from assistant.engine.errors import (
     EngineBusy,
     EngineError,
     EngineUnavailable,
+    LoadFailed,
     PolicyNotLoaded,
     StreamBroken,
     WrongPolicy,
@@ -238,7 +239,8 @@ class VllmEngine:
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
             )
         if response.status_code in (400, 404, 500) and not await self._replicas.check(replica):
-            raise AdapterRefused(f"{path}: the engine refused it: {message[:300]}")
+            kind = AdapterRefused if response.status_code == 400 else LoadFailed
+            raise kind(f"{path}: the engine refused it: {message[:300]}")
         raise wire.translate(error, status=response.status_code, policy_id=policy_id, url=replica.url)
 
     async def unload(self, policy_id: str) -> None:
