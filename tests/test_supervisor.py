@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -25,18 +24,7 @@ from assistant.engine.vllm_launch import command, environment
 from assistant.engine.vllm_plugin import NICENESS
 from engine_fixtures import BASE, collect, make_world
 from storage.errors import InvalidField
-
-STAND_IN = """
-import http.server, subprocess, sys
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200); self.end_headers()
-    def log_message(self, *_): pass
-print("non-default args: stand-in", flush=True)
-subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)", "VLLM::EngineCore"])
-http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
-"""
-
+from supervisor_fixtures import alive, group_of, options, stand_in, until
 
 GPU_LOG = """\
 (APIServer pid=1) INFO 11-27 06:33:10 [api_utils.py:273] non-default args: {'model': 'm'}
@@ -51,31 +39,6 @@ GPU_LOG = """\
 (APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
 """
 """As vLLM 0.32's GPU build wrote it, shortened."""
-
-
-def options(tmp_path: Path, *, boot_timeout_s: float = 20) -> VllmOptions:
-    return VllmOptions(model="some/model", base_name=BASE, data=tmp_path, boot_timeout_s=boot_timeout_s)
-
-
-def stand_in(port: int) -> list[str]:
-    """A server with a child, as vLLM is."""
-    return [sys.executable, "-c", STAND_IN, str(port)]
-
-
-def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
-def group_of(pid: int) -> list[int]:
-    leader = process_group.Leader(pid=pid, started_at=psutil.Process(pid).create_time())
-    return [process.pid for process in process_group.members(leader, is_ours=lambda process: True)]
-
-
-async def until(happened: Callable[[], object], *, timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not happened():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        await asyncio.sleep(0.05)
 
 
 def test_a_started_server_answers_and_stopping_leaves_nobody(tmp_path: Path) -> None:
