@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -177,7 +179,46 @@ def test_a_pid_that_belongs_to_somebody_else_by_now_is_left_alone(tmp_path: Path
         stranger.wait()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": "x", "started_at": 1}'])
+def test_orphans_are_found_though_the_clock_was_set_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first NTP after a boot, or a virtual machine that goes on: start times by the clock all move."""
+    server = start_group(tmp_path)
+    create_time = psutil.Process.create_time
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(psutil.Process, "create_time", lambda process: create_time(process) + 3600)
+            assert len(VllmProcess(options(tmp_path), serve=stand_in).reap_orphans()) == 2
+        assert server.wait(5) == -signal.SIGTERM
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize("change", [{"boot_id": "of another boot"}, {"started_ticks": 1}])
+def test_a_record_of_an_earlier_boot_or_process_ends_nobody(tmp_path: Path, change: dict[str, Any]) -> None:
+    server = start_group(tmp_path)
+    try:
+        path = tmp_path / "vllm.pid.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        assert VllmProcess(options(tmp_path), serve=stand_in).reap_orphans() == []
+        assert alive(server.pid)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def test_a_record_of_the_former_form_is_understood(tmp_path: Path) -> None:
+    server = start_group(tmp_path)
+    row = {"pid": server.pid, "started_at": psutil.Process(server.pid).create_time(), "shared_memory": []}
+    (tmp_path / "vllm.pid.json").write_text(json.dumps(row))
+    assert len(VllmProcess(options(tmp_path), serve=stand_in).reap_orphans()) == 2
+    assert server.wait(5) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"pid": "x", "started_at": 1}', '{"pid": 1, "started_at": 1, "started_ticks": "x"}'],
+)
 def test_a_damaged_pid_file_is_ignored(tmp_path: Path, text: str) -> None:
     (tmp_path / "vllm.pid.json").write_text(text)
     assert VllmProcess(options(tmp_path), serve=stand_in).reap_orphans() == []
