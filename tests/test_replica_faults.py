@@ -286,3 +286,12 @@ def test_nobody_waits_for_a_way_back_that_cannot_be_loaded_for_now(
     pair.sync()
     assert pair.release.served.stable.policy_id == newer.id
     assert policy.id in pair.release.alerts[0]
+
+
+# -- what only one of them has ---------------------------------------------------------------------------------
+
+
+def test_what_nobody_needs_is_unloaded_though_only_one_replica_has_it(pair: Pair, policy: Policy) -> None:
+    pair.one.adapters["policy-0404-cccccc"] = "/left/by/an/earlier/process"
+    pair.approve(policy)
+    assert pair.one.adapters == pair.two.adapters == {policy.id: str(policy.adapter_path)}

@@ -101,6 +101,10 @@ class FakeEngine:
         self._check_open()
         return frozenset({self.base_name, *self.adapters})
 
+    async def held(self) -> frozenset[str]:
+        """As `loaded`: this is the only server."""
+        return await self.loaded()
+
     async def probe(self, *, policy_id: str, messages: list[Json], max_tokens: int) -> ProbeResult:
         """Return the answer that is given without a queue, with log-probs that differ by policy."""
         self._check_known(policy_id)

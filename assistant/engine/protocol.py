@@ -117,6 +117,10 @@ class Engine(Protocol):
         """Return the names that every server that answers has, the base among them: what needs no loading."""
         ...
 
+    async def held(self) -> frozenset[str]:
+        """Return the names that at least one server that answers has, the base among them: what may be unloaded."""
+        ...
+
     async def probe(self, *, policy_id: str, messages: list[Json], max_tokens: int) -> ProbeResult:
         """Return a greedy answer with its log-probs, for the behaviour gate."""
         ...

@@ -61,7 +61,7 @@ async def unload_unused(engine: Engine, in_use: Callable[[], Set[str]]) -> dict[
         EngineUnavailable: the engine does not say what it has.
     """
     failed: dict[str, KotaeError] = {}
-    for policy_id in sorted(await engine.loaded() - {engine.base_name}):
+    for policy_id in sorted(await engine.held() - {engine.base_name}):
         if policy_id in in_use():
             continue
         try:

@@ -264,8 +264,14 @@ class VllmEngine:
         Raises:
             EngineUnavailable: none of them answers.
         """
-        names = [frozenset(models) for models in await self._replicas.on_every(self._replicas.listed)]
-        return frozenset.intersection(*names)
+        return frozenset.intersection(*await self._listed())
+
+    async def held(self) -> frozenset[str]:
+        """Return the names that any replica that answers has, the base among them; raises as `loaded` does."""
+        return frozenset.union(*await self._listed())
+
+    async def _listed(self) -> list[frozenset[str]]:
+        return [frozenset(models) for models in await self._replicas.on_every(self._replicas.listed)]
 
     # -- replicas -------------------------------------------------------------------------------------
 
