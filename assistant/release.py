@@ -147,6 +147,8 @@ class Release:
         result = await load_missing(
             self.engine, paths, check=lambda policy_id: check_files(self.store, wanted[policy_id])
         )
+        for policy_id, error in result.at_fault.items():
+            self._tell_once(f"{policy_id}: {error}")
         failed = {**result.failed, **await self._probe_unchecked(wanted, result)}
         refused = {
             id: str(error) for id, error in failed.items() if isinstance(error, AdapterRefused | CorruptData)

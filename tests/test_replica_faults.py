@@ -288,6 +288,23 @@ def test_nobody_waits_for_a_way_back_that_cannot_be_loaded_for_now(
     assert policy.id in pair.release.alerts[0]
 
 
+def test_a_replica_that_cannot_load_holds_up_no_rollback(pair: Pair, policy: Policy, tmp_path: Path) -> None:
+    newer = add_random_candidate(pair.world, tmp_path, seed=2)
+    pair.approve(policy)
+    pair.approve(newer)
+    pair.two.restart()
+    pair.two.load_status = 500
+    pair.sync()
+    assert ["http://two" in alert for alert in pair.release.alerts] == [True, True]
+    release.rollback(pair.world.store, actor=pair.world.admin.id, reason="worse")
+    pair.sync()
+    assert pair.release.served.stable.policy_id == policy.id
+    assert pair.ask(policy) == str(policy.adapter_path)
+    third = add_random_candidate(pair.world, tmp_path, seed=3)
+    with pytest.raises(EngineUnavailable, match="refuses what another took"):
+        pair.approve(third)  # that wants every replica
+
+
 # -- what only one of them has ---------------------------------------------------------------------------------
 
 

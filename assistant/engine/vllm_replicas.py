@@ -153,12 +153,13 @@ class Replicas:
         done = await asyncio.gather(*(act(replica) for replica in self.all), return_exceptions=True)
         results = [outcome for outcome in done if not isinstance(outcome, BaseException)]
         absent: list[EngineUnavailable] = []
-        for outcome in done:
+        for replica, outcome in zip(self.all, done, strict=True):
             if isinstance(outcome, EngineUnavailable):
                 absent.append(outcome)
             elif isinstance(outcome, AdapterRefused) and results:
                 raise ReplicaAtFault(
-                    f"engine: one replica refuses what another took ({outcome}); give it the same base and adapters"
+                    f"engine: one replica refuses what another took ({replica.url}: {outcome}); "
+                    "give it the same base and adapters"
                 ) from outcome
             elif isinstance(outcome, BaseException):
                 raise outcome
