@@ -18,7 +18,14 @@ from pathlib import Path
 
 from assistant.decisions import approve, check_files, promote, reject, retire, rollback, serving, withdraw
 from assistant.engine.behaviour_gate import BehaviourGate
-from assistant.engine.errors import AdapterRefused, EngineError, EngineStarting
+from assistant.engine.errors import (
+    AdapterRefused,
+    EngineError,
+    EngineStarting,
+    EngineUnavailable,
+    LoadFailed,
+    ReplicaAtFault,
+)
 from assistant.engine.protocol import Engine
 from assistant.engine.reconcile import LoadResult, load_missing, unload_unused
 from assistant.routing import assign, is_drawn
@@ -26,7 +33,7 @@ from storage import deployments
 from storage.conversations import first_policy_since
 from storage.errors import CorruptData, KotaeError
 from storage.people import SYSTEM
-from storage.records import Deployment, Person, Policy, Served
+from storage.records import Deployment, Person, Policy, Served, Turn
 from storage.store import Store
 
 log = logging.getLogger("kotae.release")
@@ -140,18 +147,38 @@ class Release:
         result = await load_missing(
             self.engine, paths, check=lambda policy_id: check_files(self.store, wanted[policy_id])
         )
+        for policy_id, error in result.at_fault.items():
+            self._tell_once(f"{policy_id}: {error}")
         failed = {**result.failed, **await self._probe_unchecked(wanted, result)}
         refused = {
             id: str(error) for id, error in failed.items() if isinstance(error, AdapterRefused | CorruptData)
         }
-        for policy_id in refused:
+        for_now = {id for id in refused if isinstance(failed[id], LoadFailed) and self._has_answered(id)}
+        for policy_id in refused.keys() - for_now:
             self._withdraw(policy_id, refused)
+        for policy_id in for_now:
+            self._wait_for(policy_id, served, refused[policy_id])
         for policy_id in failed.keys() - refused.keys():
             if served.shadow is None or policy_id != served.shadow.policy_id:
                 raise failed[policy_id]
             # it answers nobody, so nothing that does may wait for it
             log.warning("the shadow %s is not loaded: %s", policy_id, failed[policy_id])
         return serving(self.store)
+
+    def _has_answered(self, policy_id: str) -> bool:
+        """Return whether an engine has served a policy before: what fails at it now may be the engine."""
+        answers = self.store.all(Turn, "policy_id = ?", [policy_id], limit=1)
+        return policy_id in self.behaviour.passed or bool(answers)
+
+    def _wait_for(self, policy_id: str, served: Served, why: str) -> None:
+        """Tell the operator of a policy that the engine cannot load for now; it is tried at every look.
+
+        Raises:
+            EngineUnavailable: the policy should answer.
+        """
+        self._tell_once(f"{policy_id} is not loaded and is tried again: {why}")
+        if policy_id in {row.policy_id for row in (served.stable, served.canary) if row is not None}:
+            raise EngineUnavailable(f"engine: {policy_id} is not loaded for now: {why}")
 
     def _in_use(self) -> set[str]:
         """Return the policies that are served, stand by, or still answer somebody."""
@@ -219,16 +246,22 @@ class Release:
     ) -> dict[str, KotaeError]:
         """Probe what the engine has of `wanted` and did not pass yet; return why some of it did not now.
 
-        Not only what was just loaded: its probes may have found the engine busy, or an earlier process loaded it.
+        Not only what was just loaded: its probes may have found the engine busy, or an earlier process loaded it, or a
+        replica came back. One that fails what another passes is asked nothing of it: the operator hears of it, no one waits.
         """
         self._checked &= wanted.keys() - result.failed.keys() - result.loaded
         failed: dict[str, KotaeError] = {}
-        for policy_id in sorted(wanted.keys() - result.failed.keys() - self._checked):
+        for policy_id in sorted(wanted.keys() - result.failed.keys()):
+            if policy_id in self._checked and not self.engine.awaits_proof(policy_id):
+                continue
             try:
                 await self._probe(wanted[policy_id])
-                self._checked.add(policy_id)
+            except ReplicaAtFault as error:
+                self._tell_once(f"{policy_id}: {error}")
             except KotaeError as error:
                 failed[policy_id] = error
+                continue
+            self._checked.add(policy_id)
         return failed
 
     async def _probe(self, policy: Policy) -> None:
@@ -254,10 +287,14 @@ class Release:
         elif policy_id in {row.policy_id for row in (served.canary, served.shadow) if row is not None}:
             retire(self.store, policy_id=policy_id, actor=SYSTEM, reason=why)
         else:
-            why = f"{policy_id} is no way back: {refused[policy_id]}"
-            if why in self.alerts:
-                return  # it is looked at again and again, in case it can be loaded after all
+            self._tell_once(f"{policy_id} is no way back: {refused[policy_id]}")
+            return
         self.tell(why)
+
+    def _tell_once(self, message: str) -> None:
+        """As `tell`, for what is looked at again and again, in case it is well after all."""
+        if message not in self.alerts:
+            self.tell(message)
 
     def tell(self, message: str) -> None:
         """Show the operator a message, among the latest ones."""

@@ -305,14 +305,14 @@ def note_death(store: Store) -> None:
 
 async def _boot(vllm: VllmProcess) -> None:
     try:
-        await vllm.start()
+        await vllm.start(keep_trying=True)
     except EngineUnavailable as error:
         log.error("%s", error)
 
 
 @dataclass(slots=True)
 class Boot:
-    """Where vLLM's boot is: told in the terminal stage by stage, and to people who ask too early."""
+    """Where vLLM's boot is, and why it had to be started again: told in the terminal, and to people who ask too early."""
 
     stage: str = "starting"
     elapsed_s: float = 0.0
@@ -327,7 +327,8 @@ class Boot:
         """Return why vLLM does not answer; None when it should."""
         if vllm.state in ("starting", "restarting"):
             where = f"{self.stage}, {self.elapsed_s:.0f} s"
-            return EngineStarting(f"the model is starting ({where}); ask again in a moment")
+            before = f"; {vllm.detail}" if vllm.state == "restarting" else ""
+            return EngineStarting(f"the model is starting ({where}); ask again in a moment{before}")
         return None if vllm.state == "ready" else EngineAbsent(f"the model is not running: {vllm.detail}")
 
 

@@ -10,7 +10,7 @@ import pytest
 from assistant.engine.errors import EngineBusy, EngineUnavailable, StreamBroken
 from assistant.engine.local import LocalEngine
 from assistant.engine.protocol import Sampling
-from engine_fixtures import BASE, CONTEXT, collect
+from engine_fixtures import BASE, CONTEXT, collect, ids_of
 from tiny_models import make_tiny_model
 
 QUESTION = "Where is my order?"
@@ -38,3 +38,21 @@ def test_a_local_engine_that_is_full_says_so(tmp_path: Path) -> None:
         assert not (await engine.health()).ready
 
     asyncio.run(fill())
+
+
+def test_a_temperature_too_small_to_divide_by_is_raised_as_vllm_does(tmp_path: Path) -> None:
+    """1e-40 made infinities of the logits, which cannot be drawn from."""
+    model = make_tiny_model(tmp_path, max_positions=CONTEXT)
+
+    async def answers() -> list[list[int]]:
+        engine = LocalEngine(str(model), base_name=BASE)
+        try:
+            samplings = [
+                Sampling(temperature=value, top_p=0.9, max_tokens=8, seed=3) for value in (0.01, 0.009, 1e-40)
+            ]
+            return [ids_of(await collect(engine, BASE, QUESTION, sampling=one)) for one in samplings]
+        finally:
+            await engine.close()
+
+    smallest, *smaller = asyncio.run(answers())
+    assert smaller == [smallest, smallest]

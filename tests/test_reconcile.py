@@ -44,6 +44,9 @@ class Recorder:
             raise EngineUnavailable("gone")
         return frozenset(self.present)
 
+    async def held(self) -> frozenset[str]:
+        return await self.loaded()
+
     async def stream(
         self, *, policy_id: str, messages: list[Json], sampling: Sampling, request_id: str
     ) -> AsyncGenerator[Piece, None]:

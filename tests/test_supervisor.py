@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -25,18 +26,7 @@ from assistant.engine.vllm_launch import command, environment
 from assistant.engine.vllm_plugin import NICENESS
 from engine_fixtures import BASE, collect, make_world
 from storage.errors import InvalidField
-
-STAND_IN = """
-import http.server, subprocess, sys
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200); self.end_headers()
-    def log_message(self, *_): pass
-print("non-default args: stand-in", flush=True)
-subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)", "VLLM::EngineCore"])
-http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
-"""
-
+from supervisor_fixtures import alive, group_of, options, stand_in, until
 
 GPU_LOG = """\
 (APIServer pid=1) INFO 11-27 06:33:10 [api_utils.py:273] non-default args: {'model': 'm'}
@@ -51,31 +41,6 @@ GPU_LOG = """\
 (APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
 """
 """As vLLM 0.32's GPU build wrote it, shortened."""
-
-
-def options(tmp_path: Path, *, boot_timeout_s: float = 20) -> VllmOptions:
-    return VllmOptions(model="some/model", base_name=BASE, data=tmp_path, boot_timeout_s=boot_timeout_s)
-
-
-def stand_in(port: int) -> list[str]:
-    """A server with a child, as vLLM is."""
-    return [sys.executable, "-c", STAND_IN, str(port)]
-
-
-def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
-def group_of(pid: int) -> list[int]:
-    leader = process_group.Leader(pid=pid, started_at=psutil.Process(pid).create_time())
-    return [process.pid for process in process_group.members(leader, is_ours=lambda process: True)]
-
-
-async def until(happened: Callable[[], object], *, timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not happened():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        await asyncio.sleep(0.05)
 
 
 def test_a_started_server_answers_and_stopping_leaves_nobody(tmp_path: Path) -> None:
@@ -214,7 +179,46 @@ def test_a_pid_that_belongs_to_somebody_else_by_now_is_left_alone(tmp_path: Path
         stranger.wait()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": "x", "started_at": 1}'])
+def test_orphans_are_found_though_the_clock_was_set_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first NTP after a boot, or a virtual machine that goes on: start times by the clock all move."""
+    server = start_group(tmp_path)
+    create_time = psutil.Process.create_time
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(psutil.Process, "create_time", lambda process: create_time(process) + 3600)
+            assert len(VllmProcess(options(tmp_path), serve=stand_in).reap_orphans()) == 2
+        assert server.wait(5) == -signal.SIGTERM
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize("change", [{"boot_id": "of another boot"}, {"started_ticks": 1}])
+def test_a_record_of_an_earlier_boot_or_process_ends_nobody(tmp_path: Path, change: dict[str, Any]) -> None:
+    server = start_group(tmp_path)
+    try:
+        path = tmp_path / "vllm.pid.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        assert VllmProcess(options(tmp_path), serve=stand_in).reap_orphans() == []
+        assert alive(server.pid)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def test_a_record_of_the_former_form_is_understood(tmp_path: Path) -> None:
+    server = start_group(tmp_path)
+    row = {"pid": server.pid, "started_at": psutil.Process(server.pid).create_time(), "shared_memory": []}
+    (tmp_path / "vllm.pid.json").write_text(json.dumps(row))
+    assert len(VllmProcess(options(tmp_path), serve=stand_in).reap_orphans()) == 2
+    assert server.wait(5) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"pid": "x", "started_at": 1}', '{"pid": 1, "started_at": 1, "started_ticks": "x"}'],
+)
 def test_a_damaged_pid_file_is_ignored(tmp_path: Path, text: str) -> None:
     (tmp_path / "vllm.pid.json").write_text(text)
     assert VllmProcess(options(tmp_path), serve=stand_in).reap_orphans() == []

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from assistant.engine.adapter_gate import read_record
 from assistant.engine.errors import AdapterRefused
-from assistant.engine.protocol import Engine, ProbeResult
+from assistant.engine.protocol import Engine, Probe, ProbeResult
 from storage.probes import PROBE_TOKENS, PROBES, ProbeRecord, RecordedProbe
 
 DEFAULT_ASKS = [(ask, PROBE_TOKENS) for ask in PROBES]
@@ -29,7 +30,7 @@ certainty. Seen: at most 0.11 in 746 tokens of the starter (docs/alignment.md)."
 
 
 class BehaviourGate:
-    """Asks an engine the probes; the base's answers are asked for once."""
+    """Asks each server of an engine the probes; the base's answers are asked for once."""
 
     def __init__(self, engine: Engine, *, tolerance_nats: float | None = None) -> None:
         """Prepare the gate.
@@ -39,25 +40,32 @@ class BehaviourGate:
         """
         self.engine = engine
         self.tolerance_nats = tolerance_nats
-        self._base_logprobs: dict[str, tuple[float, ...]] = {}
+        self._base_logprobs: dict[str, dict[str, tuple[float, ...]]] = {}
+        """Server → probe → the base's log-probs (nats)."""
+        self.passed: set[str] = set()
+        """The policies that passed at some time."""
 
     async def check(self, policy_id: str, adapter: Path) -> None:
         """Raise unless the greedy answers are finite, not the base's own, and the trainer's where it left a record.
 
         Raises:
             AdapterRefused: naming the probe, the position, what was found and what to do.
+            ReplicaAtFault: one server answers so and another does not.
         """
-        record = read_record(adapter)
+        await self.engine.prove(policy_id, partial(self._judge, policy_id, read_record(adapter)))
+        self.passed.add(policy_id)
+
+    async def _judge(self, policy_id: str, record: ProbeRecord | None, server: str, probe: Probe) -> None:
+        """As `check`, for one server."""
+        known = self._base_logprobs.setdefault(server, {})
         asks = [(probe.ask, len(probe.token_ids)) for probe in record.probes] if record else DEFAULT_ASKS
-        missing = [(ask, tokens) for ask, tokens in asks if ask not in self._base_logprobs]
-        answers = await self._ask_all(policy_id, asks)
-        for (ask, _), answer in zip(
-            missing, await self._ask_all(self.engine.base_name, missing), strict=True
-        ):
-            self._base_logprobs[ask] = answer.logprobs
+        missing = [(ask, tokens) for ask, tokens in asks if ask not in known]
+        answers = await ask_all(probe, policy_id, asks)
+        of_base = await ask_all(probe, self.engine.base_name, missing)
+        known |= {ask: answer.logprobs for (ask, _), answer in zip(missing, of_base, strict=True)}
         differs = False
         for (ask, _), answer in zip(asks, answers, strict=True):
-            pairs = zip(answer.logprobs, self._base_logprobs[ask], strict=False)
+            pairs = zip(answer.logprobs, known[ask], strict=False)
             differs |= any(abs(mine - its) > SMALLEST_EFFECT_NATS for mine, its in pairs)
         if not differs:
             raise AdapterRefused(
@@ -66,25 +74,29 @@ class BehaviourGate:
         if record is not None:
             check_recorded(policy_id, record, answers, tolerance_nats=self.tolerance_nats)
 
-    async def _ask_all(self, policy_id: str, asks: Sequence[tuple[str, int]]) -> list[ProbeResult]:
-        """Ask all at once: the engine answers them in one batch, in the time of one. The first error is raised."""
-        found = await asyncio.gather(*(self._ask(policy_id, *ask) for ask in asks), return_exceptions=True)
-        answers = []
-        for answer in found:
-            if isinstance(answer, BaseException):
-                raise answer
-            answers.append(answer)
-        return answers
 
-    async def _ask(self, policy_id: str, ask: str, tokens: int) -> ProbeResult:
-        messages = [{"role": "user", "content": ask}]
-        answer = await self.engine.probe(policy_id=policy_id, messages=messages, max_tokens=tokens)
-        if not answer.token_ids or not all(math.isfinite(value) for value in answer.logprobs):
-            raise AdapterRefused(
-                f"{policy_id}: the probe {ask!r} gave empty or non-finite output; restart the engine, and if that does "
-                "not help train again with a lower learning rate"
-            )
-        return answer
+async def ask_all(probe: Probe, policy_id: str, asks: Sequence[tuple[str, int]]) -> list[ProbeResult]:
+    """Ask all at once: a server answers them in one batch, in the time of one. The first error is raised."""
+    found = await asyncio.gather(
+        *(_ask(probe, policy_id, ask, tokens) for ask, tokens in asks), return_exceptions=True
+    )
+    answers = []
+    for answer in found:
+        if isinstance(answer, BaseException):
+            raise answer
+        answers.append(answer)
+    return answers
+
+
+async def _ask(probe: Probe, policy_id: str, ask: str, tokens: int) -> ProbeResult:
+    messages = [{"role": "user", "content": ask}]
+    answer = await probe(policy_id=policy_id, messages=messages, max_tokens=tokens)
+    if not answer.token_ids or not all(math.isfinite(value) for value in answer.logprobs):
+        raise AdapterRefused(
+            f"{policy_id}: the probe {ask!r} gave empty or non-finite output; restart the engine, and if that does "
+            "not help train again with a lower learning rate"
+        )
+    return answer
 
 
 def check_recorded(

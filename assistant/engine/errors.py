@@ -3,14 +3,16 @@
 KotaeError
 └── EngineError
     ├── EngineUnavailable   no answer came: it failed, or refused
-    │   └── EngineAbsent    nobody is there to ask
-    │       └── EngineStarting  not yet: it is being started
+    │   ├── EngineAbsent    nobody is there to ask
+    │   │   └── EngineStarting  not yet: it is being started
+    │   └── ReplicaAtFault  one server does other than the rest
     ├── EngineBusy          the queue is full; try again
     ├── PolicyNotLoaded     the engine does not know this policy (it restarted)
     ├── ContextTooLong      the messages do not fit the model
     ├── StreamBroken        the answer ended without saying so
     │   └── WrongPolicy     another policy answered
     └── AdapterRefused      these files must not be served
+        └── LoadFailed      the engine failed at them, through their fault or its own
 """
 
 from __future__ import annotations
@@ -32,6 +34,10 @@ class EngineAbsent(EngineUnavailable):
 
 class EngineStarting(EngineAbsent):
     """The engine is being started, which takes a while and is no fault."""
+
+
+class ReplicaAtFault(EngineUnavailable):
+    """One of several servers does not take or does not apply what another one does: no fault of the policy."""
 
 
 class EngineBusy(EngineError):
@@ -67,6 +73,13 @@ class WrongPolicy(StreamBroken):
 
 class AdapterRefused(EngineError):
     """These adapter files must not be served; the message names file, tensor, value and fix."""
+
+
+class LoadFailed(AdapterRefused):
+    """An engine that is well did not load these files, and does not say why in a way that could be told apart.
+
+    vLLM answers a bad adapter as it answers its own want of memory, and one that is gone as a volume not mounted yet.
+    """
 
 
 NO_POLICYS_FAULT = (ContextTooLong, EngineBusy, EngineAbsent)

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from assistant.engine.errors import ContextTooLong, EngineAbsent, PolicyNotLoaded
-from assistant.engine.protocol import Health, Piece, ProbeResult, Queue, Sampling
+from assistant.engine.protocol import Health, Judge, Piece, ProbeResult, Queue, Sampling
 from storage.records import Json
 
 Answer = str | Exception | tuple[str | Exception, ...]
@@ -101,6 +101,10 @@ class FakeEngine:
         self._check_open()
         return frozenset({self.base_name, *self.adapters})
 
+    async def held(self) -> frozenset[str]:
+        """As `loaded`: this is the only server."""
+        return await self.loaded()
+
     async def probe(self, *, policy_id: str, messages: list[Json], max_tokens: int) -> ProbeResult:
         """Return the answer that is given without a queue, with log-probs that differ by policy."""
         self._check_known(policy_id)
@@ -112,6 +116,14 @@ class FakeEngine:
             logprobs=logprobs,
             in_float32=True,
         )
+
+    async def prove(self, policy_id: str, judge: Judge) -> None:
+        """Let `judge` ask this one server. See `Engine.prove`."""
+        await judge("fake", self.probe)
+
+    def awaits_proof(self, policy_id: str) -> bool:
+        """Return False: no server joins later."""
+        return False
 
     async def health(self) -> Health:
         """Return `health_now` with what is loaded, or that it is closed."""

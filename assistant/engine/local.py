@@ -26,13 +26,15 @@ from assistant.engine.errors import (
     PolicyNotLoaded,
     StreamBroken,
 )
-from assistant.engine.protocol import Health, Piece, ProbeResult, Queue, Sampling
+from assistant.engine.protocol import Health, Judge, Piece, ProbeResult, Queue, Sampling
 from storage.errors import InvalidField, KotaeError
 from storage.records import Json
 
 T = TypeVar("T")
 Emit = Callable[[Piece], None]
 MAX_WAITING = 512
+SMALLEST_TEMPERATURE = 0.01
+"""Above 0, lower ones are raised to it, as vLLM 0.32 does (`_MAX_TEMP` of sampling_params.py): logits would overflow."""
 SMALL_MODEL_PARAMETERS = 100_000_000
 """Below this, a token is faster on one thread than on several, and far faster on a busy machine."""
 
@@ -102,9 +104,21 @@ class LocalEngine:
         """Return the names that can answer now, the base among them."""
         return await self._do(lambda model: frozenset({self.base_name, *model.paths}))
 
+    async def held(self) -> frozenset[str]:
+        """As `loaded`: this is the only server."""
+        return await self.loaded()
+
     async def probe(self, *, policy_id: str, messages: list[Json], max_tokens: int) -> ProbeResult:
         """Return a greedy answer with its log-probs. See `Engine.probe`."""
         return await self._do(lambda model: model.probe(policy_id, messages, max_tokens))
+
+    async def prove(self, policy_id: str, judge: Judge) -> None:
+        """Let `judge` ask this one server. See `Engine.prove`."""
+        await judge("in this process", self.probe)
+
+    def awaits_proof(self, policy_id: str) -> bool:
+        """Return False: no server joins later."""
+        return False
 
     async def health(self) -> Health:
         """Say whether the model is loaded; never raises."""
@@ -332,7 +346,7 @@ def _pick(torch: Any, logits: Any, *, sampling: Sampling, generator: Any) -> int
     """Draw a token from logits (V,): greedy at temperature 0, else from the top_p nucleus."""
     if not bool(torch.isfinite(logits).all()) or sampling.temperature <= 0:
         return int(logits.nan_to_num(-math.inf).argmax())
-    probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
+    probabilities = torch.softmax(logits / max(sampling.temperature, SMALLEST_TEMPERATURE), dim=-1)
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(descending=True)
         outside = ordered.cumsum(-1) - ordered >= sampling.top_p  # the token that crosses it stays in

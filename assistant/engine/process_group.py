@@ -20,7 +20,8 @@ from pathlib import Path
 import psutil
 
 CLOCK_TOLERANCE_S = 2.0
-"""Start times are computed from the boot time, which moves a little when the clock is set."""
+"""Start times by the clock are computed from the boot time, which moves when the clock is set."""
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 POLL_S = 0.1
 SHARED_MEMORY = Path("/dev/shm")
 _SHARED = re.compile(r" (\d+) +/dev/shm/", re.MULTILINE)
@@ -33,13 +34,23 @@ class Leader:
 
     pid: int
     started_at: float
+    """Unix seconds, by the clock at that time."""
+    started_ticks: int | None = None
+    """The same in the kernel's ticks since the machine's start, which no clock moves; None where there is no /proc."""
+    boot_id: str | None = None
+    """Which start of the machine that was."""
     shared_memory: tuple[str, ...] = ()
     """Names in /dev/shm that its group was seen to use: whoever is killed cannot remove them (vLLM's are 240 MiB each)."""
 
 
 def leader_of(pid: int) -> Leader:
     """Return the record of a process that was just started."""
-    return Leader(pid=pid, started_at=psutil.Process(pid).create_time())
+    return Leader(
+        pid=pid,
+        started_at=psutil.Process(pid).create_time(),
+        started_ticks=_started_ticks(pid),
+        boot_id=_boot_id(),
+    )
 
 
 def write_leader(path: Path, leader: Leader) -> None:
@@ -54,9 +65,13 @@ def read_leader(path: Path) -> Leader | None:
     """Return the recorded leader, or None when there is no usable record."""
     try:
         row = json.loads(path.read_text())
+        pid, started_at = int(row["pid"]), float(row["started_at"])
+        ticks = row.get("started_ticks")  # not in records of before, as `boot_id`
         return Leader(
-            pid=int(row["pid"]),
-            started_at=float(row["started_at"]),
+            pid=pid,
+            started_at=started_at,
+            started_ticks=None if ticks is None else int(ticks),
+            boot_id=row.get("boot_id"),
             shared_memory=tuple(map(str, row.get("shared_memory", ()))),
         )
     except (OSError, ValueError, KeyError, TypeError):
@@ -70,15 +85,18 @@ def members(leader: Leader, *, is_ours: Callable[[psutil.Process], bool]) -> lis
         leader: as recorded.
         is_ours: asked about each process when the leader itself is gone, before it is called ours.
     """
+    if leader.boot_id is not None and leader.boot_id != _boot_id():
+        return []  # the machine was started anew since
     first = _running(leader.pid)
-    if first is not None and abs(first.create_time() - leader.started_at) > CLOCK_TOLERANCE_S:
+    if first is not None and abs(_began_after_s(first, leader)) > CLOCK_TOLERANCE_S:
         return []  # the number belongs to somebody else by now, so nobody of ours is left
     found = [] if first is None else [first]
     for process in psutil.process_iter():
         try:
             in_group = os.getpgid(process.pid) == leader.pid and process.pid != leader.pid
-            old_enough = process.create_time() >= leader.started_at - CLOCK_TOLERANCE_S
-            if not (in_group and old_enough) or process.status() == psutil.STATUS_ZOMBIE:
+            if not in_group or _began_after_s(process, leader) < -CLOCK_TOLERANCE_S:
+                continue
+            if process.status() == psutil.STATUS_ZOMBIE:
                 continue
             if first is not None or is_ours(process):
                 found.append(process)
@@ -138,6 +156,29 @@ def remove_shared_memory(names: Iterable[str]) -> list[str]:
 def _is_resource_tracker(process: psutil.Process) -> bool:
     """Python's own clean-up process: it ends by itself, after removing the others' shared memory."""
     return "multiprocessing.resource_tracker" in " ".join(process.cmdline())
+
+
+def _began_after_s(process: psutil.Process, leader: Leader) -> float:
+    """Return how many seconds after the leader a process began; by the clock only where nothing better is known."""
+    ticks = _started_ticks(process.pid)
+    if ticks is None or leader.started_ticks is None:
+        return float(process.create_time() - leader.started_at)
+    return float(ticks - leader.started_ticks) / os.sysconf("SC_CLK_TCK")
+
+
+def _started_ticks(pid: int) -> int | None:
+    """Return the field `starttime` of /proc/PID/stat, the 22nd; the 2nd is a name, in which anything may stand."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def _boot_id() -> str | None:
+    try:
+        return BOOT_ID.read_text().strip()
+    except OSError:
+        return None
 
 
 def _running(pid: int) -> psutil.Process | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -72,6 +72,18 @@ class Queue:
     waiting: int | None = None
 
 
+class Probe(Protocol):
+    """Asks one server what `Engine.probe` asks any of them."""
+
+    def __call__(self, *, policy_id: str, messages: list[Json], max_tokens: int) -> Awaitable[ProbeResult]:
+        """Return a greedy answer with its log-probs."""
+        ...
+
+
+Judge = Callable[[str, Probe], Awaitable[None]]
+"""Asks the server of that name, and raises what speaks against its answers."""
+
+
 class Engine(Protocol):
     """Answers questions with the base model or with one of the adapters loaded beside it."""
 
@@ -92,7 +104,7 @@ class Engine(Protocol):
         """Make an adapter answer under `policy_id`; loading it twice is fine.
 
         Raises:
-            AdapterRefused: the engine does not take these files.
+            AdapterRefused: the engine does not take these files; as LoadFailed, perhaps only for now.
             EngineUnavailable: nobody answered.
         """
         ...
@@ -105,8 +117,25 @@ class Engine(Protocol):
         """Return the names that every server that answers has, the base among them: what needs no loading."""
         ...
 
+    async def held(self) -> frozenset[str]:
+        """Return the names that at least one server that answers has, the base among them: what may be unloaded."""
+        ...
+
     async def probe(self, *, policy_id: str, messages: list[Json], max_tokens: int) -> ProbeResult:
         """Return a greedy answer with its log-probs, for the behaviour gate."""
+        ...
+
+    async def prove(self, policy_id: str, judge: Judge) -> None:
+        """Let `judge` ask every server that has the policy; one that did not pass gets none of its questions from then on.
+
+        Raises:
+            ReplicaAtFault: it passed on one server and not on another.
+            KotaeError: what `judge` raised, where it passed on none.
+        """
+        ...
+
+    def awaits_proof(self, policy_id: str) -> bool:
+        """Return whether `prove` has looked at a policy and a server has it now that did not pass, or was not asked yet."""
         ...
 
     async def health(self) -> Health:

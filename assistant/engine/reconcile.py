@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from assistant.engine.errors import ReplicaAtFault
 from assistant.engine.protocol import Engine
 from storage.errors import KotaeError
 
@@ -22,6 +23,8 @@ class LoadResult:
 
     loaded: frozenset[str]
     failed: Mapping[str, KotaeError]
+    at_fault: Mapping[str, ReplicaAtFault] = field(default_factory=dict)
+    """What one server refused and another has, and so can answer."""
 
 
 async def load_missing(
@@ -39,15 +42,18 @@ async def load_missing(
     """
     present = await engine.loaded()
     failed: dict[str, KotaeError] = {}
+    at_fault: dict[str, ReplicaAtFault] = {}
     loaded = set()
     for policy_id in sorted(wanted.keys() - present):
         try:
             await asyncio.to_thread(check, policy_id)
             await engine.load(policy_id=policy_id, adapter=wanted[policy_id])
             loaded.add(policy_id)
+        except ReplicaAtFault as error:
+            at_fault[policy_id] = error
         except KotaeError as error:
             failed[policy_id] = error
-    return LoadResult(loaded=frozenset(loaded), failed=failed)
+    return LoadResult(loaded=frozenset(loaded), failed=failed, at_fault=at_fault)
 
 
 async def unload_unused(engine: Engine, in_use: Callable[[], Set[str]]) -> dict[str, KotaeError]:
@@ -61,7 +67,7 @@ async def unload_unused(engine: Engine, in_use: Callable[[], Set[str]]) -> dict[
         EngineUnavailable: the engine does not say what it has.
     """
     failed: dict[str, KotaeError] = {}
-    for policy_id in sorted(await engine.loaded() - {engine.base_name}):
+    for policy_id in sorted(await engine.held() - {engine.base_name}):
         if policy_id in in_use():
             continue
         try:

@@ -45,6 +45,10 @@ State = Literal["stopped", "starting", "ready", "restarting", "down"]
 MAX_DEATHS, DEATH_WINDOW_S = 5, 600.0
 MAX_BACKOFF_S = 30.0
 POLL_S = 0.2
+LOOK_S = 5.0
+"""How often a server that is ready is asked whether it still is, and how long it may take to say so."""
+SILENT_S = 60.0
+"""One that did not say so for this long hangs: its tokens come out of the same event loop, so none came either."""
 TERMINATE_TIMEOUT_S = 15.0
 LOGS_KEPT = 3
 LAST_LINES = 15
@@ -128,18 +132,26 @@ class VllmProcess:
         self._watcher: asyncio.Task[None] | None = None
         self._deaths: deque[float] = deque()
 
-    async def start(self) -> None:
+    async def start(self, *, keep_trying: bool = False) -> None:
         """Start the server, wait until it is ready, and keep it running from then on.
 
+        Args:
+            keep_trying: when this first boot fails, try again in the background as after a death, until `stop`.
+
         Raises:
-            EngineUnavailable: it died or took too long; with the last lines of its log.
+            EngineUnavailable: it died or took too long, with the last lines of its log; or the disk took no log.
         """
         self.state, self.detail = "starting", "starting"
-        await asyncio.to_thread(self.reap_orphans)
         try:
+            await asyncio.to_thread(self.reap_orphans)
             await self._boot()
+        except (EngineUnavailable, OSError) as error:
+            await self._end("restarting" if keep_trying else "stopped", str(error))
+            if keep_trying:
+                self._watcher = asyncio.create_task(self._watch(str(error)), name="vllm-watcher")
+            raise EngineUnavailable(str(error)) from error
         except BaseException:
-            await self._end("stopped", "it could not be started")
+            await self._end("stopped", "it was stopped while it started")
             raise
         self._watcher = asyncio.create_task(self._watch(), name="vllm-watcher")
 
@@ -252,26 +264,41 @@ class VllmProcess:
                     return
                 await asyncio.sleep(POLL_S)
 
-    async def _watch(self) -> None:
-        """Start the server again whenever it dies, until it dies too often."""
+    async def _watch(self, failure: str = "") -> None:
+        """Start the server again whenever it dies, until it dies too often.
+
+        Args:
+            failure: why the boot before failed; "" when the server runs.
+        """
         while True:
-            while self._process is not None and self._process.poll() is None:
-                await asyncio.sleep(POLL_S)
-            why = self._how_it_ended()
+            why = failure or await self._end_of_service()
             if self._died_too_often():
                 limit = f"{MAX_DEATHS} times in {DEATH_WINDOW_S / 60:.0f} minutes"
                 await self._end("down", f"vllm died {limit}, last: {why}; see {self.log} and start again")
                 return
             await self._end("restarting", f"{why}; starting again")
             await asyncio.sleep(backoff_s(len(self._deaths)))
+            served_before, failure = self.boot_s is not None, ""
             try:
                 await self._boot()
-                if self._on_restart is not None:
+                if self._on_restart is not None and served_before:
                     await self._on_restart()
             except Exception as error:  # whatever it is, the next round must still run
                 self.detail = str(error)
-                if self._process is not None and self._process.poll() is None and self.state != "ready":
-                    await self._end("restarting", str(error))
+                failure = "" if self.state == "ready" else str(error)
+
+    async def _end_of_service(self) -> str:
+        """Wait until the server has ended or hangs, and return which."""
+        heard_at = looked_at = time.monotonic()
+        async with httpx.AsyncClient(trust_env=False, timeout=LOOK_S) as client:
+            while self._process is not None and self._process.poll() is None:
+                if time.monotonic() - looked_at >= LOOK_S:
+                    looked_at = time.monotonic()
+                    heard_at = time.monotonic() if await self._is_ready(client) else heard_at
+                if time.monotonic() - heard_at > SILENT_S:
+                    return f"it did not answer for {SILENT_S:.0f} s"
+                await asyncio.sleep(POLL_S)
+        return self._how_it_ended()
 
     def _died_too_often(self) -> bool:
         now = time.monotonic()

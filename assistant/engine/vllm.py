@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -24,11 +25,12 @@ from assistant.engine.errors import (
     EngineBusy,
     EngineError,
     EngineUnavailable,
+    LoadFailed,
     PolicyNotLoaded,
     StreamBroken,
     WrongPolicy,
 )
-from assistant.engine.protocol import Health, Piece, ProbeResult, Queue, Sampling
+from assistant.engine.protocol import Health, Judge, Piece, ProbeResult, Queue, Sampling
 from assistant.engine.vllm_http import Connections, post
 from assistant.engine.vllm_replicas import HEALTH_TIMEOUT_S, Replica, Replicas
 from storage.errors import InvalidField, KotaeError
@@ -82,7 +84,7 @@ class VllmEngine:
         self, *, policy_id: str, messages: list[Json], sampling: Sampling, request_id: str
     ) -> AsyncGenerator[Piece, None]:
         """Stream an answer; closing the iterator early aborts the request in vLLM. See `Engine.stream`."""
-        failure: EngineError = EngineAbsent("engine: no replica is configured")
+        failure = self._replicas.nobody(policy_id)
         for replica in self._replicas.by_load(policy_id):
             begun = False
             try:
@@ -99,7 +101,7 @@ class VllmEngine:
                 if begun or isinstance(error, WrongPolicy):
                     raise
                 if isinstance(error, PolicyNotLoaded):
-                    replica.policies.discard(policy_id)
+                    replica.lacks(policy_id)
                 failure = _worse(failure, error)
         raise failure
 
@@ -170,25 +172,38 @@ class VllmEngine:
 
     async def probe(self, *, policy_id: str, messages: list[Json], max_tokens: int) -> ProbeResult:
         """Return a greedy answer with its log-probs, NaN where vLLM has no number. See `Engine.probe`."""
-
-        async def ask(replica: Replica) -> ProbeResult:
-            model = await self._replicas.name_on(replica, policy_id)
-            body = wire.probe_body(model=model, policy_id=policy_id, messages=messages, max_tokens=max_tokens)
-            response = await self._replicas.send(replica, "POST", "/v1/chat/completions", json=body)
-            if response.status_code >= 400 and "JSON compliant" in response.text:  # 0.32 says 400
-                return ProbeResult(text="", token_ids=(0,), logprobs=(math.nan,))
-            await self._replicas.raise_for_status(replica, response, policy_id=policy_id)
-            return replace(wire.read_probe(response.json(), model=model), in_float32=self._in_float32)
-
-        failure: EngineError = EngineAbsent("engine: no replica is configured")
+        failure = self._replicas.nobody(policy_id)
         for replica in self._replicas.by_load(policy_id):
             try:
-                return await ask(replica)
+                return await self._probe_on(
+                    replica, policy_id=policy_id, messages=messages, max_tokens=max_tokens
+                )
             except WORTH_ANOTHER_REPLICA as error:
                 if isinstance(error, WrongPolicy):
                     raise
                 failure = _worse(failure, error)
         raise failure
+
+    async def _probe_on(
+        self, replica: Replica, *, policy_id: str, messages: list[Json], max_tokens: int
+    ) -> ProbeResult:
+        model = await self._replicas.name_on(replica, policy_id)
+        body = wire.probe_body(model=model, policy_id=policy_id, messages=messages, max_tokens=max_tokens)
+        response = await self._replicas.send(replica, "POST", "/v1/chat/completions", json=body)
+        if response.status_code >= 400 and "JSON compliant" in response.text:  # 0.32 says 400
+            return ProbeResult(text="", token_ids=(0,), logprobs=(math.nan,))
+        await self._replicas.raise_for_status(replica, response, policy_id=policy_id)
+        return replace(wire.read_probe(response.json(), model=model), in_float32=self._in_float32)
+
+    async def prove(self, policy_id: str, judge: Judge) -> None:
+        """Let `judge` ask every replica that answers and has the policy. See `Engine.prove`."""
+        await self._replicas.prove(
+            policy_id, lambda replica: judge(replica.url, partial(self._probe_on, replica))
+        )
+
+    def awaits_proof(self, policy_id: str) -> bool:
+        """Return whether a replica that answers has the policy and did not pass. See `Engine.awaits_proof`."""
+        return self._replicas.awaits_proof(policy_id)
 
     # -- adapters -------------------------------------------------------------------------------------
 
@@ -207,9 +222,9 @@ class VllmEngine:
 
     async def _load_on(self, replica: Replica, policy_id: str, path: str) -> None:
         body = {"lora_name": policy_id, "lora_path": path}
-        response = await self._replicas.send(replica, "POST", "/v1/load_lora_adapter", json=body)
+        response = await self._replicas.control(replica, "POST", "/v1/load_lora_adapter", json=body)
         if response.status_code == 200:
-            replica.policies.add(policy_id)
+            replica.gains(policy_id)
             return
         error = wire.error_of_body(response.text)
         message = str(error["message"])
@@ -224,7 +239,8 @@ class VllmEngine:
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
             )
         if response.status_code in (400, 404, 500) and not await self._replicas.check(replica):
-            raise AdapterRefused(f"{path}: the engine refused it: {message[:300]}")
+            kind = AdapterRefused if response.status_code == 400 else LoadFailed
+            raise kind(f"{path}: the engine refused it: {message[:300]}")
         raise wire.translate(error, status=response.status_code, policy_id=policy_id, url=replica.url)
 
     async def unload(self, policy_id: str) -> None:
@@ -234,12 +250,13 @@ class VllmEngine:
 
         async def forget(replica: Replica) -> None:
             body = {"lora_name": policy_id}
-            response = await self._replicas.send(replica, "POST", "/v1/unload_lora_adapter", json=body)
+            response = await self._replicas.control(replica, "POST", "/v1/unload_lora_adapter", json=body)
             if response.status_code not in (200, 404):
                 await self._replicas.raise_for_status(replica, response, policy_id=policy_id)
-            replica.policies.discard(policy_id)
+            replica.lacks(policy_id)
 
         await self._replicas.on_every(forget)
+        self._replicas.judged.discard(policy_id)
 
     async def loaded(self) -> frozenset[str]:
         """Return the names that every replica that answers can serve, the base among them.
@@ -247,8 +264,14 @@ class VllmEngine:
         Raises:
             EngineUnavailable: none of them answers.
         """
-        names = [frozenset(models) for models in await self._replicas.on_every(self._replicas.listed)]
-        return frozenset.intersection(*names)
+        return frozenset.intersection(*await self._listed())
+
+    async def held(self) -> frozenset[str]:
+        """Return the names that any replica that answers has, the base among them; raises as `loaded` does."""
+        return frozenset.union(*await self._listed())
+
+    async def _listed(self) -> list[frozenset[str]]:
+        return [frozenset(models) for models in await self._replicas.on_every(self._replicas.listed)]
 
     # -- replicas -------------------------------------------------------------------------------------
 

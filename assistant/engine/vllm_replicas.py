@@ -18,8 +18,11 @@ from assistant.engine import vllm_wire as wire
 from assistant.engine.errors import (
     AdapterRefused,
     EngineAbsent,
+    EngineBusy,
     EngineError,
     EngineUnavailable,
+    PolicyNotLoaded,
+    ReplicaAtFault,
     StreamBroken,
 )
 from assistant.engine.pace import Pace
@@ -30,6 +33,8 @@ from storage.records import Json
 T = TypeVar("T")
 HEALTH_TIMEOUT_S = 4.0
 """For one replica, below what the web side waits for all: a silent one must not make the others look absent."""
+AWAY = (429, 502, 503, 504)
+"""To a control call vLLM has no such answer, as it queues none: a proxy says so of a server that is down."""
 
 
 @dataclass(slots=True)
@@ -43,7 +48,23 @@ class Replica:
     """The name under which it serves the base model; learnt from its model list."""
     policies: set[str] = field(default_factory=set)
     """What it can serve; learnt from its model list and from what was done since."""
+    proven: set[str] = field(default_factory=set)
+    """Of the policies that were judged, those that passed here since they were loaded here."""
     pace: Pace = field(default_factory=Pace)
+
+    def gains(self, policy_id: str) -> None:
+        """Note that it has just loaded a policy: what was proven before is not of these weights in this server."""
+        self.policies.add(policy_id)
+        self.proven.discard(policy_id)
+
+    def lacks(self, policy_id: str) -> None:
+        """Note that it does not have a policy."""
+        self.policies.discard(policy_id)
+        self.proven.discard(policy_id)
+
+    def forget(self) -> None:
+        """Take it for gone: whoever answers here next may be another server, with nothing loaded."""
+        self.ready, self.base, self.policies = False, None, set()
 
 
 class Replicas:
@@ -59,6 +80,8 @@ class Replicas:
     ) -> None:
         """Remember the addresses; nothing is sent yet. `explain` as of `VllmEngine`."""
         self.all = [Replica(url.rstrip("/").removesuffix("/v1")) for url in urls]
+        self.judged: set[str] = set()
+        """The policies that `prove` has looked at: only replicas where they passed are asked for them."""
         self._base_name = base_name
         self._client = client
         self._explain = explain
@@ -66,30 +89,77 @@ class Replicas:
     def by_load(self, policy_id: str) -> list[Replica]:
         """Return the replicas in the order to try: those that answer and have the policy, least in flight first.
 
-        One that came back without its adapters is asked for them only when no other is left.
+        One that came back without its adapters is asked for them only when no other is left, and one where a policy did
+        not pass never.
         """
 
         def last(replica: Replica) -> tuple[bool, bool, int]:
             return not replica.ready, policy_id not in replica.policies, replica.in_flight
 
-        return sorted(self.all, key=last)
+        return sorted((replica for replica in self.all if self._may_ask(replica, policy_id)), key=last)
+
+    def nobody(self, policy_id: str) -> EngineError:
+        """Return what to say when `by_load` has no replica, which is cured by looking after them."""
+        may_all = all(self._may_ask(replica, policy_id) for replica in self.all)
+        return EngineAbsent("engine: no replica answers") if may_all else PolicyNotLoaded(policy_id)
+
+    def _may_ask(self, replica: Replica, policy_id: str) -> bool:
+        return policy_id not in self.judged or policy_id in replica.proven
+
+    async def prove(self, policy_id: str, judge: Callable[[Replica], Awaitable[None]]) -> None:
+        """Judge all replicas that have a policy at once. See `Engine.prove`.
+
+        One that had no time or was lost meanwhile proves nothing: it keeps what it had, and is judged again.
+        """
+        having = [replica for replica in self.all if policy_id in replica.policies]
+        asked = [replica for replica in having if replica.ready] or having
+        verdicts = await asyncio.gather(*(judge(replica) for replica in asked), return_exceptions=True)
+        self.judged.add(policy_id)
+        faults = []
+        for replica, verdict in zip(asked, verdicts, strict=True):
+            if verdict is None:
+                replica.proven.add(policy_id)
+            elif not isinstance(verdict, KotaeError):
+                raise verdict
+            elif not isinstance(verdict, EngineUnavailable | EngineBusy | PolicyNotLoaded):
+                replica.proven.discard(policy_id)
+                faults.append((replica, verdict))
+        if any(policy_id in replica.proven for replica in self.all):
+            for replica, fault in faults:
+                raise ReplicaAtFault(
+                    f"engine: {replica.url} does not answer as another replica does ({fault}); "
+                    "give it the same base and adapters"
+                ) from fault
+            return
+        errors = [verdict for verdict in verdicts if verdict is not None]
+        errors.sort(key=lambda error: isinstance(error, AdapterRefused))  # refused is what all refuse
+        raise errors[0] if errors else PolicyNotLoaded(policy_id)
+
+    def awaits_proof(self, policy_id: str) -> bool:
+        """Return whether a replica that answers has a policy that was judged, and did not pass or was not asked yet."""
+        return any(
+            replica.ready and policy_id in replica.policies and not self._may_ask(replica, policy_id)
+            for replica in self.all
+        )
 
     async def on_every(self, act: Callable[[Replica], Awaitable[T]]) -> list[T]:
         """Act on all replicas at once and return the results of those that answer.
 
         Raises:
-            EngineUnavailable: none answered, or one refused an adapter that another took: that is the server's fault.
+            EngineUnavailable: none answered.
+            ReplicaAtFault: one refused an adapter that another took.
             KotaeError: the first other failure; all of them were tried.
         """
         done = await asyncio.gather(*(act(replica) for replica in self.all), return_exceptions=True)
         results = [outcome for outcome in done if not isinstance(outcome, BaseException)]
         absent: list[EngineUnavailable] = []
-        for outcome in done:
+        for replica, outcome in zip(self.all, done, strict=True):
             if isinstance(outcome, EngineUnavailable):
                 absent.append(outcome)
             elif isinstance(outcome, AdapterRefused) and results:
-                raise EngineUnavailable(
-                    f"engine: one replica refuses what another took ({outcome}); give it the same base and adapters"
+                raise ReplicaAtFault(
+                    f"engine: one replica refuses what another took ({replica.url}: {outcome}); "
+                    "give it the same base and adapters"
                 ) from outcome
             elif isinstance(outcome, BaseException):
                 raise outcome
@@ -105,7 +175,12 @@ class Replicas:
         return Health(
             ready=well > 0,
             detail="; ".join([f"{well} of {len(checks)} replicas answer", *wrong]),
-            policies=frozenset().union(*(replica.policies for replica in self.all if replica.ready)),
+            policies=frozenset(
+                policy_id
+                for replica in self.all
+                for policy_id in replica.policies
+                if replica.ready and self._may_ask(replica, policy_id)
+            ),
         )
 
     async def check(self, replica: Replica) -> str:
@@ -124,8 +199,8 @@ class Replicas:
 
     async def _found_well(self, replica: Replica) -> dict[str, str | None]:
         """Return what a healthy replica can serve; raises when it is not healthy."""
-        response = await self.send(replica, "GET", "/health", timeout_s=HEALTH_TIMEOUT_S)
-        if response.status_code >= 400:  # 503, when its engine is dead: absent, not busy
+        response = await self.control(replica, "GET", "/health", timeout_s=HEALTH_TIMEOUT_S)
+        if response.status_code >= 400:
             raise EngineUnavailable(
                 f"engine: {replica.url} is not well ({response.status_code}); see its log"
             )
@@ -135,7 +210,7 @@ class Replicas:
 
     async def models(self, replica: Replica) -> dict[str, str | None]:
         """Return what a replica can serve: our name of it → the path it was loaded from."""
-        response = await self.send(replica, "GET", "/v1/models", timeout_s=HEALTH_TIMEOUT_S)
+        response = await self.control(replica, "GET", "/v1/models", timeout_s=HEALTH_TIMEOUT_S)
         await self.raise_for_status(replica, response)
         try:
             rows = response.json()["data"]
@@ -147,6 +222,7 @@ class Replicas:
             raise EngineUnavailable(f"engine: {replica.url} lists no base model; check the address")
         replica.base = self._base_name if self._base_name in bases else bases[0]
         replica.policies = {self._base_name, *paths}
+        replica.proven &= replica.policies  # what it has lost is loaded anew
         return {self._base_name: None, **paths}
 
     async def name_on(self, replica: Replica, policy_id: str) -> str:
@@ -170,6 +246,28 @@ class Replicas:
         running, waiting = lengths or (None, None)
         return Queue(replica=replica.url, up=replica.ready, running=running, waiting=waiting)
 
+    async def control(
+        self,
+        replica: Replica,
+        method: str,
+        path: str,
+        *,
+        json: Json | None = None,
+        timeout_s: float | None = None,
+    ) -> httpx.Response:
+        """As `send`, for what is no question: whoever is too busy even for that is away, and is tried last from then on.
+
+        Raises:
+            EngineAbsent: it answers one of `AWAY`.
+        """
+        response = await self.send(replica, method, path, json=json, timeout_s=timeout_s)
+        if response.status_code in AWAY:
+            replica.forget()
+            raise EngineAbsent(
+                f"engine: {replica.url} is not well ({response.status_code}); see its log, or its proxy's"
+            )
+        return response
+
     async def send(
         self,
         replica: Replica,
@@ -188,7 +286,7 @@ class Replicas:
 
     def lost(self, replica: Replica, error: httpx.TransportError, *, begun: bool) -> EngineError:
         """Return a failed connection as our error, and try this replica last from now on."""
-        replica.ready, replica.base, replica.policies = False, None, set()
+        replica.forget()
         reason = str(error) or type(error).__name__
         if begun:
             return StreamBroken(f"stream: lost {replica.url} in mid-answer ({reason}); ask again")

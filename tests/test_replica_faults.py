@@ -1,0 +1,314 @@
+"""Servers that misbehave: what they hold up, which is nothing, when they are asked again, and what is not withdrawn."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+
+from assistant import release
+from assistant.chat import Chat
+from assistant.engine.errors import AdapterRefused, EngineError, EngineUnavailable
+from assistant.engine.vllm import VllmEngine
+from assistant.release import Release
+from chat_fixtures import add_random_candidate, make_real_desk
+from engine_fixtures import collect, text_of
+from storage import policies
+from storage.records import Json, Policy
+from storage_fixtures import World
+
+ONE, TWO = "http://one", "http://two"
+
+
+class Twin:
+    """One of two fake vLLM servers, which loads, lists and answers as vLLM does, unless it is told to misbehave."""
+
+    def __init__(self, base: str) -> None:
+        self.base = base
+        self.adapters: dict[str, str] = {}
+        self.status = 200
+        """Of every answer."""
+        self.load_status = 200
+        self.is_full = False
+        """Turns questions and probes away."""
+        self.ignores_adapters = False
+        """Takes adapters and answers with the base all the same."""
+        self.asked: list[str] = []
+        """Which policies were asked questions, probes left out."""
+        self.probed: list[str] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        if self.status != 200:
+            return httpx.Response(self.status, text="<html>no server is available</html>")
+        body: Json = json.loads(request.content) if request.content else {}
+        if request.url.path == "/v1/models":
+            rows = [{"id": name, "parent": self.base, "root": path} for name, path in self.adapters.items()]
+            return httpx.Response(200, json={"data": [{"id": self.base, "parent": None}, *rows]})
+        if request.url.path == "/v1/load_lora_adapter":
+            return self._load(body)
+        if request.url.path == "/v1/unload_lora_adapter":
+            self.adapters.pop(body["lora_name"], None)
+        if request.url.path == "/v1/chat/completions" and self.is_full:
+            return httpx.Response(503, json={"error": {"message": "The queue is full."}})
+        if request.url.path == "/v1/chat/completions":
+            return self._answer(body["model"], is_probe="logprobs" in body)
+        return httpx.Response(200)
+
+    def restart(self) -> None:
+        self.adapters.clear()
+
+    def _load(self, body: Json) -> httpx.Response:
+        if self.load_status != 200:
+            return httpx.Response(self.load_status, json={"error": {"message": "CUDA out of memory"}})
+        if body["lora_name"] in self.adapters:
+            return httpx.Response(400, json={"error": {"message": "has already been loaded"}})
+        self.adapters[body["lora_name"]] = body["lora_path"]
+        return httpx.Response(200)
+
+    def _answer(self, policy_id: str, *, is_probe: bool) -> httpx.Response:
+        if policy_id not in {self.base, *self.adapters}:
+            return httpx.Response(
+                404, json={"error": {"message": f"The model `{policy_id}` does not exist."}}
+            )
+        (self.probed if is_probe else self.asked).append(policy_id)
+        path = "" if self.ignores_adapters else self.adapters.get(policy_id, "")
+        choice: Json = {"token_ids": [5], "finish_reason": "stop"}
+        if is_probe:
+            logprob = -1.0 - len(path)
+            choice |= {"message": {"content": "Hi"}, "logprobs": {"content": [{"logprob": logprob}]}}
+            return httpx.Response(200, json={"model": policy_id, "choices": [choice]})
+        event = {"model": policy_id, "choices": [{**choice, "delta": {"content": path or "base"}}]}
+        event["prompt_token_ids"] = [1]
+        return httpx.Response(200, text=f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n")
+
+
+class Pair:
+    """Two servers, the engine before them, and what is decided about policies."""
+
+    def __init__(self, folder: Path) -> None:
+        self.desk = make_real_desk(folder)
+        self.world: World = self.desk.world
+        self.one, self.two = (Twin(self.world.base.id) for _ in range(2))
+        self.twins = {"one": self.one, "two": self.two}
+        self.start()
+
+    def start(self) -> None:
+        """Begin a new process before the servers as they are."""
+        self.engine = VllmEngine(
+            [ONE, TWO], base_name=self.world.base.id, transport=httpx.MockTransport(self._send)
+        )
+        self.release = Release(self.world.store, self.engine)
+
+    def _send(self, request: httpx.Request) -> httpx.Response:
+        return self.twins[str(request.url.host)](request)
+
+    def approve(self, policy: Policy) -> None:
+        asyncio.run(self.release.approve(policy_id=policy.id, person=self.world.admin, reason="better"))
+
+    def sync(self) -> None:
+        asyncio.run(self.release.sync())
+
+    def ask(self, policy: Policy) -> str:
+        """Return what `policy` says, straight from the engine."""
+        return text_of(asyncio.run(collect(self.engine, policy.id, "Hello?")))
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    return Pair(tmp_path)
+
+
+@pytest.fixture
+def policy(pair: Pair, tmp_path: Path) -> Policy:
+    return add_random_candidate(pair.world, tmp_path, seed=1)
+
+
+# -- one that is away behind its proxy ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_a_replica_whose_proxy_answers_for_it_holds_nothing_up(
+    pair: Pair, policy: Policy, status: int
+) -> None:
+    pair.one.status = status
+    pair.sync()
+    pair.approve(policy)
+    assert pair.release.served.stable.policy_id == policy.id
+    pair.two.restart()
+    pair.sync()
+    assert pair.ask(policy) == str(policy.adapter_path)
+    asked = len(pair.two.asked)
+    pair.one.status = 200
+    pair.sync()  # it is back, and gets what it missed
+    assert pair.one.adapters == pair.two.adapters
+    pair.ask(policy)
+    assert (pair.one.asked, len(pair.two.asked)) == ([policy.id], asked)
+
+
+# -- one that takes an adapter and does not apply it ---------------------------------------------------------
+
+
+def test_an_approval_wants_every_replica_that_answers_to_pass_the_probes(pair: Pair, policy: Policy) -> None:
+    """Two takes the load and answers with the base: under the policy's name, had it not been probed too."""
+    pair.two.ignores_adapters = True
+    with pytest.raises(EngineUnavailable, match=r"http://two.*answers exactly like the base"):
+        pair.approve(policy)
+    assert policies.standing(pair.world.store, policy.id) == "candidate"
+    assert {pair.ask(policy) for _ in range(4)} == {str(policy.adapter_path)}
+    assert pair.two.asked == []
+
+
+def test_a_policy_that_no_replica_applies_is_refused_as_that_of_one_server(
+    pair: Pair, policy: Policy
+) -> None:
+    pair.one.ignores_adapters = pair.two.ignores_adapters = True
+    with pytest.raises(AdapterRefused, match="answers exactly like the base"):
+        pair.approve(policy)
+    assert (pair.one.adapters, pair.two.adapters) == ({}, {})
+
+
+def test_a_replica_that_comes_back_is_probed_before_it_is_asked(pair: Pair, policy: Policy) -> None:
+    pair.approve(policy)
+    pair.one.restart()
+    pair.one.probed.clear()
+    asyncio.run(pair.engine.load(policy_id=policy.id, adapter=Path(str(policy.adapter_path))))
+    pair.ask(policy)  # one has the adapter, and comes first
+    assert pair.one.asked == []
+    pair.sync()
+    assert policy.id in pair.one.probed
+    pair.ask(policy)
+    assert pair.one.asked == [policy.id]
+
+
+def test_a_replica_that_comes_back_and_fails_is_told_of_and_never_asked(pair: Pair, policy: Policy) -> None:
+    """The policy itself answers elsewhere, so it stays, and nothing else waits for that replica."""
+    pair.approve(policy)
+    pair.two.restart()
+    pair.two.ignores_adapters = True
+    for _ in range(2):
+        pair.sync()
+    assert pair.release.served.stable.policy_id == policy.id
+    assert [alert for alert in pair.release.alerts if "http://two" in alert] == pair.release.alerts
+    assert len(pair.release.alerts) == 1
+    pair.one.status = 503
+    with pytest.raises(EngineError):
+        pair.ask(policy)
+    assert pair.two.asked == []
+    pair.two.ignores_adapters = False  # somebody mended it
+    pair.sync()
+    assert pair.ask(policy) == str(policy.adapter_path)
+
+
+def test_a_replica_that_was_too_busy_for_the_probes_is_probed_later(pair: Pair, policy: Policy) -> None:
+    pair.two.is_full = True
+    pair.approve(policy)
+    assert pair.release.served.stable.policy_id == policy.id
+    pair.ask(policy)
+    assert (pair.two.probed, pair.two.asked) == ([], [])
+    pair.two.is_full = False
+    pair.sync()
+    assert policy.id in pair.two.probed
+    pair.one.status = 503
+    assert pair.ask(policy) == str(policy.adapter_path)
+
+
+def test_readiness_does_not_count_a_replica_that_did_not_pass(pair: Pair, policy: Policy) -> None:
+    pair.approve(policy)
+    pair.two.restart()
+    pair.two.ignores_adapters = True
+    pair.sync()
+    assert policy.id in asyncio.run(pair.engine.health()).policies
+    pair.one.status = 503
+    assert asyncio.run(pair.engine.health()).policies == {pair.world.base.id}
+
+
+# -- an engine that fails at loading what it has served before ------------------------------------------------
+
+
+def lose_adapters(pair: Pair, *, load_status: int) -> None:
+    for twin in (pair.one, pair.two):
+        twin.restart()
+        twin.load_status = load_status
+
+
+@pytest.mark.parametrize("status", [404, 500])
+def test_a_policy_that_has_answered_outlives_an_engine_that_cannot_load_it_for_now(
+    pair: Pair, policy: Policy, status: int
+) -> None:
+    """For want of memory beside a training, or of a volume that is not mounted yet: neither is the adapter's fault."""
+    pair.approve(policy)
+    lose_adapters(pair, load_status=status)
+    for _ in range(2):
+        with pytest.raises(EngineUnavailable, match="CUDA out of memory"):
+            pair.sync()
+    assert "CUDA out of memory" in pair.release.alerts[0]
+    assert len(pair.release.alerts) == 1
+    lose_adapters(pair, load_status=200)
+    pair.sync()
+    assert pair.release.served.stable.policy_id == policy.id
+    assert pair.ask(policy) == str(policy.adapter_path)
+
+
+def test_that_it_has_answered_is_known_to_the_next_process(pair: Pair, policy: Policy) -> None:
+    pair.approve(policy)
+    chat = Chat(pair.world.store, pair.engine, pair.release)
+    question = chat.ask(pair.world.staff, pair.desk.conversation, "Hello?")
+    assert asyncio.run(chat.complete(question)).policy_id == policy.id
+    pair.start()
+    lose_adapters(pair, load_status=500)
+    with pytest.raises(EngineUnavailable):
+        pair.sync()
+    assert release.serving(pair.world.store).stable.policy_id == policy.id
+
+
+def test_a_policy_that_never_answered_is_withdrawn_when_the_engine_fails_at_it(
+    pair: Pair, policy: Policy
+) -> None:
+    release.approve(pair.world.store, policy_id=policy.id, person=pair.world.admin, reason="without a server")
+    lose_adapters(pair, load_status=500)
+    pair.sync()
+    assert pair.release.served.stable.policy_id == pair.world.base.id
+    assert "was withdrawn" in pair.release.alerts[0]
+
+
+def test_nobody_waits_for_a_way_back_that_cannot_be_loaded_for_now(
+    pair: Pair, policy: Policy, tmp_path: Path
+) -> None:
+    pair.approve(policy)
+    newer = add_random_candidate(pair.world, tmp_path, seed=2)
+    pair.approve(newer)
+    for twin in (pair.one, pair.two):
+        del twin.adapters[policy.id]
+        twin.load_status = 500
+    pair.sync()
+    assert pair.release.served.stable.policy_id == newer.id
+    assert policy.id in pair.release.alerts[0]
+
+
+def test_a_replica_that_cannot_load_holds_up_no_rollback(pair: Pair, policy: Policy, tmp_path: Path) -> None:
+    newer = add_random_candidate(pair.world, tmp_path, seed=2)
+    pair.approve(policy)
+    pair.approve(newer)
+    pair.two.restart()
+    pair.two.load_status = 500
+    pair.sync()
+    assert ["http://two" in alert for alert in pair.release.alerts] == [True, True]
+    release.rollback(pair.world.store, actor=pair.world.admin.id, reason="worse")
+    pair.sync()
+    assert pair.release.served.stable.policy_id == policy.id
+    assert pair.ask(policy) == str(policy.adapter_path)
+    third = add_random_candidate(pair.world, tmp_path, seed=3)
+    with pytest.raises(EngineUnavailable, match="refuses what another took"):
+        pair.approve(third)  # that wants every replica
+
+
+# -- what only one of them has ---------------------------------------------------------------------------------
+
+
+def test_what_nobody_needs_is_unloaded_though_only_one_replica_has_it(pair: Pair, policy: Policy) -> None:
+    pair.one.adapters["policy-0404-cccccc"] = "/left/by/an/earlier/process"
+    pair.approve(policy)
+    assert pair.one.adapters == pair.two.adapters == {policy.id: str(policy.adapter_path)}
