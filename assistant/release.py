@@ -172,16 +172,28 @@ class Release:
             self._noted = served.canary.id
 
     async def watch(self) -> None:
-        """Sync at once, whenever another process committed, and on a timer (an engine may have lost its adapters)."""
-        settled, seen, waited_s = False, self.store.data_version(), 0.0
-        while True:
-            version = self.store.data_version()
-            changed = version != seen and serving(self.store) != self.served
-            if changed or not settled or waited_s >= RECHECK_S:
-                settled, waited_s = await self._try_sync(), 0.0
-            seen = version
-            await asyncio.sleep(POLL_S)
-            waited_s += POLL_S
+        """Sync at once, whenever another process committed, and on a timer (an engine may have lost its adapters).
+
+        A sync may take as long as an engine takes to load; what needs nothing of the engine is followed meanwhile.
+        """
+        syncing = asyncio.create_task(self._try_sync())
+        seen, changed, waited_s = self.store.data_version(), False, 0.0
+        try:
+            while True:
+                await asyncio.sleep(POLL_S)
+                waited_s += POLL_S
+                version = self.store.data_version()
+                changed = changed or (version != seen and serving(self.store) != self.served)
+                seen = version
+                if not syncing.done():
+                    waited_s = 0.0
+                    if changed:
+                        self._flip_if_checked()
+                elif changed or not syncing.result() or waited_s >= RECHECK_S:
+                    syncing, changed, waited_s = asyncio.create_task(self._try_sync()), False, 0.0
+        finally:
+            syncing.cancel()
+            await asyncio.gather(syncing, return_exceptions=True)
 
     async def _try_sync(self) -> bool:
         try:
