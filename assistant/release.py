@@ -44,7 +44,7 @@ class Release:
         self.store = store
         self.engine = engine
         self.behaviour = BehaviourGate(engine, tolerance_nats=probe_tolerance_nats)
-        self.served = serving(store)
+        self.served = deployments.answered_before(store, serving(store))
         self.alerts: list[str] = []
         self.in_flight: Counter[str] = Counter()
         self._lock = asyncio.Lock()
