@@ -23,8 +23,9 @@ from assistant.engine.protocol import Engine
 from assistant.engine.reconcile import LoadResult, load_missing, unload_unused
 from assistant.routing import assign, is_drawn
 from storage import deployments
-from storage.conversations import first_policy_since
+from storage.conversations import first_answer_after
 from storage.errors import CorruptData, KotaeError
+from storage.outcomes import CONCLUDED_AFTER_S
 from storage.people import SYSTEM
 from storage.records import Deployment, Person, Policy, Served
 from storage.store import Store
@@ -69,10 +70,21 @@ class Release:
             self.in_flight += Counter()  # forget the zeros
 
     def _assigned(self, conversation_id: str) -> Deployment:
-        served, first = self.served, None
-        if served.canary_since is not None:
-            first = first_policy_since(self.store, conversation_id, served.canary_since)
-        return assign(conversation_id, served, first_answer_by=first)
+        first = self._first_answer_by(conversation_id, self.served)
+        return assign(conversation_id, self.served, first_answer_by=first)
+
+    def _first_answer_by(self, conversation_id: str, served: Served) -> str | None:
+        """Return whose conversation it is while this canary runs; None if that is still to be drawn.
+
+        One that was going on when the canary began is stable's: `storage.outcomes` leaves the same ones out of the evidence.
+        """
+        if served.canary_since is None:
+            return None
+        first = first_answer_after(self.store, conversation_id, served.canary_since - CONCLUDED_AFTER_S)
+        if first is None:
+            return None
+        was_going_on = first.created_at - first.total_s < served.canary_since
+        return served.stable.policy_id if was_going_on else first.policy_id
 
     def shadow_of(self, conversation_id: str) -> Deployment | None:
         """Return the shadow that is asked this conversation's questions too; None where none is, or not yet loaded."""
