@@ -10,7 +10,7 @@ from dataclasses import replace
 from storage.deployments_read import ANSWERING, Stage, answering_since, deployments_of, served, stages_of
 from storage.errors import Conflict, InvalidField, NotAllowed
 from storage.people import SYSTEM, require_actor
-from storage.policies import get_policy, is_approved
+from storage.policies import approval_of, get_policy, is_approved
 from storage.records import Deployment, DeploymentRole, Served, new_id, now
 from storage.store import Store
 from storage.tables import Setting
@@ -23,6 +23,7 @@ __all__ = [
     "deploy",
     "deployments_of",
     "history",
+    "is_way_back",
     "note_answering",
     "served",
     "stages_of",
@@ -118,6 +119,18 @@ def _has_answered(store: Store, row: Deployment) -> bool:
     if get_policy(store, row.policy_id).adapter_sha256 is None:
         return True
     return bool(store.rows("SELECT 1 FROM turns WHERE policy_id = ? LIMIT 1", [row.policy_id]))
+
+
+def is_way_back(store: Store, now_served: Served) -> bool:
+    """Tell whether stable is what somebody went back to from `previous`: it answered before that, no approval came since."""
+    stable, previous = now_served.stable, now_served.previous
+    if previous is None:
+        return False
+    earlier = """policy_id = ? AND role = 'stable' AND seq < (SELECT seq FROM deployments WHERE id = ?)"""
+    if not store.all(Deployment, earlier, [stable.policy_id, previous.id], order="seq", limit=1):
+        return False
+    approval = approval_of(store, stable.policy_id)
+    return approval is None or approval.created_at < previous.created_at
 
 
 def _check_share(role: DeploymentRole, share: float) -> None:

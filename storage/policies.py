@@ -161,8 +161,8 @@ def decide(store: Store, *, policy_id: str, person_id: str, decision: Decision, 
     Raises:
         NotAllowed: the person is no operator.
         InvalidField: no reason, or no such decision.
-        Conflict: the gate did not pass it, it is a base, it was decided so already on the same evidence, or it is to
-            be rejected and answers everybody.
+        Conflict: the gate did not pass it, it is a base, it was decided so already on the same evidence and not taken back
+            since, or it is to be rejected and answers everybody.
     """
     require(get_person(store, person_id), "operator")
     if not reason.strip():
@@ -179,7 +179,8 @@ def decide(store: Store, *, policy_id: str, person_id: str, decision: Decision, 
             created_at=now(),
         )
         latest = approval_of(store, policy_id)
-        if latest is not None and (latest.decision, latest.sha256) == (decision, approval.sha256):
+        is_same = latest is not None and (latest.decision, latest.sha256) == (decision, approval.sha256)
+        if is_same and standing(store, policy_id) not in ("previous", "retired"):
             raise Conflict(f"{policy_id}: the decision to {decision} it is already recorded")
         changes.insert(approval)
         changes.audit("policy.decided", policy_id, approval_id=approval.id, decision=decision)
