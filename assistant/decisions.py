@@ -5,6 +5,7 @@ They work without a server. A running one follows them (`assistant.release`).
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from assistant.engine.adapter_gate import base_shape, check_adapter
@@ -71,14 +72,21 @@ def _role_and_share(canary: float | None, shadow: float | None) -> tuple[Deploym
 
 
 def reject(store: Store, *, policy_id: str, person: Person, reason: str) -> None:
-    """Reject a policy for good, with a reason; the canary or the shadow is withdrawn with it.
+    """Reject a policy for good, with a reason; the canary or shadow is withdrawn first, so that nothing rejected answers.
 
     Raises:
         NotAllowed, NotFound, Conflict: as `storage.policies.decide`, so for the stable policy.
     """
+    policies.check_decider(store, person.id, reason)
+    policies.check_decidable(store, policy_id, "reject")
+    now_served = deployments.served(store)
+    beside = (now_served.canary, now_served.shadow) if now_served is not None else ()
+    if policy_id in {row.policy_id for row in beside if row is not None}:
+        with suppress(
+            Conflict
+        ):  # somebody else took it back meanwhile, or promoted it, which `decide` refuses
+            retire(store, policy_id=policy_id, actor=person.id, reason=reason)
     policies.decide(store, policy_id=policy_id, person_id=person.id, decision="reject", reason=reason)
-    if policies.standing(store, policy_id) in ("canary", "shadow"):
-        retire(store, policy_id=policy_id, actor=person.id, reason=reason)
 
 
 def promote(store: Store, *, policy_id: str, person: Person, reason: str) -> Deployment:
