@@ -35,15 +35,43 @@ def approve(
         InvalidField: the share is not between 0 and 100, or two are given.
         AdapterRefused, CorruptData: the adapter's files are not what was evaluated, or not servable.
     """
-    role, share = _role_and_share(canary_percent, shadow_percent)
     policy = store.get(Policy, policy_id)
+    role, share = check_approval(
+        store,
+        policy_id=policy_id,
+        person=person,
+        reason=reason,
+        canary_percent=canary_percent,
+        shadow_percent=shadow_percent,
+    )
     check_files(store, policy)
-    deployments.check_step(deployments.served(store), policy_id, role)  # nothing is decided that is not done
     if _needs_decision(store, policy_id, role):
         policies.decide(store, policy_id=policy_id, person_id=person.id, decision="approve", reason=reason)
     return deployments.deploy(
         store, policy_id=policy_id, role=role, share=share, actor=person.id, reason=reason
     )
+
+
+def check_approval(
+    store: Store,
+    *,
+    policy_id: str,
+    person: Person,
+    reason: str,
+    canary_percent: float | None = None,
+    shadow_percent: float | None = None,
+) -> tuple[DeploymentRole, float]:
+    """Return the role and the share (0 to 1) that `approve` would give, without a look at the files and changing nothing.
+
+    Raises:
+        NotAllowed, NotFound, Conflict, InvalidField: as `approve`.
+    """
+    role, share = _role_and_share(canary_percent, shadow_percent)
+    policies.check_decider(store, person.id, reason)
+    deployments.check_step(deployments.served(store), policy_id, role)  # nothing is decided that is not done
+    if _needs_decision(store, policy_id, role):
+        policies.check_decidable(store, policy_id, "approve")
+    return role, share
 
 
 def _needs_decision(store: Store, policy_id: str, role: DeploymentRole) -> bool:

@@ -16,7 +16,17 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from assistant.decisions import approve, check_files, promote, reject, retire, rollback, serving, withdraw
+from assistant.decisions import (
+    approve,
+    check_approval,
+    check_files,
+    promote,
+    reject,
+    retire,
+    rollback,
+    serving,
+    withdraw,
+)
 from assistant.engine.behaviour_gate import BehaviourGate
 from assistant.engine.errors import AdapterRefused, EngineError, EngineStarting
 from assistant.engine.protocol import Engine
@@ -102,8 +112,19 @@ class Release:
         canary_percent: float | None = None,
         shadow_percent: float | None = None,
     ) -> Deployment:
-        """As `approve`, after the policy has been loaded and probed: a bad one never gets a row."""
+        """As `approve`, after the policy has been loaded and probed: a bad one never gets a row.
+
+        The engine answers people meanwhile, so it is given nothing that would be refused then.
+        """
         policy = self.store.get(Policy, policy_id)
+        check_approval(
+            self.store,
+            policy_id=policy_id,
+            person=person,
+            reason=reason,
+            canary_percent=canary_percent,
+            shadow_percent=shadow_percent,
+        )
         await asyncio.to_thread(
             check_files, self.store, policy
         )  # it reads the whole adapter: answers stream on
