@@ -5,6 +5,7 @@ They work without a server. A running one follows them (`assistant.release`).
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from assistant.engine.adapter_gate import base_shape, check_adapter
@@ -26,28 +27,63 @@ def approve(
 ) -> Deployment:
     """Approve a candidate and deploy it: to everybody, to a share of the conversations, or as the shadow of a share.
 
-    One that is in the shadow, or was, is approved already; it is only deployed.
+    One that is in the shadow, and a canary that gets another share, is approved already; it is only deployed. One that was
+    taken back needs a new decision.
 
     Raises:
         NotAllowed, NotFound, Conflict: as `storage.policies.decide`, or another policy is the shadow.
         InvalidField: the share is not between 0 and 100, or two are given.
         AdapterRefused, CorruptData: the adapter's files are not what was evaluated, or not servable.
     """
-    role, share = _role_and_share(canary_percent, shadow_percent)
     policy = store.get(Policy, policy_id)
+    role, share = check_approval(
+        store,
+        policy_id=policy_id,
+        person=person,
+        reason=reason,
+        canary_percent=canary_percent,
+        shadow_percent=shadow_percent,
+    )
     check_files(store, policy)
-    deployments.check_step(deployments.served(store), policy_id, role)  # nothing is decided that is not done
-    if not _is_approved_and_free(store, policy_id):
+    if _needs_decision(store, policy_id, role):
         policies.decide(store, policy_id=policy_id, person_id=person.id, decision="approve", reason=reason)
     return deployments.deploy(
         store, policy_id=policy_id, role=role, share=share, actor=person.id, reason=reason
     )
 
 
-def _is_approved_and_free(store: Store, policy_id: str) -> bool:
-    """Tell whether an approved policy answers nobody, so that it may be deployed without another decision."""
-    free = policies.standing(store, policy_id) in ("approved", "shadow", "retired")
-    return free and policies.is_approved(store, policy_id)
+def check_approval(
+    store: Store,
+    *,
+    policy_id: str,
+    person: Person,
+    reason: str,
+    canary_percent: float | None = None,
+    shadow_percent: float | None = None,
+) -> tuple[DeploymentRole, float]:
+    """Return the role and the share (0 to 1) that `approve` would give, without a look at the files and changing nothing.
+
+    Raises:
+        NotAllowed, NotFound, Conflict, InvalidField: as `approve`.
+    """
+    role, share = _role_and_share(canary_percent, shadow_percent)
+    policies.check_decider(store, person.id, reason)
+    deployments.check_step(deployments.served(store), policy_id, role)  # nothing is decided that is not done
+    if _needs_decision(store, policy_id, role):
+        policies.check_decidable(store, policy_id, "approve")
+    return role, share
+
+
+def _needs_decision(store: Store, policy_id: str, role: DeploymentRole) -> bool:
+    """Tell whether somebody has to decide before the policy gets this role: on its evidence, or to have it again."""
+    if not policies.is_approved(store, policy_id):
+        return True
+    standing = policies.standing(store, policy_id)
+    if standing == "canary" and role != "canary":
+        raise Conflict(
+            f"{policy_id} is the canary already: promote it, roll it back, or give it another share with --canary"
+        )
+    return standing not in ("approved", "shadow", "canary")
 
 
 def _role_and_share(canary: float | None, shadow: float | None) -> tuple[DeploymentRole, float]:
@@ -64,14 +100,21 @@ def _role_and_share(canary: float | None, shadow: float | None) -> tuple[Deploym
 
 
 def reject(store: Store, *, policy_id: str, person: Person, reason: str) -> None:
-    """Reject a policy for good, with a reason; the canary or the shadow is withdrawn with it.
+    """Reject a policy for good, with a reason; the canary or shadow is withdrawn first, so that nothing rejected answers.
 
     Raises:
         NotAllowed, NotFound, Conflict: as `storage.policies.decide`, so for the stable policy.
     """
+    policies.check_decider(store, person.id, reason)
+    policies.check_decidable(store, policy_id, "reject")
+    now_served = deployments.served(store)
+    beside = (now_served.canary, now_served.shadow) if now_served is not None else ()
+    if policy_id in {row.policy_id for row in beside if row is not None}:
+        with suppress(
+            Conflict
+        ):  # somebody else took it back meanwhile, or promoted it, which `decide` refuses
+            retire(store, policy_id=policy_id, actor=person.id, reason=reason)
     policies.decide(store, policy_id=policy_id, person_id=person.id, decision="reject", reason=reason)
-    if policies.standing(store, policy_id) in ("canary", "shadow"):
-        retire(store, policy_id=policy_id, actor=person.id, reason=reason)
 
 
 def promote(store: Store, *, policy_id: str, person: Person, reason: str) -> Deployment:
@@ -100,15 +143,19 @@ def rollback(store: Store, *, actor: str, reason: str, expected: str | None = No
 
     Args:
         expected: the policy to take back. Who saw what is served gives it: somebody else may have taken that back
-            meanwhile, and a second step would hit what came in its place. None: what answers now.
+            meanwhile, and a second step would hit what came in its place. None: what answers now, unless that is what
+            somebody went back to already.
 
     Raises:
-        Conflict: another policy than `expected` answers by now, or there is nothing to go back to.
+        Conflict: another policy than `expected` answers by now, or there is nothing to go back to, or, without
+            `expected`, only what was rolled back last.
     """
     if not reason.strip():
         raise InvalidField("reason", reason, "say why in a few words")
     served = serving(store)
-    expected = expected or (served.canary or served.stable).policy_id
+    if expected is None:
+        _check_not_undone(store, served)
+        expected = (served.canary or served.stable).policy_id
     deployments.check_newest(served, expected)
     if served.canary is not None:
         return retire(store, policy_id=expected, actor=actor, reason=reason)
@@ -123,6 +170,16 @@ def rollback(store: Store, *, actor: str, reason: str, expected: str | None = No
         reason=reason,
         expected=expected,
     )
+
+
+def _check_not_undone(store: Store, served: Served) -> None:
+    """Raise Conflict where one more step back would bring back what was rolled back last."""
+    if served.canary is None and served.previous is not None and deployments.is_way_back(store, served):
+        undone, stable = served.previous.policy_id, served.stable.policy_id
+        raise Conflict(
+            f"rollback: {undone} was rolled back last, and this would bring it back; if that is meant, name what to take "
+            f"back: rollback {stable}"
+        )
 
 
 def withdraw(store: Store, *, actor: str, reason: str, expected: str | None = None) -> Deployment:

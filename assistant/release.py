@@ -16,7 +16,17 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from assistant.decisions import approve, check_files, promote, reject, retire, rollback, serving, withdraw
+from assistant.decisions import (
+    approve,
+    check_approval,
+    check_files,
+    promote,
+    reject,
+    retire,
+    rollback,
+    serving,
+    withdraw,
+)
 from assistant.engine.behaviour_gate import BehaviourGate
 from assistant.engine.errors import (
     AdapterRefused,
@@ -30,8 +40,9 @@ from assistant.engine.protocol import Engine
 from assistant.engine.reconcile import LoadResult, load_missing, unload_unused
 from assistant.routing import assign, is_drawn
 from storage import deployments
-from storage.conversations import first_policy_since
+from storage.conversations import first_answer_after
 from storage.errors import CorruptData, KotaeError
+from storage.outcomes import CONCLUDED_AFTER_S
 from storage.people import SYSTEM
 from storage.records import Deployment, Person, Policy, Served, Turn
 from storage.store import Store
@@ -51,7 +62,7 @@ class Release:
         self.store = store
         self.engine = engine
         self.behaviour = BehaviourGate(engine, tolerance_nats=probe_tolerance_nats)
-        self.served = serving(store)
+        self.served = deployments.answered_before(store, serving(store))
         self.alerts: list[str] = []
         self.in_flight: Counter[str] = Counter()
         self._lock = asyncio.Lock()
@@ -76,10 +87,21 @@ class Release:
             self.in_flight += Counter()  # forget the zeros
 
     def _assigned(self, conversation_id: str) -> Deployment:
-        served, first = self.served, None
-        if served.canary_since is not None:
-            first = first_policy_since(self.store, conversation_id, served.canary_since)
-        return assign(conversation_id, served, first_answer_by=first)
+        first = self._first_answer_by(conversation_id, self.served)
+        return assign(conversation_id, self.served, first_answer_by=first)
+
+    def _first_answer_by(self, conversation_id: str, served: Served) -> str | None:
+        """Return whose conversation it is while this canary runs; None if that is still to be drawn.
+
+        One that was going on when the canary began is stable's: `storage.outcomes` leaves the same ones out of the evidence.
+        """
+        if served.canary_since is None:
+            return None
+        first = first_answer_after(self.store, conversation_id, served.canary_since - CONCLUDED_AFTER_S)
+        if first is None:
+            return None
+        was_going_on = first.created_at - first.total_s < served.canary_since
+        return served.stable.policy_id if was_going_on else first.policy_id
 
     def shadow_of(self, conversation_id: str) -> Deployment | None:
         """Return the shadow that is asked this conversation's questions too; None where none is, or not yet loaded."""
@@ -97,8 +119,19 @@ class Release:
         canary_percent: float | None = None,
         shadow_percent: float | None = None,
     ) -> Deployment:
-        """As `approve`, after the policy has been loaded and probed: a bad one never gets a row."""
+        """As `approve`, after the policy has been loaded and probed: a bad one never gets a row.
+
+        The engine answers people meanwhile, so it is given nothing that would be refused then.
+        """
         policy = self.store.get(Policy, policy_id)
+        check_approval(
+            self.store,
+            policy_id=policy_id,
+            person=person,
+            reason=reason,
+            canary_percent=canary_percent,
+            shadow_percent=shadow_percent,
+        )
         await asyncio.to_thread(
             check_files, self.store, policy
         )  # it reads the whole adapter: answers stream on
@@ -199,16 +232,28 @@ class Release:
             self._noted = served.canary.id
 
     async def watch(self) -> None:
-        """Sync at once, whenever another process committed, and on a timer (an engine may have lost its adapters)."""
-        settled, seen, waited_s = False, self.store.data_version(), 0.0
-        while True:
-            version = self.store.data_version()
-            changed = version != seen and serving(self.store) != self.served
-            if changed or not settled or waited_s >= RECHECK_S:
-                settled, waited_s = await self._try_sync(), 0.0
-            seen = version
-            await asyncio.sleep(POLL_S)
-            waited_s += POLL_S
+        """Sync at once, whenever another process committed, and on a timer (an engine may have lost its adapters).
+
+        A sync may take as long as an engine takes to load; what needs nothing of the engine is followed meanwhile.
+        """
+        syncing = asyncio.create_task(self._try_sync())
+        seen, changed, waited_s = self.store.data_version(), False, 0.0
+        try:
+            while True:
+                await asyncio.sleep(POLL_S)
+                waited_s += POLL_S
+                version = self.store.data_version()
+                changed = changed or (version != seen and serving(self.store) != self.served)
+                seen = version
+                if not syncing.done():
+                    waited_s = 0.0
+                    if changed:
+                        self._flip_if_checked()
+                elif changed or not syncing.result() or waited_s >= RECHECK_S:
+                    syncing, changed, waited_s = asyncio.create_task(self._try_sync()), False, 0.0
+        finally:
+            syncing.cancel()
+            await asyncio.gather(syncing, return_exceptions=True)
 
     async def _try_sync(self) -> bool:
         try:

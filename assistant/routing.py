@@ -15,7 +15,8 @@ def assign(conversation_id: str, served: Served, *, first_answer_by: str | None 
     share is changed.
 
     Args:
-        first_answer_by: the policy of the conversation's first answer since the canary began, None without one.
+        first_answer_by: the policy of the conversation's first answer since the canary began, None without one; the stable
+            policy for one that was going on then.
     """
     canary = served.canary
     if canary is None or first_answer_by == served.stable.policy_id:

@@ -164,11 +164,11 @@ def get_turn(store: Store, id: str) -> Turn:
     return store.get(Turn, id)
 
 
-def first_policy_since(store: Store, conversation_id: str, since: float) -> str | None:
-    """Return the policy of the conversation's first answer that began after `since`; None without one."""
-    where = "conversation_id = ? AND created_at - total_s >= ?"
-    found = store.all(Turn, where, [conversation_id, since], order="seq", limit=1)
-    return found[0].policy_id if found else None
+def first_answer_after(store: Store, conversation_id: str, at: float) -> Turn | None:
+    """Return the conversation's first answer that was recorded after `at` (Unix seconds); None without one."""
+    where = "conversation_id = ? AND created_at > ?"
+    found = store.all(Turn, where, [conversation_id, at], order="seq", limit=1)
+    return found[0] if found else None
 
 
 def thread(store: Store, conversation_id: str) -> list[Turn]:

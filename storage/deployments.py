@@ -5,21 +5,25 @@ Moving the engine to the served state is the business of `assistant.release`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from storage.deployments_read import ANSWERING, Stage, answering_since, deployments_of, served, stages_of
 from storage.errors import Conflict, InvalidField, NotAllowed
 from storage.people import SYSTEM, require_actor
-from storage.policies import get_policy, is_approved
+from storage.policies import approval_of, get_policy, is_approved
 from storage.records import Deployment, DeploymentRole, Served, new_id, now
 from storage.store import Store
 from storage.tables import Setting
 
 __all__ = [
     "Stage",
+    "answered_before",
     "check_newest",
     "check_step",
     "deploy",
     "deployments_of",
     "history",
+    "is_way_back",
     "note_answering",
     "served",
     "stages_of",
@@ -88,6 +92,45 @@ def note_answering(store: Store, canary: Deployment) -> float:
             known[canary.id] = now()
             changes.replace_key(Setting(key=ANSWERING, value=known, changed_at=now()), "key")
     return known[canary.id]
+
+
+def answered_before(store: Store, decided: Served) -> Served:
+    """Return what a server that starts may serve before it has checked anything: what answered people already.
+
+    The rest of what was decided was never loaded and checked. The policy before answers in the place of stable, or the base
+    where that never answered either, and a canary is drawn with the share that an earlier server drew with.
+    """
+    with store.reading():
+        if decided.canary_since is not None or _has_answered(store, decided.stable):
+            drawn = [stage.deployment for stage in stages_of(store, decided) if stage.since is not None]
+            return replace(decided, canary=drawn[-1] if drawn else None)
+        if decided.previous is not None and _has_answered(store, decided.previous):
+            return Served(stable=decided.previous)
+        of_the_base = """role = 'stable' AND policy_id IN (SELECT id FROM policies
+            WHERE adapter_sha256 IS NULL AND base_sha256 = (SELECT base_sha256 FROM policies WHERE id = ?))"""
+        (base,) = store.all(
+            Deployment, of_the_base, [decided.stable.policy_id], order="seq DESC", limit=1
+        )  # an adapter is approved where its base was served
+        return Served(stable=base)
+
+
+def _has_answered(store: Store, row: Deployment) -> bool:
+    """Tell whether the row's policy passed its checks once: it gave an answer, or is a base, which needs none."""
+    if get_policy(store, row.policy_id).adapter_sha256 is None:
+        return True
+    return bool(store.rows("SELECT 1 FROM turns WHERE policy_id = ? LIMIT 1", [row.policy_id]))
+
+
+def is_way_back(store: Store, now_served: Served) -> bool:
+    """Tell whether stable is what somebody went back to from `previous`: it answered before that, no approval came since."""
+    stable, previous = now_served.stable, now_served.previous
+    if previous is None:
+        return False
+    earlier = """policy_id = ? AND role = 'stable' AND seq < (SELECT seq FROM deployments WHERE id = ?)"""
+    if not store.all(Deployment, earlier, [stable.policy_id, previous.id], order="seq", limit=1):
+        return False
+    approval = approval_of(store, stable.policy_id)
+    return approval is None or approval.created_at < previous.created_at
 
 
 def _check_share(role: DeploymentRole, share: float) -> None:

@@ -161,14 +161,12 @@ def decide(store: Store, *, policy_id: str, person_id: str, decision: Decision, 
     Raises:
         NotAllowed: the person is no operator.
         InvalidField: no reason, or no such decision.
-        Conflict: the gate did not pass it, it is a base, it was decided so already on the same evidence, or it is to
-            be rejected and answers everybody.
+        Conflict: the gate did not pass it, it is a base, it was decided so already on the same evidence and not taken back
+            since, or it is to be rejected and answers everybody.
     """
-    require(get_person(store, person_id), "operator")
-    if not reason.strip():
-        raise InvalidField("reason", reason, "say why, for those who read it later")
+    check_decider(store, person_id, reason)
     with store.transaction(person_id) as changes:
-        _check_decidable(store, policy_id, decision)
+        check_decidable(store, policy_id, decision)
         approval = Approval(
             id=new_id("approval"),
             policy_id=policy_id,
@@ -178,12 +176,38 @@ def decide(store: Store, *, policy_id: str, person_id: str, decision: Decision, 
             sha256=evidence_sha256(store, policy_id),
             created_at=now(),
         )
-        latest = approval_of(store, policy_id)
-        if latest is not None and (latest.decision, latest.sha256) == (decision, approval.sha256):
-            raise Conflict(f"{policy_id}: the decision to {decision} it is already recorded")
         changes.insert(approval)
         changes.audit("policy.decided", policy_id, approval_id=approval.id, decision=decision)
     return approval
+
+
+def check_decider(store: Store, person_id: str, reason: str) -> None:
+    """Raise unless the person may decide on candidates and says why.
+
+    Raises:
+        NotAllowed: the person is no operator.
+        InvalidField: no reason.
+    """
+    require(get_person(store, person_id), "operator")
+    if not reason.strip():
+        raise InvalidField("reason", reason, "say why, for those who read it later")
+
+
+def check_decidable(store: Store, policy_id: str, decision: Decision) -> None:
+    """Raise Conflict as `decide` does."""
+    if get_policy(store, policy_id).adapter_sha256 is None:
+        raise Conflict(f"{policy_id} is a base model: it may be served without a decision")
+    evaluation = evaluation_of(store, policy_id)
+    if decision == "approve" and (evaluation is None or not evaluation.passed):
+        why = "was never evaluated" if evaluation is None else "was refused by its gate"
+        raise Conflict(f"{policy_id} {why}: only a candidate that passed may be approved")
+    now_served = served(store)
+    if decision == "reject" and now_served is not None and now_served.stable.policy_id == policy_id:
+        raise Conflict(f"{policy_id} answers everybody: roll it back first, then reject it")
+    latest, decided_on = approval_of(store, policy_id), evidence_sha256(store, policy_id)
+    is_same = latest is not None and (latest.decision, latest.sha256) == (decision, decided_on)
+    if is_same and standing(store, policy_id) not in ("previous", "retired"):
+        raise Conflict(f"{policy_id}: the decision to {decision} it is already recorded")
 
 
 def approval_of(store: Store, policy_id: str) -> Approval | None:
@@ -227,18 +251,6 @@ def _standing_unserved(store: Store, policy_id: str) -> Standing:
     if is_approved(store, policy_id):
         return "approved"
     return "refused" if evaluation is not None and not evaluation.passed else "candidate"
-
-
-def _check_decidable(store: Store, policy_id: str, decision: Decision) -> None:
-    if get_policy(store, policy_id).adapter_sha256 is None:
-        raise Conflict(f"{policy_id} is a base model: it may be served without a decision")
-    evaluation = evaluation_of(store, policy_id)
-    if decision == "approve" and (evaluation is None or not evaluation.passed):
-        why = "was never evaluated" if evaluation is None else "was refused by its gate"
-        raise Conflict(f"{policy_id} {why}: only a candidate that passed may be approved")
-    now_served = served(store)
-    if decision == "reject" and now_served is not None and now_served.stable.policy_id == policy_id:
-        raise Conflict(f"{policy_id} answers everybody: roll it back first, then reject it")
 
 
 def _base(base_path: str, base_sha256: str) -> Policy:

@@ -14,6 +14,7 @@ from assistant.chat import Chat
 from assistant.engine.errors import EngineAbsent, EngineError, EngineStarting, EngineUnavailable, WrongPolicy
 from assistant.engine.vllm import VllmEngine
 from assistant.release import Release
+from storage import deployments
 from storage.failures import failures_since
 from storage.records import Conversation, Deployment
 from storage_fixtures import World, add_candidate, approve, deploy, make_world, start_conversation
@@ -29,6 +30,7 @@ class Trial:
         policy = add_candidate(self.world)
         approve(self.world, policy)
         self.canary: Deployment = deploy(self.world, policy, "canary", share=0.5)
+        deployments.note_answering(self.world.store, self.canary)  # an earlier server checked it
         self.server = Server()
         transport = httpx.MockTransport(self.server)
         engine = VllmEngine([ONE, TWO], base_name=BASE, transport=transport, explain=lambda: self.starting)

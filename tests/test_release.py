@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -282,4 +283,47 @@ def test_an_unknown_policy_is_named(desk: Desk) -> None:
     with pytest.raises(NotFound, match="policy-9999"):
         release.approve(
             desk.world.store, policy_id="policy-9999-abcdef", person=desk.world.admin, reason="better"
+        )
+
+
+# -- nothing is loaded beside live users that may not be approved --------------------------------------------------
+
+
+async def never(**_: object) -> None:
+    raise AssertionError("loaded")
+
+
+@pytest.mark.parametrize(
+    ("asked", "error"),
+    [
+        ({"reason": " "}, InvalidField),
+        ({"canary_percent": 100}, InvalidField),
+        ({"shadow_percent": 5, "canary_percent": 5}, InvalidField),
+        ({"canary_percent": 10}, Conflict),  # another one is the canary
+    ],
+)
+def test_an_approval_that_is_refused_loads_nothing(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], error: type[Exception]
+) -> None:
+    canary, policy = candidate(desk, tmp_path, 1), candidate(desk, tmp_path, 2)
+    approve(desk, canary, canary_percent=10)
+    monkeypatch.setattr(desk.engine, "load", never)
+    asked = {"person": desk.world.admin, "reason": "better", **asked}
+    with pytest.raises(error):
+        asyncio.run(desk.release.approve(policy_id=policy.id, **asked))
+    assert policies.standing(desk.world.store, policy.id) == "candidate"
+
+
+def test_neither_staff_nor_a_gate_that_refused_lets_anything_be_loaded(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed, refused = candidate(desk, tmp_path, 1), candidate(desk, tmp_path, 2, passed=False)
+    monkeypatch.setattr(desk.engine, "load", never)
+    with pytest.raises(Conflict, match="refused by its gate"):
+        approve(desk, refused)
+    with pytest.raises(NotAllowed):
+        asyncio.run(
+            desk.release.approve(
+                policy_id=passed.id, person=desk.world.staff, reason="mine", canary_percent=5
+            )
         )

@@ -16,7 +16,7 @@ from assistant.web.pages.frame import Frame
 from assistant.web.pages.served_page import ServedPage
 from assistant.web.words import Words
 from storage import deployments, policies
-from storage.errors import Conflict
+from storage.errors import Conflict, InvalidField, NotAllowed
 from storage.records import Policy, Served
 from storage.store import Store
 from storage_fixtures import World, add_candidate, approve, deploy, make_world
@@ -251,3 +251,46 @@ def test_the_command_says_where_a_rejected_policy_stands(
     assert kotae(world, "reject", policy.id, "--json") == 0
     assert '"standing": "rejected"' in capsys.readouterr().out
     assert served(world).canary is None
+
+
+class PowerCut(Exception):
+    """The process ends here."""
+
+
+def test_a_rejection_that_was_cut_off_leaves_no_rejected_canary_answering_and_is_repeated(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = approved(world)
+    deploy(world, policy, "canary")
+    for module, step in ((deployments, "deploy"), (policies, "decide")):
+
+        def cut_off(*_: object, **__: object) -> None:
+            raise PowerCut
+
+        with monkeypatch.context() as patched:
+            patched.setattr(module, step, cut_off)
+            with pytest.raises(PowerCut):
+                reject(world, policy)
+        now_served = served(world)
+        assert now_served.canary is None or policies.is_approved(world.store, policy.id)
+    assert reject(world, policy) == "rejected"
+    assert served(world).canary is None
+
+
+def test_a_rejection_that_is_refused_withdraws_nothing(world: World) -> None:
+    policy = approved(world)
+    deploy(world, policy, "canary")
+    with pytest.raises(NotAllowed):
+        release.reject(world.store, policy_id=policy.id, person=world.staff, reason="too curt")
+    with pytest.raises(InvalidField, match="reason"):
+        release.reject(world.store, policy_id=policy.id, person=world.admin, reason=" ")
+    assert served(world).canary is not None
+
+
+def test_a_rejected_shadow_that_is_also_the_way_back_is_withdrawn(world: World) -> None:
+    policy = approved(world)
+    deploy(world, policy)
+    deploy(world, world.base)
+    deploy(world, policy, "shadow")
+    assert reject(world, policy) == "rejected"
+    assert served(world) == Served(stable=served(world).stable)

@@ -288,7 +288,7 @@ def test_a_refused_policy_is_withdrawn_even_where_another_only_has_to_wait(
     assert release.serving(desk.world.store).canary is None
 
 
-def test_a_canary_that_fails_when_it_is_approved_again_is_withdrawn_and_not_cut_off(
+def test_a_canary_that_fails_when_it_gets_another_share_is_withdrawn_and_not_cut_off(
     desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = candidate(desk, tmp_path)
@@ -299,7 +299,7 @@ def test_a_canary_that_fails_when_it_is_approved_again_is_withdrawn_and_not_cut_
 
     probed_by(desk, monkeypatch, policy, bad)
     with pytest.raises(AdapterRefused):
-        approve(desk, policy)
+        approve(desk, policy, canary_percent=80)
     assert policy.id in asyncio.run(desk.engine.loaded())  # people are still sent to it
     assert asyncio.run(desk.release.sync()).canary is None
     assert policy.id not in asyncio.run(desk.engine.loaded())

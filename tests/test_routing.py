@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+
 from assistant.routing import assign, draw
-from storage.records import Deployment, Served
+from chat_fixtures import Desk, make_desk, put_beside
+from storage.outcomes import CONCLUDED_AFTER_S
+from storage.records import Conversation, Deployment, Served, now
+from storage_fixtures import record, start_conversation
 
 
 def deployment(id: str, *, role: str = "stable", share: float = 1.0) -> Deployment:
@@ -60,3 +66,46 @@ def test_a_full_share_leaves_nobody_out_and_an_empty_one_takes_nobody() -> None:
     nobody = Served(stable=STABLE, canary=deployment("dep_2", role="canary", share=0.0))
     assert all(assign(id, everyone).id == "dep_2" for id in CONVERSATIONS[:200])
     assert all(assign(id, nobody).id == "dep_1" for id in CONVERSATIONS[:200])
+
+
+# -- conversations that were going on when the canary began, which its evidence leaves out too -----------------------
+
+
+def answered_by(desk: Desk, conversation: Conversation) -> str:
+    with desk.release.lease(conversation.id) as deployment:
+        return deployment.policy_id
+
+
+def ask(desk: Desk, conversation: Conversation) -> str:
+    question = desk.chat.ask(desk.world.staff, conversation, "And then?")
+    return asyncio.run(desk.chat.complete(question)).policy_id
+
+
+def test_a_conversation_that_was_going_on_when_the_canary_began_stays_with_stable(tmp_path: Path) -> None:
+    desk = make_desk(tmp_path / "data")
+    going_on = [start_conversation(desk.world) for _ in range(30)]
+    assert {ask(desk, conversation) for conversation in going_on} == {desk.world.base.id}
+    put_beside(desk, "canary", share=0.5)
+    for _ in range(2):  # also when stable has answered it since
+        assert {ask(desk, conversation) for conversation in going_on} == {desk.world.base.id}
+    assert len({answered_by(desk, start_conversation(desk.world)) for _ in range(30)}) == 2
+
+
+def test_an_answer_that_was_under_way_when_the_canary_began_keeps_its_conversation_with_stable(
+    tmp_path: Path,
+) -> None:
+    desk = make_desk(tmp_path / "data")
+    put_beside(desk, "canary")
+    conversation = start_conversation(desk.world)
+    record(desk.world, conversation, total_s=60.0)  # it ended after that, and is recorded then
+    assert answered_by(desk, conversation) == desk.world.base.id
+
+
+def test_a_conversation_that_rested_for_half_an_hour_before_the_canary_is_drawn_as_a_new_one(
+    tmp_path: Path,
+) -> None:
+    desk = make_desk(tmp_path / "data")
+    conversation = start_conversation(desk.world)
+    record(desk.world, conversation, created_at=now() - CONCLUDED_AFTER_S - 60)
+    canary = put_beside(desk, "canary")
+    assert answered_by(desk, conversation) == canary.policy_id

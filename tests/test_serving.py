@@ -180,9 +180,9 @@ def test_swaps_and_rollbacks_during_eight_streams_cut_nothing_and_name_the_right
     for policy in policies_:
         release.approve(world.store, policy_id=policy.id, person=world.admin, reason="swap")
         served(policy.id)
-    for expected in (first.id, second.id, first.id):
-        release.rollback(world.store, actor=world.admin.id, reason="and back")
-        served(expected)
+    for taken_back, back_to in ((second.id, first.id), (first.id, second.id), (second.id, first.id)):
+        release.rollback(world.store, actor=world.admin.id, reason="and back", expected=taken_back)
+        served(back_to)
     stop.set()
     for thread in threads:
         thread.join(60)

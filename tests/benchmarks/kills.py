@@ -82,7 +82,8 @@ def decide(world: World, candidates: list[Policy], drawn: random.Random) -> None
     served = release.serving(world.store)
     others = [policy for policy in candidates if policy.id != served.stable.policy_id]
     if served.previous is not None and drawn.random() < 0.4:
-        release.rollback(world.store, actor=world.admin.id, reason="a kill is coming")
+        stable = served.stable.policy_id  # named, as it may go back to what was rolled back last
+        release.rollback(world.store, actor=world.admin.id, reason="a kill is coming", expected=stable)
         return
     release.approve(
         world.store, policy_id=drawn.choice(others).id, person=world.admin, reason="a kill is coming"
