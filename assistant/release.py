@@ -12,15 +12,17 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from assistant.alerts import Alerts, Kind
 from assistant.decisions import approve, check_files, promote, reject, retire, rollback, serving, withdraw
 from assistant.engine.behaviour_gate import BehaviourGate
 from assistant.engine.errors import AdapterRefused, EngineError, EngineStarting
 from assistant.engine.protocol import Engine
 from assistant.engine.reconcile import LoadResult, load_missing, unload_unused
+from assistant.in_effect import InEffect, note
 from assistant.routing import assign, is_drawn
 from storage import deployments
 from storage.conversations import first_policy_since
@@ -33,8 +35,11 @@ log = logging.getLogger("kotae.release")
 
 POLL_S = 1.0
 RECHECK_S = 5.0
-ALERTS = 20
-"""So many messages to the operator are kept; all of them are in the log."""
+FAILED_SYNCS = 10
+"""After so many in a row, a second apart, an operator has to know: a full queue or a lost connection is over by then."""
+
+_ENGINE = "engine"
+"""What an alert is about that is about no policy."""
 
 
 class Release:
@@ -45,10 +50,17 @@ class Release:
         self.engine = engine
         self.behaviour = BehaviourGate(engine, tolerance_nats=probe_tolerance_nats)
         self.served = serving(store)
-        self.alerts: list[str] = []
+        self.told = Alerts()
+        self.trouble = ""
+        """Why the last sync failed; "" where it did not."""
         self.in_flight: Counter[str] = Counter()
         self._lock = asyncio.Lock()
-        self._last_trouble: type[KotaeError] | None = None
+        self._failed_syncs = 0
+        self._was_starting = False
+        self._is_flipped = False
+        """False until this process knows that the engine has what should answer."""
+        self._failed: dict[str, str] = {}
+        """Policies that could not be loaded or checked at the last sync, and why."""
         self._noted = ""
         """The canary's deployment that is known to answer."""
         self._checked: set[str] = set()
@@ -90,7 +102,10 @@ class Release:
         canary_percent: float | None = None,
         shadow_percent: float | None = None,
     ) -> Deployment:
-        """As `approve`, after the policy has been loaded and probed: a bad one never gets a row."""
+        """As `approve`, after the policy has been loaded and probed: a bad one never gets a row.
+
+        What keeps the engine from following after that is no error of this step, which is recorded: see `trouble`.
+        """
         policy = self.store.get(Policy, policy_id)
         await asyncio.to_thread(
             check_files, self.store, policy
@@ -106,7 +121,7 @@ class Release:
                 canary_percent=canary_percent,
                 shadow_percent=shadow_percent,
             )
-        await self.sync()
+        await self.try_sync()
         return deployment
 
     async def sync(self) -> Served:
@@ -125,6 +140,7 @@ class Release:
             while (decided := await self._load_and_check(wanted)) != wanted:
                 wanted = decided  # somebody decided meanwhile, or what is wanted was withdrawn
             self._flip(wanted)
+            self.told.keep("no way back", {wanted.previous.policy_id} if wanted.previous else set())
             for reason in (await unload_unused(self.engine, self._in_use)).values():
                 raise reason
             return self.served
@@ -144,6 +160,7 @@ class Release:
         refused = {
             id: str(error) for id, error in failed.items() if isinstance(error, AdapterRefused | CorruptData)
         }
+        self._failed = {id: str(error) for id, error in failed.items()}
         for policy_id in refused:
             self._withdraw(policy_id, refused)
         for policy_id in failed.keys() - refused.keys():
@@ -165,7 +182,7 @@ class Release:
 
     def _flip(self, served: Served) -> None:
         """Answer as `served` says from now on; a canary's evidence begins after that, when every draw is its own."""
-        self.served = served
+        self.served, self._is_flipped = served, True
         if served.canary is not None and served.canary.id != self._noted:
             since = deployments.note_answering(self.store, served.canary)
             self.served = replace(served, canary_since=served.canary_since or since)
@@ -178,24 +195,49 @@ class Release:
             version = self.store.data_version()
             changed = version != seen and serving(self.store) != self.served
             if changed or not settled or waited_s >= RECHECK_S:
-                settled, waited_s = await self._try_sync(), 0.0
+                settled, waited_s = await self.try_sync(), 0.0
             seen = version
             await asyncio.sleep(POLL_S)
             waited_s += POLL_S
 
-    async def _try_sync(self) -> bool:
+    async def try_sync(self) -> bool:
+        """Sync, note what is in effect then, and tell whether it went well; `watch` goes on trying where it did not."""
         try:
             await self.sync()
         except KotaeError as error:
-            if type(error) is not self._last_trouble:
-                if isinstance(error, EngineStarting):
-                    log.info("waiting for the engine: %s", error)
-                else:
-                    log.warning("the engine is not yet at what should be served: %s", error)
-            self._last_trouble = type(error)
-            return False
-        self._last_trouble = None
-        return True
+            self._note_trouble(error)
+        else:
+            self._failed_syncs, self.trouble = 0, ""
+            self.told.drop(_ENGINE)
+        with suppress(KotaeError):  # it is for the command line alone
+            await asyncio.to_thread(note, self.store, self.in_effect())
+        return not self.trouble
+
+    def _note_trouble(self, error: KotaeError) -> None:
+        """Log each new cause once, and tell the operators when it lasts. An engine that boots is progress."""
+        before, self.trouble = self.trouble, str(error)
+        is_starting = isinstance(error, EngineStarting)
+        self._failed_syncs = 0 if is_starting else self._failed_syncs + 1
+        message = f"the engine is not yet at what should be served: {error}"
+        if is_starting and not self._was_starting:
+            log.info("waiting for the engine: %s", error)
+        elif self._failed_syncs >= FAILED_SYNCS and message not in self.alerts:
+            self.tell(message, kind="not in effect", about=_ENGINE)
+        elif not is_starting and self.trouble != before:
+            log.warning(message)
+        self._was_starting = is_starting
+
+    def in_effect(self) -> InEffect:
+        """Return what answers now, and what keeps the rest of the decided from it."""
+        rows = [self.served.stable, self.served.canary] if self._is_flipped else []
+        shadow = self.served.shadow
+        if shadow is not None and shadow.policy_id in self._checked:
+            rows.append(shadow)
+        return InEffect(
+            deployments=tuple(row.id for row in rows if row is not None),
+            reasons=self._failed,
+            trouble=self.trouble,
+        )
 
     def _wanted(self, served: Served) -> dict[str, Policy]:
         return {row.policy_id: self.store.get(Policy, row.policy_id) for row in rows_of(served)}
@@ -212,7 +254,7 @@ class Release:
             if policy.id not in self._in_use():
                 await self.engine.unload(policy.id)
             raise
-        self._checked.add(policy.id)
+        self._pass(policy.id)
 
     async def _probe_unchecked(
         self, wanted: Mapping[str, Policy], result: LoadResult
@@ -226,10 +268,15 @@ class Release:
         for policy_id in sorted(wanted.keys() - result.failed.keys() - self._checked):
             try:
                 await self._probe(wanted[policy_id])
-                self._checked.add(policy_id)
+                self._pass(policy_id)
             except KotaeError as error:
                 failed[policy_id] = error
         return failed
+
+    def _pass(self, policy_id: str) -> None:
+        """Remember that the engine has the policy and answers as it should; whatever was wrong with it is put right."""
+        self._checked.add(policy_id)
+        self.told.drop(policy_id)
 
     async def _probe(self, policy: Policy) -> None:
         if policy.adapter_path is not None:
@@ -243,6 +290,7 @@ class Release:
             refused: all that cannot be served now, and why: what stable goes back to must not be among them.
         """
         served = serving(self.store)
+        kind: Kind = "withdrawn"
         why = f"{policy_id} was withdrawn: {refused[policy_id]}"
         if policy_id == served.stable.policy_id:
             back_to = self.engine.base_name
@@ -254,15 +302,20 @@ class Release:
         elif policy_id in {row.policy_id for row in (served.canary, served.shadow) if row is not None}:
             retire(self.store, policy_id=policy_id, actor=SYSTEM, reason=why)
         else:
-            why = f"{policy_id} is no way back: {refused[policy_id]}"
+            kind, why = "no way back", f"{policy_id} is no way back: {refused[policy_id]}"
             if why in self.alerts:
                 return  # it is looked at again and again, in case it can be loaded after all
-        self.tell(why)
+        self.tell(why, kind=kind, about=policy_id)
 
-    def tell(self, message: str) -> None:
-        """Show the operator a message, among the latest ones."""
+    @property
+    def alerts(self) -> list[str]:
+        """What the operators have to know now, the latest last."""
+        return [alert.message for alert in self.told.latest()]
+
+    def tell(self, message: str, *, kind: Kind = "other", about: str = "") -> None:
+        """Tell the operators, see `Alerts.tell`; without a subject of its own the message is one."""
         log.error(message)
-        self.alerts = [*(alert for alert in self.alerts if alert != message), message][-ALERTS:]
+        self.told.tell(kind, about or message, message)
 
 
 def rows_of(served: Served) -> list[Deployment]:

@@ -10,6 +10,7 @@ from assistant import release
 from assistant.web.pages import candidate_view as look
 from assistant.web.pages.frame import Frame, clickable, clicked, markup
 from assistant.web.pages.html import empty, note
+from assistant.web.pages.served_page import not_followed
 from storage import people, policies, runs
 from storage.errors import InvalidField
 from storage.records import Json, Policy, now
@@ -135,7 +136,8 @@ class CandidatesPage:
             told = self.words("candidates.approved", policy=selected, percent=percent)
             if deployment.role == "shadow":
                 told = self.words("candidates.shadowed", policy=selected, percent=percent)
-            return self._shown(selected) | {self.message: note(told, "good"), self.reason: ""}
+            message = note(told, "good") + not_followed(self.words, self.services.release)
+            return self._shown(selected) | {self.message: message, self.reason: ""}
 
     def on_reject(self, selected: str, reason: str, request: gr.Request) -> Updates:
         """Reject for good, with a reason; the canary or the shadow is withdrawn with it."""
