@@ -122,9 +122,11 @@ def status(args: argparse.Namespace) -> int:
 
 def list_policies(args: argparse.Namespace) -> int:
     """Every policy with its standing."""
-    store = Store(args.data)
-    rows = [{**asdict(p), "standing": policies.standing(store, p.id)} for p in policies.list_policies(store)]
-    show(args, rows, "\n".join(f"{row['id']:24}{row['standing']:12}{row['run_id'] or ''}" for row in rows))
+    from assistant.quarantine import listed
+
+    rows = listed(Store(args.data))
+    lines = [f"{row['id']:24}{row['standing']:12}{row['quarantined'] or row['run_id'] or ''}" for row in rows]
+    show(args, rows, "\n".join(lines))
     return 0
 
 

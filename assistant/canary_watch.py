@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from assistant.canary import CanaryConfig, Evidence, Status, Verdict, judge
 from assistant.canary_evidence import Arms
 from assistant.canary_stops import Event, Seen, hard_stops, length_outside, refusals_outside, still_needed
+from assistant.quarantine import quarantine
 from assistant.release import retire
 from storage import deployments, outcomes, settings
 from storage.deployments import Stage
@@ -87,6 +88,7 @@ class CanaryWatch:
                 actor=SYSTEM,
                 reason=f"canary failed: {'; '.join(verdict.reasons)}",
             )
+            quarantine(self.store, policy_id, f"canary failed: {verdict.reasons[0]}")
 
     def _follow(self, stages: list[Stage]) -> None:
         """Make room for each share that the canary had; a canary that is new here starts from nothing."""

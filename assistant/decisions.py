@@ -9,6 +9,7 @@ from pathlib import Path
 
 from assistant.engine.adapter_gate import base_shape, check_adapter
 from assistant.engine.errors import AdapterRefused
+from assistant.quarantine import refusals_kept
 from storage import adapters, deployments, policies
 from storage.errors import Conflict, InvalidField
 from storage.records import Deployment, DeploymentRole, Person, Policy, Served
@@ -35,7 +36,8 @@ def approve(
     """
     role, share = _role_and_share(canary_percent, shadow_percent)
     policy = store.get(Policy, policy_id)
-    check_files(store, policy)
+    with refusals_kept(store, policy_id):
+        check_files(store, policy)
     deployments.check_step(deployments.served(store), policy_id, role)  # nothing is decided that is not done
     if not _is_approved_and_free(store, policy_id):
         policies.decide(store, policy_id=policy_id, person_id=person.id, decision="approve", reason=reason)

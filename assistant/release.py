@@ -23,6 +23,7 @@ from assistant.engine.errors import AdapterRefused, EngineError, EngineStarting
 from assistant.engine.protocol import Engine
 from assistant.engine.reconcile import LoadResult, load_missing, unload_unused
 from assistant.in_effect import InEffect, note
+from assistant.quarantine import lift, quarantine, refusals_kept
 from assistant.routing import assign, is_drawn
 from storage import deployments
 from storage.conversations import first_policy_since
@@ -107,11 +108,13 @@ class Release:
         What keeps the engine from following after that is no error of this step, which is recorded: see `trouble`.
         """
         policy = self.store.get(Policy, policy_id)
-        await asyncio.to_thread(
-            check_files, self.store, policy
-        )  # it reads the whole adapter: answers stream on
+        with refusals_kept(self.store, policy_id):
+            await asyncio.to_thread(
+                check_files, self.store, policy
+            )  # it reads the whole adapter: answers stream on
         async with self._lock:  # until the row is there: a sync between would unload what nobody wants yet
-            await self._prepare(policy)
+            with refusals_kept(self.store, policy_id):
+                await self._prepare(policy)
             deployment = await asyncio.to_thread(
                 approve,
                 self.store,
@@ -121,6 +124,7 @@ class Release:
                 canary_percent=canary_percent,
                 shadow_percent=shadow_percent,
             )
+            lift(self.store, policy_id)
         await self.try_sync()
         return deployment
 
@@ -269,6 +273,7 @@ class Release:
             try:
                 await self._probe(wanted[policy_id])
                 self._pass(policy_id)
+                lift(self.store, policy_id)
             except KotaeError as error:
                 failed[policy_id] = error
         return failed
@@ -290,6 +295,7 @@ class Release:
             refused: all that cannot be served now, and why: what stable goes back to must not be among them.
         """
         served = serving(self.store)
+        quarantine(self.store, policy_id, refused[policy_id])
         kind: Kind = "withdrawn"
         why = f"{policy_id} was withdrawn: {refused[policy_id]}"
         if policy_id == served.stable.policy_id:

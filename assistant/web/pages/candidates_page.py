@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from assistant import release
+from assistant.quarantine import quarantine_of
 from assistant.web.pages import candidate_view as look
 from assistant.web.pages.frame import Frame, clickable, clicked, markup
 from assistant.web.pages.html import empty, note
@@ -178,6 +179,7 @@ class CandidatesPage:
         numbers = evaluation.numbers if evaluation else {}
         return {
             self.verdict: look.verdict(words, policy, standing, evaluation)
+            + look.quarantined(words, quarantine_of(store, policy.id))
             + look.decision(words, approval, decided),
             self.decision: gr.Column(visible=standing in ("candidate", "approved", "shadow")),
             self.evidence: gr.Column(visible=evaluation is not None),
