@@ -98,20 +98,19 @@ def again(args: argparse.Namespace) -> list[str]:
 
 def status(args: argparse.Namespace) -> int:
     """What is served, waiting and running."""
+    from assistant.in_effect import noted_waiting
     from assistant.shadow_watch import shadow_status
 
     store = Store(args.data)
     served, running = deployments.served(store), runs.running(store)
+    canary = served.canary if served else None
     waiting = [p.id for p in policies.list_policies(store) if policies.standing(store, p.id) == "candidate"]
     facts = {
         "stable": served.stable.policy_id if served else None,
         "previous": served.previous.policy_id if served and served.previous else None,
-        "canary": (
-            {"policy": served.canary.policy_id, "share": served.canary.share}
-            if served and served.canary
-            else None
-        ),
+        "canary": {"policy": canary.policy_id, "share": canary.share} if canary else None,
         "shadow": shadow_status(store),
+        "not_answering_yet": [asdict(row) for row in noted_waiting(store)],
         "waiting_for_decision": waiting,
         "running": {"id": running.id, **running.progress} if running else None,
     }
@@ -123,9 +122,11 @@ def status(args: argparse.Namespace) -> int:
 
 def list_policies(args: argparse.Namespace) -> int:
     """Every policy with its standing."""
-    store = Store(args.data)
-    rows = [{**asdict(p), "standing": policies.standing(store, p.id)} for p in policies.list_policies(store)]
-    show(args, rows, "\n".join(f"{row['id']:24}{row['standing']:12}{row['run_id'] or ''}" for row in rows))
+    from assistant.quarantine import listed
+
+    rows = listed(Store(args.data))
+    lines = [f"{row['id']:24}{row['standing']:12}{row['quarantined'] or row['run_id'] or ''}" for row in rows]
+    show(args, rows, "\n".join(lines))
     return 0
 
 

@@ -34,6 +34,13 @@ def hard_stops(seen: Sequence[Seen], *, now: float, config: CanaryConfig) -> lis
     return [*faults(seen, now=now, config=config), *latency(seen, config)]
 
 
+def still_needed(seen: Sequence[Seen], *, now: float, config: CanaryConfig) -> list[Seen]:
+    """Return the answers that the stops look at now or later: of the last window, and as far back as latency reads."""
+    canary = sorted(one.at for one in seen if one.canary and one.event == "answer")
+    since = min([now - config.window_s, *canary[-config.latency_windows * config.latency_answers :]])
+    return [one for one in seen if one.at >= since]
+
+
 def faults(seen: Sequence[Seen], *, now: float, config: CanaryConfig, who: str = "canary") -> list[str]:
     """Return what is wrong with the answers themselves, of the canary or of `who` is watched like one."""
     asked = [one for one in seen if one.event != "engine_died"]

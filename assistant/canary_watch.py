@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 
 from assistant.canary import CanaryConfig, Evidence, Status, Verdict, judge
 from assistant.canary_evidence import Arms
-from assistant.canary_stops import Event, Seen, hard_stops, length_outside, refusals_outside
+from assistant.canary_stops import Event, Seen, hard_stops, length_outside, refusals_outside, still_needed
+from assistant.quarantine import quarantine
 from assistant.release import retire
 from storage import deployments, outcomes, settings
 from storage.deployments import Stage
@@ -44,7 +45,11 @@ class CanaryWatch:
         self._arms: list[Arms] = []
         self._hand_overs: list[Arms] = []
         self._lengths: tuple[list[int], list[int]] = ([], [])
+        self._began_at = 0.0
+        """When that deployment was decided, in Unix seconds."""
         self._read_until = 0.0
+        """When the latest conversation that was counted concluded. Not the time of the look: a clock that is put back would
+        count what lies between again, and one that ran ahead would pass over what comes until then."""
         self._seen: list[Seen] = []
         self._seen_seq = 0
         self._failed: list[Seen] = []
@@ -55,53 +60,62 @@ class CanaryWatch:
         if served is None or served.canary is None:
             return None
         at = now() if at is None else at
-        self._count(served, served.canary, at)
-        stops = [
-            *hard_stops(
-                sorted([*self._seen, *self._failed], key=lambda one: one.at), now=at, config=self.config
-            ),
-            *length_outside(*self._lengths, self.config),
-            *refusals_outside(self._hand_overs, self.config),
-        ]
+        self._follow(deployments.stages_of(self.store, served))
+        self._read_answers(served, served.canary, at)
+        stops = hard_stops(
+            sorted([*self._seen, *self._failed], key=lambda one: one.at), now=at, config=self.config
+        )
+        if not stops:  # what is broken does not wait for what people thought of it
+            self._count_outcomes(served, served.canary, at)
+            stops = [
+                *length_outside(*self._lengths, self.config),
+                *refusals_outside(self._hand_overs, self.config),
+            ]
         verdict = judge(self._arms, stops=stops, config=self.config)
         self._keep(served.canary.policy_id, verdict)
         if verdict.status == "Failed":
-            log.error("canary %s failed: %s", served.canary.policy_id, verdict.reasons[0])
-            with suppress(
-                Conflict
-            ):  # somebody took it back or promoted it while it was judged: theirs is the last word
-                retire(
-                    self.store,
-                    policy_id=served.canary.policy_id,
-                    actor=SYSTEM,
-                    reason=f"canary failed: {'; '.join(verdict.reasons)}",
-                )
+            self._take_back(served.canary.policy_id, verdict)
         return verdict
 
-    def _count(self, served: Served, canary: Deployment, until: float) -> None:
-        """Add what concluded since the last look; a canary that is new here starts from nothing."""
-        stages = deployments.stages_of(self.store, served)
+    def _take_back(self, policy_id: str, verdict: Verdict) -> None:
+        log.error("canary %s failed: %s", policy_id, verdict.reasons[0])
+        with suppress(
+            Conflict
+        ):  # somebody took it back or promoted it while it was judged: theirs is the last word
+            retire(
+                self.store,
+                policy_id=policy_id,
+                actor=SYSTEM,
+                reason=f"canary failed: {'; '.join(verdict.reasons)}",
+            )
+            quarantine(self.store, policy_id, f"canary failed: {verdict.reasons[0]}")
+
+    def _follow(self, stages: list[Stage]) -> None:
+        """Make room for each share that the canary had; a canary that is new here starts from nothing."""
         if stages[0].deployment.id != self._of:
             self._arms, self._hand_overs, self._lengths, self._read_until = [], [], ([], []), 0.0
             self._seen, self._seen_seq = [], 0
-        self._of = stages[0].deployment.id
+        self._of, self._began_at = stages[0].deployment.id, stages[0].deployment.created_at
         self._stages = [stage for stage in stages if stage.since is not None]
         fresh = [Arms(share=stage.share) for stage in self._stages[len(self._arms) :]]
         self._arms, self._hand_overs = self._arms + fresh, self._hand_overs + fresh
-        self._count_outcomes(served, canary, until)
-        began_at = stages[0].deployment.created_at  # what stops it may happen before it answers anybody
+
+    def _read_answers(self, served: Served, canary: Deployment, until: float) -> None:
+        """Add what the hard stops look at, from the canary's row on: it may happen before it answers anybody."""
         policy_ids = (canary.policy_id, served.stable.policy_id)
         for answer in outcomes.answers_after(
-            self.store, self._seen_seq, policy_ids=policy_ids, began_at=began_at
+            self.store, self._seen_seq, policy_ids=policy_ids, began_at=self._began_at
         ):
             self._seen.append(seen_of(answer, is_canary=answer.policy_id == canary.policy_id))
             self._seen_seq = answer.seq
+        self._seen = still_needed(self._seen, now=until, config=self.config)
         self._failed = [
             Seen(at=one.created_at, canary=one.policy_id == canary.policy_id, event=one.kind)
-            for one in failures_since(self.store, policy_ids, since=began_at)
+            for one in failures_since(self.store, policy_ids, since=self._began_at)
         ]
 
     def _count_outcomes(self, served: Served, canary: Deployment, until: float) -> None:
+        """Add what concluded since the last look."""
         if served.canary_since is None:
             return
         for outcome in outcomes.outcomes(
@@ -113,7 +127,7 @@ class CanaryWatch:
             until=until,
         ):
             self._add(outcome, is_canary=outcome.policy_id == canary.policy_id)
-        self._read_until = until
+            self._read_until = outcome.concluded_at
 
     def _add(self, outcome: Outcome, *, is_canary: bool) -> None:
         """Count a conversation at the share that it was drawn with."""

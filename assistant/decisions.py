@@ -10,6 +10,7 @@ from pathlib import Path
 
 from assistant.engine.adapter_gate import base_shape, check_adapter
 from assistant.engine.errors import AdapterRefused
+from assistant.quarantine import refusals_kept
 from storage import adapters, deployments, policies
 from storage.errors import Conflict, InvalidField
 from storage.records import Deployment, DeploymentRole, Person, Policy, Served
@@ -44,7 +45,8 @@ def approve(
         canary_percent=canary_percent,
         shadow_percent=shadow_percent,
     )
-    check_files(store, policy)
+    with refusals_kept(store, policy_id):
+        check_files(store, policy)
     if _needs_decision(store, policy_id, role):
         policies.decide(store, policy_id=policy_id, person_id=person.id, decision="approve", reason=reason)
     return deployments.deploy(

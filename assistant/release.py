@@ -12,10 +12,11 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from assistant.alerts import Alerts, Kind, Trouble
 from assistant.decisions import (
     approve,
     check_approval,
@@ -31,18 +32,17 @@ from assistant.engine.behaviour_gate import BehaviourGate
 from assistant.engine.errors import (
     AdapterRefused,
     EngineError,
-    EngineStarting,
     EngineUnavailable,
     LoadFailed,
     ReplicaAtFault,
 )
 from assistant.engine.protocol import Engine
 from assistant.engine.reconcile import LoadResult, load_missing, unload_unused
-from assistant.routing import assign, is_drawn
+from assistant.in_effect import InEffect, note
+from assistant.quarantine import lift, quarantine, refusals_kept
+from assistant.routing import assign, first_answer_by, is_drawn
 from storage import deployments
-from storage.conversations import first_answer_after
 from storage.errors import CorruptData, KotaeError
-from storage.outcomes import CONCLUDED_AFTER_S
 from storage.people import SYSTEM
 from storage.records import Deployment, Person, Policy, Served, Turn
 from storage.store import Store
@@ -51,8 +51,6 @@ log = logging.getLogger("kotae.release")
 
 POLL_S = 1.0
 RECHECK_S = 5.0
-ALERTS = 20
-"""So many messages to the operator are kept; all of them are in the log."""
 
 
 class Release:
@@ -63,10 +61,14 @@ class Release:
         self.engine = engine
         self.behaviour = BehaviourGate(engine, tolerance_nats=probe_tolerance_nats)
         self.served = deployments.answered_before(store, serving(store))
-        self.alerts: list[str] = []
+        self.told = Alerts()
+        self.trouble = Trouble(self.told)
         self.in_flight: Counter[str] = Counter()
         self._lock = asyncio.Lock()
-        self._last_trouble: type[KotaeError] | None = None
+        self._is_flipped = False
+        """False until this process knows that the engine has what should answer."""
+        self._failed: dict[str, str] = {}
+        """Policies that could not be loaded or checked at the last sync, and why."""
         self._noted = ""
         """The canary's deployment that is known to answer."""
         self._checked: set[str] = set()
@@ -87,21 +89,8 @@ class Release:
             self.in_flight += Counter()  # forget the zeros
 
     def _assigned(self, conversation_id: str) -> Deployment:
-        first = self._first_answer_by(conversation_id, self.served)
+        first = first_answer_by(self.store, conversation_id, self.served)
         return assign(conversation_id, self.served, first_answer_by=first)
-
-    def _first_answer_by(self, conversation_id: str, served: Served) -> str | None:
-        """Return whose conversation it is while this canary runs; None if that is still to be drawn.
-
-        One that was going on when the canary began is stable's: `storage.outcomes` leaves the same ones out of the evidence.
-        """
-        if served.canary_since is None:
-            return None
-        first = first_answer_after(self.store, conversation_id, served.canary_since - CONCLUDED_AFTER_S)
-        if first is None:
-            return None
-        was_going_on = first.created_at - first.total_s < served.canary_since
-        return served.stable.policy_id if was_going_on else first.policy_id
 
     def shadow_of(self, conversation_id: str) -> Deployment | None:
         """Return the shadow that is asked this conversation's questions too; None where none is, or not yet loaded."""
@@ -121,7 +110,8 @@ class Release:
     ) -> Deployment:
         """As `approve`, after the policy has been loaded and probed: a bad one never gets a row.
 
-        The engine answers people meanwhile, so it is given nothing that would be refused then.
+        The engine answers people meanwhile, so it is given nothing that would be refused then. What keeps it from following
+        after that is no error of this step, which is recorded: see `trouble`.
         """
         policy = self.store.get(Policy, policy_id)
         check_approval(
@@ -132,11 +122,13 @@ class Release:
             canary_percent=canary_percent,
             shadow_percent=shadow_percent,
         )
-        await asyncio.to_thread(
-            check_files, self.store, policy
-        )  # it reads the whole adapter: answers stream on
+        with refusals_kept(self.store, policy_id):
+            await asyncio.to_thread(
+                check_files, self.store, policy
+            )  # it reads the whole adapter: answers stream on
         async with self._lock:  # until the row is there: a sync between would unload what nobody wants yet
-            await self._prepare(policy)
+            with refusals_kept(self.store, policy_id):
+                await self._prepare(policy)
             deployment = await asyncio.to_thread(
                 approve,
                 self.store,
@@ -146,7 +138,8 @@ class Release:
                 canary_percent=canary_percent,
                 shadow_percent=shadow_percent,
             )
-        await self.sync()
+            lift(self.store, policy_id)
+        await self.try_sync()
         return deployment
 
     async def sync(self) -> Served:
@@ -165,6 +158,7 @@ class Release:
             while (decided := await self._load_and_check(wanted)) != wanted:
                 wanted = decided  # somebody decided meanwhile, or what is wanted was withdrawn
             self._flip(wanted)
+            self.told.keep("no way back", {wanted.previous.policy_id} if wanted.previous else set())
             for reason in (await unload_unused(self.engine, self._in_use)).values():
                 raise reason
             return self.served
@@ -180,12 +174,14 @@ class Release:
         result = await load_missing(
             self.engine, paths, check=lambda policy_id: check_files(self.store, wanted[policy_id])
         )
+        self.told.keep("replica", result.at_fault)
         for policy_id, error in result.at_fault.items():
-            self._tell_once(f"{policy_id}: {error}")
+            self._tell_once("replica", policy_id, f"{policy_id}: {error}")
         failed = {**result.failed, **await self._probe_unchecked(wanted, result)}
         refused = {
             id: str(error) for id, error in failed.items() if isinstance(error, AdapterRefused | CorruptData)
         }
+        self._failed = {id: str(error) for id, error in failed.items()}
         for_now = {id for id in refused if isinstance(failed[id], LoadFailed) and self._has_answered(id)}
         for policy_id in refused.keys() - for_now:
             self._withdraw(policy_id, refused)
@@ -209,7 +205,7 @@ class Release:
         Raises:
             EngineUnavailable: the policy should answer.
         """
-        self._tell_once(f"{policy_id} is not loaded and is tried again: {why}")
+        self._tell_once("not loaded", policy_id, f"{policy_id} is not loaded and is tried again: {why}")
         if policy_id in {row.policy_id for row in (served.stable, served.canary) if row is not None}:
             raise EngineUnavailable(f"engine: {policy_id} is not loaded for now: {why}")
 
@@ -225,7 +221,7 @@ class Release:
 
     def _flip(self, served: Served) -> None:
         """Answer as `served` says from now on; a canary's evidence begins after that, when every draw is its own."""
-        self.served = served
+        self.served, self._is_flipped = served, True
         if served.canary is not None and served.canary.id != self._noted:
             since = deployments.note_answering(self.store, served.canary)
             self.served = replace(served, canary_since=served.canary_since or since)
@@ -236,7 +232,7 @@ class Release:
 
         A sync may take as long as an engine takes to load; what needs nothing of the engine is followed meanwhile.
         """
-        syncing = asyncio.create_task(self._try_sync())
+        syncing = asyncio.create_task(self.try_sync())
         seen, changed, waited_s = self.store.data_version(), False, 0.0
         try:
             while True:
@@ -250,24 +246,34 @@ class Release:
                     if changed:
                         self._flip_if_checked()
                 elif changed or not syncing.result() or waited_s >= RECHECK_S:
-                    syncing, changed, waited_s = asyncio.create_task(self._try_sync()), False, 0.0
+                    syncing, changed, waited_s = asyncio.create_task(self.try_sync()), False, 0.0
         finally:
             syncing.cancel()
             await asyncio.gather(syncing, return_exceptions=True)
 
-    async def _try_sync(self) -> bool:
+    async def try_sync(self) -> bool:
+        """Sync, note what is in effect then, and tell whether it went well; `watch` goes on trying where it did not."""
         try:
             await self.sync()
         except KotaeError as error:
-            if type(error) is not self._last_trouble:
-                if isinstance(error, EngineStarting):
-                    log.info("waiting for the engine: %s", error)
-                else:
-                    log.warning("the engine is not yet at what should be served: %s", error)
-            self._last_trouble = type(error)
-            return False
-        self._last_trouble = None
-        return True
+            self.trouble.note(error)
+        else:
+            self.trouble.end()
+        with suppress(KotaeError):  # it is for the command line alone
+            await asyncio.to_thread(note, self.store, self.in_effect())
+        return not self.trouble.why
+
+    def in_effect(self) -> InEffect:
+        """Return what answers now, and what keeps the rest of the decided from it."""
+        rows = [self.served.stable, self.served.canary] if self._is_flipped else []
+        shadow = self.served.shadow
+        if shadow is not None and shadow.policy_id in self._checked:
+            rows.append(shadow)
+        return InEffect(
+            deployments=tuple(row.id for row in rows if row is not None),
+            reasons=self._failed,
+            trouble=self.trouble.why,
+        )
 
     def _wanted(self, served: Served) -> dict[str, Policy]:
         return {row.policy_id: self.store.get(Policy, row.policy_id) for row in rows_of(served)}
@@ -284,7 +290,7 @@ class Release:
             if policy.id not in self._in_use():
                 await self.engine.unload(policy.id)
             raise
-        self._checked.add(policy.id)
+        self._pass(policy.id)
 
     async def _probe_unchecked(
         self, wanted: Mapping[str, Policy], result: LoadResult
@@ -302,12 +308,19 @@ class Release:
             try:
                 await self._probe(wanted[policy_id])
             except ReplicaAtFault as error:
-                self._tell_once(f"{policy_id}: {error}")
+                self._tell_once("replica's answers", policy_id, f"{policy_id}: {error}")
+                self._checked.add(policy_id)
             except KotaeError as error:
                 failed[policy_id] = error
-                continue
-            self._checked.add(policy_id)
+            else:
+                self._pass(policy_id)
+                lift(self.store, policy_id)
         return failed
+
+    def _pass(self, policy_id: str) -> None:
+        """Remember that the engine has the policy and answers as it should; whatever was wrong with it is put right."""
+        self._checked.add(policy_id)
+        self.told.drop(policy_id)
 
     async def _probe(self, policy: Policy) -> None:
         if policy.adapter_path is not None:
@@ -321,6 +334,8 @@ class Release:
             refused: all that cannot be served now, and why: what stable goes back to must not be among them.
         """
         served = serving(self.store)
+        quarantine(self.store, policy_id, refused[policy_id])
+        kind: Kind = "withdrawn"
         why = f"{policy_id} was withdrawn: {refused[policy_id]}"
         if policy_id == served.stable.policy_id:
             back_to = self.engine.base_name
@@ -332,19 +347,25 @@ class Release:
         elif policy_id in {row.policy_id for row in (served.canary, served.shadow) if row is not None}:
             retire(self.store, policy_id=policy_id, actor=SYSTEM, reason=why)
         else:
-            self._tell_once(f"{policy_id} is no way back: {refused[policy_id]}")
+            kind, why = "no way back", f"{policy_id} is no way back: {refused[policy_id]}"
+            self._tell_once(kind, policy_id, why)
             return
-        self.tell(why)
+        self.tell(why, kind=kind, about=policy_id)
 
-    def _tell_once(self, message: str) -> None:
+    def _tell_once(self, kind: Kind, policy_id: str, message: str) -> None:
         """As `tell`, for what is looked at again and again, in case it is well after all."""
         if message not in self.alerts:
-            self.tell(message)
+            self.tell(message, kind=kind, about=policy_id)
 
-    def tell(self, message: str) -> None:
-        """Show the operator a message, among the latest ones."""
+    @property
+    def alerts(self) -> list[str]:
+        """What the operators have to know now, the latest last."""
+        return [alert.message for alert in self.told.latest()]
+
+    def tell(self, message: str, *, kind: Kind = "other", about: str = "") -> None:
+        """Tell the operators, see `Alerts.tell`; without a subject of its own the message is one."""
         log.error(message)
-        self.alerts = [*(alert for alert in self.alerts if alert != message), message][-ALERTS:]
+        self.told.tell(kind, about or message, message)
 
 
 def rows_of(served: Served) -> list[Deployment]:

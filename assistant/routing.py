@@ -1,10 +1,27 @@
-"""Which policy answers this conversation: a pure function of its id, of what is served and of who answered it first."""
+"""Which policy answers this conversation: who answered it first, and a pure function of that, its id and what is served."""
 
 from __future__ import annotations
 
 import hashlib
 
+from storage.conversations import first_answer_after
+from storage.outcomes import CONCLUDED_AFTER_S
 from storage.records import Deployment, Served
+from storage.store import Store
+
+
+def first_answer_by(store: Store, conversation_id: str, served: Served) -> str | None:
+    """Return whose conversation it is while this canary runs; None if that is still to be drawn.
+
+    One that was going on when the canary began is stable's: `storage.outcomes` leaves the same ones out of the evidence.
+    """
+    if served.canary_since is None:
+        return None
+    first = first_answer_after(store, conversation_id, served.canary_since - CONCLUDED_AFTER_S)
+    if first is None:
+        return None
+    was_going_on = first.created_at - first.total_s < served.canary_since
+    return served.stable.policy_id if was_going_on else first.policy_id
 
 
 def assign(conversation_id: str, served: Served, *, first_answer_by: str | None = None) -> Deployment:

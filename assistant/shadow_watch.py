@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from assistant.canary import CanaryConfig
 from assistant.canary_stops import Event, Seen, faults
 from assistant.canary_watch import seen_of
+from assistant.quarantine import quarantine
 from assistant.release import retire
 from assistant.routing import is_drawn
 from assistant.shadow_evidence import Estimate, Pair, agreement, estimates
@@ -92,6 +93,7 @@ class ShadowWatch:
                     actor=SYSTEM,
                     reason=f"shadow withdrawn: {'; '.join(stops)}",
                 )
+                quarantine(self.store, evidence.policy_id, f"shadow withdrawn: {stops[0]}")
         return evidence
 
     def _start(self, deployment_id: str) -> None:

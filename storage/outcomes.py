@@ -40,44 +40,46 @@ _WHITE_SPACE = (
 )
 """What Python's `strip` takes away; SQL's `trim` by itself takes spaces only."""
 
-# A turn is recorded when it ends; it was drawn when it began.
-_DRAWN = """WITH firsts AS (
-        SELECT conversation_id, min(seq) AS seq FROM turns
-        WHERE created_at >= :began AND created_at - total_s >= :began GROUP BY conversation_id),
-    drawn AS (
-        SELECT turns.* FROM firsts JOIN turns ON turns.seq = firsts.seq
-        WHERE turns.policy_id IN (:canary, :stable)
-            AND turns.created_at > :after - :wait AND turns.created_at <= :until - :wait
+# A turn is recorded when it ends; it was drawn when it began. CROSS JOIN keeps the order in which tables stand and a plus
+# keeps an index out (both in sqlite.org/optoverview.html): the planner has no statistics, and would walk all answers of a
+# policy, or all comparisons, for each conversation.
+_DRAWN = """WITH drawn AS (
+        SELECT seq, id, conversation_id, policy_id, created_at FROM turns
+        WHERE +policy_id IN (:canary, :stable) AND created_at - total_s >= :began
+            AND created_at > :after - :wait AND created_at <= :until - :wait
             AND NOT EXISTS (SELECT 1 FROM turns AS earlier
-                WHERE earlier.conversation_id = turns.conversation_id AND earlier.seq < turns.seq
-                    AND earlier.created_at > :began - :wait)),
+                WHERE earlier.conversation_id = turns.conversation_id AND +earlier.seq < turns.seq
+                    AND +earlier.created_at > :began - :wait)),
     judged AS (
-        SELECT turns.*, drawn.id AS first_id, drawn.created_at + :wait AS concluded_at FROM drawn JOIN turns
-            ON turns.conversation_id = drawn.conversation_id AND turns.policy_id = drawn.policy_id
-            AND turns.seq >= drawn.seq AND turns.created_at <= drawn.created_at + :wait)"""
+        SELECT turns.seq, turns.id, turns.conversation_id, turns.parent_turn_id, turns.policy_id, turns.source,
+            drawn.id AS first_id, drawn.created_at + :wait AS concluded_at
+        FROM drawn CROSS JOIN turns
+            ON turns.conversation_id = drawn.conversation_id AND +turns.policy_id = drawn.policy_id
+            AND +turns.seq >= drawn.seq AND +turns.created_at <= drawn.created_at + :wait)"""
 _OUTCOMES = f"""{_DRAWN}
-    SELECT id, conversation_id, policy_id, created_at AS began_at, created_at + :wait AS concluded_at,
-        json_array_length(answer_token_ids) AS tokens FROM drawn ORDER BY concluded_at, seq"""
-_ANSWERS = f"{_DRAWN} SELECT first_id, answer FROM judged"
+    SELECT drawn.id, drawn.conversation_id, drawn.policy_id, drawn.created_at AS began_at,
+        drawn.created_at + :wait AS concluded_at, json_array_length(turns.answer_token_ids) AS tokens
+    FROM drawn CROSS JOIN turns ON turns.seq = drawn.seq ORDER BY concluded_at, drawn.seq"""
+_ANSWERS = f"{_DRAWN} SELECT first_id, answer FROM judged CROSS JOIN turns ON turns.seq = judged.seq"
 _EVENTS = f"""{_DRAWN}
-    SELECT first_id, 'down' AS kind FROM judged JOIN ratings ON ratings.turn_id = judged.id
-        WHERE ratings.verdict = 'down' AND ratings.created_at <= concluded_at AND NOT EXISTS (
+    SELECT first_id, 'down' AS kind FROM judged CROSS JOIN ratings ON ratings.turn_id = judged.id
+        WHERE ratings.verdict = 'down' AND +ratings.created_at <= concluded_at AND NOT EXISTS (
             SELECT 1 FROM ratings AS later WHERE later.turn_id = ratings.turn_id
                 AND later.person_id = ratings.person_id AND later.seq > ratings.seq
                 AND later.created_at <= concluded_at)
     UNION SELECT first_id, 'lost' FROM judged
-        JOIN comparisons ON judged.id IN (comparisons.left_turn_id, comparisons.right_turn_id)
-        JOIN turns AS other ON other.id IN (comparisons.left_turn_id, comparisons.right_turn_id)
-            AND other.id <> judged.id
-        WHERE comparisons.created_at <= concluded_at AND (comparisons.choice = 'both_bad'
+        CROSS JOIN comparisons ON comparisons.left_turn_id = judged.id OR comparisons.right_turn_id = judged.id
+        CROSS JOIN turns AS other ON other.id =
+            iif(judged.id = comparisons.left_turn_id, comparisons.right_turn_id, comparisons.left_turn_id)
+        WHERE +comparisons.created_at <= concluded_at AND (comparisons.choice = 'both_bad'
             OR (other.policy_id <> judged.policy_id
                 AND comparisons.choice = iif(judged.id = comparisons.left_turn_id, 'right', 'left')))
-    UNION SELECT first_id, 'corrected' FROM judged JOIN corrections ON corrections.turn_id = judged.id
-        WHERE corrections.created_at <= concluded_at
-    UNION SELECT first_id, 'rewritten' FROM judged JOIN turns AS again
+    UNION SELECT first_id, 'corrected' FROM judged CROSS JOIN corrections ON corrections.turn_id = judged.id
+        WHERE +corrections.created_at <= concluded_at
+    UNION SELECT first_id, 'rewritten' FROM judged CROSS JOIN turns AS again
             ON again.conversation_id = judged.conversation_id AND again.parent_turn_id IS judged.parent_turn_id
-            AND again.seq > judged.seq AND again.source = 'chat' AND judged.source = 'chat'
-        WHERE again.created_at <= concluded_at"""
+            AND +again.seq > judged.seq AND again.source = 'chat' AND judged.source = 'chat'
+        WHERE +again.created_at <= concluded_at"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +117,7 @@ def outcomes(
         "canary": canary_id,
         "stable": stable_id,
         "began": began_at,
-        "after": after,
+        "after": max(after, began_at),  # none concluded before one could begin
         "until": until,
         "wait": wait_s,
     }

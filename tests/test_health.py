@@ -13,12 +13,12 @@ from fastapi.testclient import TestClient
 from assistant import release
 from assistant.admission import Limits
 from assistant.canary_watch import CanaryWatch
-from assistant.engine.errors import EngineUnavailable
+from assistant.engine.errors import EngineUnavailable, StreamBroken
 from assistant.engine.protocol import Health, Queue
 from assistant.web.totals import Histogram
 from storage import deployments
 from storage.failures import record_failure
-from storage.records import FailureKind
+from storage.records import FailureKind, FinishReason
 from web_fixtures import QUESTION, Site, make_site, start_canary
 
 
@@ -134,6 +134,22 @@ def test_turns_are_counted_by_policy_and_end(site: Site) -> None:
     assert again[f'kotae_first_token_seconds_count{{policy="{base}"}}'] == 3
 
 
+def test_the_first_burst_of_broken_answers_raises_a_count_that_was_there_before_it(site: Site) -> None:
+    base = site.engine.base_name
+
+    def series(policy_id: str, end: str) -> str:
+        return f'kotae_turns_total{{policy="{policy_id}",finish_reason="{end}"}}'
+
+    first = samples(site)
+    assert [first[series(base, end)] for end in get_args(FinishReason)] == [0, 0, 0, 0]
+    site.engine.enqueue([("Hel", StreamBroken("the answer broke off"))] * 30)
+    for _ in range(30):
+        site.client().post("/v1/chat/completions", json={"messages": QUESTION})
+    assert samples(site)[series(base, "error")] == 30
+    canary = start_canary(site, share=0.25)
+    assert samples(site)[series(canary, "error")] == 0
+
+
 def test_questions_that_fail_before_the_first_word_are_counted_though_they_leave_no_turn(site: Site) -> None:
     base = site.engine.base_name
 
@@ -147,7 +163,7 @@ def test_questions_that_fail_before_the_first_word_are_counted_though_they_leave
         assert site.client().post("/v1/chat/completions", json={"messages": QUESTION}).status_code == 503
     again = samples(site)
     assert (again[series("error")], again["kotae_engine_up"]) == (5, 1)
-    assert not [name for name in again if name.startswith("kotae_turns_total")]
+    assert {count for name, count in again.items() if name.startswith("kotae_turns_total")} == {0}
     record_failure(site.store, policy_id=base, kind="engine_died")
     assert [samples(site)[series(kind)] for kind in get_args(FailureKind)] == [5, 0, 1]
 

@@ -146,24 +146,6 @@ def test_a_head_that_stands_alone_says_nothing_where_the_labels_do(model: Path) 
     assert norms["both"] < 1e-6
 
 
-def test_a_fit_that_knows_the_share_of_turned_pairs_follows_them_less(model: Path) -> None:
-    """A linear taste over 1,000 pairs, three in ten of them turned round, and a weak pull; ten times."""
-    base, config = load_base(str(model)), replace(CONFIG, members=1, head_penalty=0.03)
-    pairs = [replace(pair, margin=0.0, weight=1.0) for pair in make_pairs(1000)]
-    items = {rate: make_items(base, pairs, [], config, seed=0, flip_rate=rate) for rate in (0.0, 0.3)}
-    generator, rows, likeness = torch.Generator().manual_seed(0), torch.arange(1000), []
-    for _ in range(10):
-        taste = torch.randn(64, generator=generator)
-        states = torch.randn(1000, 2, 64, generator=generator)
-        liked = (states @ taste).argmax(dim=1) ^ (torch.rand(1000, generator=generator) < 0.3).long()
-        given = torch.stack([states[rows, liked], states[rows, 1 - liked]], dim=1).flatten(0, 1)
-        heads = [fitted_head(base, given, items[rate], config)["heads"][0] for rate in (0.0, 0.3)]
-        likeness.append([float(torch.cosine_similarity(head, taste, dim=0)) for head in heads])
-    plain, told = (np.array(column) for column in zip(*likeness, strict=True))
-    gains = told - plain
-    assert gains.mean() > 2 * gains.std(ddof=1) / math.sqrt(10)
-
-
 def test_members_differ_where_labels_say_nothing_and_their_mean_says_nothing(model: Path) -> None:
     base, ties = load_base(str(model)), [replace(pair, tie=True) for pair in make_pairs(20)]
     config = replace(CONFIG, centring=0.0)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from assistant.canary_watch import Judged
 from assistant.engine.protocol import Queue
 from assistant.shadow_watch import ShadowEvidence
 from assistant.web.totals import Histogram, Totals
-from storage.records import FailureKind, Served
+from storage.records import FailureKind, FinishReason, Served
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -41,10 +41,20 @@ def exposition(totals: Totals, present: Present) -> str:
     with totals.lock:
         totals.refresh()
         lines = [
-            *_counter("kotae_turns", "Answers, by policy and how they ended.", "finish_reason", totals.turns),
+            *_counter(
+                "kotae_turns",
+                "Answers, by policy and how they ended.",
+                "finish_reason",
+                _from_zero(totals.turns, present.served, FinishReason),
+            ),
             *_counter("kotae_ratings", "Thumbs given, by policy and verdict.", "verdict", totals.ratings),
             *_counter("kotae_comparisons", "Answers compared, by outcome.", "outcome", totals.comparisons),
-            *_failures(totals.failures, present.served),
+            *_counter(
+                "kotae_failures",
+                "What went wrong and left no answer, by policy and kind.",
+                "kind",
+                _from_zero(totals.failures, present.served, FailureKind),
+            ),
             *_histogram("kotae_first_token_seconds", "Time to the first token.", totals.first_token_s),
             *_histogram("kotae_answer_seconds", "Time to the whole answer.", totals.total_s),
         ]
@@ -56,13 +66,14 @@ def exposition(totals: Totals, present: Present) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _failures(counts: Counter[tuple[str, str]], served: Served) -> Iterator[str]:
-    """Yield every kind from zero on for what may answer, so that `rate()` sees the first failure of an outage."""
+def _from_zero(counts: Counter[tuple[str, str]], served: Served, kinds: Any) -> Mapping[tuple[str, str], int]:
+    """Return every kind from zero on for what may answer, so that `rate()` sees the first one of an outage.
+
+    Args:
+        kinds: the `Literal` of the label's values.
+    """
     answering = [row.policy_id for row in (served.stable, served.canary) if row is not None]
-    none_yet = {(policy_id, kind): 0 for policy_id in answering for kind in get_args(FailureKind)}
-    yield from _counter(
-        "kotae_failures", "What went wrong and left no answer, by policy and kind.", "kind", none_yet | counts
-    )
+    return {(policy_id, kind): 0 for policy_id in answering for kind in get_args(kinds)} | counts
 
 
 def _serving(present: Present) -> Iterator[str]:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from assistant.quarantine import Quarantine
 from assistant.web.pages.charts import Interval, curve, intervals
-from assistant.web.pages.html import badge, difference, icon, moment, table, when
+from assistant.web.pages.html import badge, difference, icon, moment, note, table, when
 from assistant.web.words import Words
 from storage.records import Approval, Evaluation, Json, Policy, Snapshot
 
@@ -75,6 +76,13 @@ def verdict(words: Words, policy: Policy, standing: str, evaluation: Evaluation 
         f'{head}<div class="k-verdict {kind}">{icon("check" if evaluation.passed else "cross")}<div>'
         f"<b>{escape(title)}</b><p>{escape(against)}</p><ul>{reasons}</ul></div></div>"
     )
+
+
+def quarantined(words: Words, found: Quarantine | None) -> str:
+    """Return why the policy is quarantined and since when; nothing where it is not."""
+    if found is None:
+        return ""
+    return note(words("candidates.quarantined", reason=found.reason), "bad", at=f" · {moment(found.at)}")
 
 
 def decision(words: Words, approval: Approval | None, name: str) -> str:

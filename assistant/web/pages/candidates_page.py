@@ -7,9 +7,11 @@ from typing import Any
 import gradio as gr
 
 from assistant import release
+from assistant.quarantine import quarantine_of
 from assistant.web.pages import candidate_view as look
 from assistant.web.pages.frame import Frame, clickable, clicked, markup
 from assistant.web.pages.html import empty, note
+from assistant.web.pages.served_page import not_followed
 from storage import people, policies, runs
 from storage.errors import InvalidField
 from storage.records import Json, Policy, now
@@ -135,7 +137,8 @@ class CandidatesPage:
             told = self.words("candidates.approved", policy=selected, percent=percent)
             if deployment.role == "shadow":
                 told = self.words("candidates.shadowed", policy=selected, percent=percent)
-            return self._shown(selected) | {self.message: note(told, "good"), self.reason: ""}
+            message = note(told, "good") + not_followed(self.words, self.services.release)
+            return self._shown(selected) | {self.message: message, self.reason: ""}
 
     def on_reject(self, selected: str, reason: str, request: gr.Request) -> Updates:
         """Reject for good, with a reason; the canary or the shadow is withdrawn with it."""
@@ -176,6 +179,7 @@ class CandidatesPage:
         numbers = evaluation.numbers if evaluation else {}
         return {
             self.verdict: look.verdict(words, policy, standing, evaluation)
+            + look.quarantined(words, quarantine_of(store, policy.id))
             + look.decision(words, approval, decided),
             self.decision: gr.Column(visible=standing in ("candidate", "approved", "shadow")),
             self.evidence: gr.Column(visible=evaluation is not None),

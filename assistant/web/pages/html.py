@@ -60,10 +60,10 @@ def badge(text: str, kind: str = "") -> str:
     return f'<span class="k-badge {kind}">{escape(text)}</span>'
 
 
-def note(text: str, kind: str = "quiet") -> str:
-    """Return one line that confirms or explains."""
+def note(text: str, kind: str = "quiet", *, at: str = "") -> str:
+    """Return one line that confirms or explains; `at` is HTML that says when."""
     drawn = icon("check") if kind == "good" else ""
-    return f'<p class="k-note {kind}" role="status">{drawn}{escape(text)}</p>' if text else ""
+    return f'<p class="k-note {kind}" role="status">{drawn}{escape(text)}{at}</p>' if text else ""
 
 
 def empty(title: str, text: str) -> str:

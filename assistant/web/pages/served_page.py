@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 import gradio as gr
 
 from assistant import release
+from assistant.alerts import Alert
 from assistant.canary_watch import last_verdict
+from assistant.in_effect import Waiting
 from assistant.shadow_watch import last_evidence
 from assistant.web.pages.candidate_view import standing_badge
 from assistant.web.pages.frame import Frame, markup
@@ -92,8 +95,8 @@ class ServedPage:
         with self.frame.told():
             person = self.frame.person(request)
             self._check_reason(reason)
-            release.promote(self.store, policy_id=seen.get("canary", ""), person=person, reason=reason)
-            return self._done(self.words("served.promoted", policy=await self._synced()))
+            row = release.promote(self.store, policy_id=seen.get("canary", ""), person=person, reason=reason)
+            return await self._done(self.words("served.promoted", policy=row.policy_id))
 
     async def on_rollback(self, reason: str, seen: Json, request: gr.Request) -> Updates:
         """Withdraw the canary if one was shown, else go back to the policy before."""
@@ -102,7 +105,8 @@ class ServedPage:
             self._check_reason(reason)
             expected = seen.get("canary", seen.get("stable"))
             release.rollback(self.store, actor=person.id, reason=reason, expected=expected)
-            return self._done(self.words("served.rolled_back", policy=await self._synced()))
+            stable = release.serving(self.store).stable
+            return await self._done(self.words("served.rolled_back", policy=stable.policy_id))
 
     async def on_withdraw(self, reason: str, seen: Json, request: gr.Request) -> Updates:
         """Withdraw the shadow that was shown."""
@@ -110,27 +114,27 @@ class ServedPage:
             person = self.frame.person(request)
             self._check_reason(reason)
             row = release.withdraw(self.store, actor=person.id, reason=reason, expected=seen.get("shadow"))
-            await self._synced()
-            return self._done(self.words("served.withdrawn", policy=row.policy_id))
+            return await self._done(self.words("served.withdrawn", policy=row.policy_id))
 
-    async def _synced(self) -> str:
-        """Bring the engine to what was decided and return the policy that answers."""
-        served = await self.services.release.sync()
-        return served.stable.policy_id
-
-    def _done(self, message: str) -> Updates:
-        return self._shown() | {self.message: note(message, "good"), self.reason: ""}
+    async def _done(self, message: str) -> Updates:
+        """Say that the step is recorded, bring the engine to it, and say beside it what keeps the engine from that."""
+        await self.services.release.try_sync()
+        told = note(message, "good") + not_followed(self.words, self.services.release)
+        return self._shown() | {self.message: told, self.reason: ""}
 
     def _check_reason(self, reason: str) -> None:
         if not reason.strip():
             raise InvalidField("reason", reason, self.words("candidates.reason_missing"))
 
     def _shown(self) -> Updates:
-        served = deployments.served(self.store)
+        served, running = deployments.served(self.store), self.services.release
+        waiting = running.in_effect().waiting(served) if served is not None else []
         return {
             self.seen: policies_of(served),
-            self.alerts: "".join(note(alert, "bad") for alert in self.services.release.alerts[-5:]),
-            self.now: served_html(self.words, self.store, served) + verdict_html(self.words, self.store),
+            self.alerts: alerts_html(self.words, running.told.latest()[-5:]),
+            self.now: waiting_html(self.words, waiting, running.served.stable)
+            + served_html(self.words, self.store, served, waiting)
+            + verdict_html(self.words, self.store),
             self.shadow: shadow_html(self.words, last_evidence(self.store)),
             self.promote: gr.Button(visible=served is not None and served.canary is not None),
             self.withdraw: gr.Button(visible=served is not None and served.shadow is not None),
@@ -147,10 +151,38 @@ def policies_of(served: Served | None) -> Json:
     return {role: row.policy_id for role, row in rows.items() if row is not None}
 
 
-def served_html(words: Words, store: Store, served: Served | None) -> str:
-    """Return a card for each policy that answers or stands by."""
+def alerts_html(words: Words, alerts: Sequence[Alert]) -> str:
+    """Return what the operators have to know, each with its time."""
+    return "".join(
+        note(alert.message, "bad", at=" · " + time_tag(words, alert.at, now())) for alert in alerts
+    )
+
+
+def not_followed(words: Words, running: release.Release) -> str:
+    """Return what keeps the engine from following what was recorded; nothing where it did."""
+    return (
+        note(words("served.not_followed", reason=running.trouble.why), "bad") if running.trouble.why else ""
+    )
+
+
+def waiting_html(words: Words, waiting: Sequence[Waiting], answers: Deployment) -> str:
+    """Return what is decided and not in effect, and who answers in the place of stable."""
+    notes = []
+    for row in waiting:
+        reason = row.reason.rstrip(".") or words("served.being_loaded")
+        role = words.of("standing", row.role).lower()
+        text = words("served.waiting", policy=row.policy, role=role, reason=reason)
+        if row.role == "stable" and answers.policy_id != row.policy:
+            text += " " + words("served.until_then", policy=answers.policy_id)
+        notes.append(note(text, "bad"))
+    return "".join(notes)
+
+
+def served_html(words: Words, store: Store, served: Served | None, waiting: Sequence[Waiting] = ()) -> str:
+    """Return a card for each policy that answers or stands by; one that waits for the engine has no share yet."""
     if served is None:
         return note(words("served.nothing"))
+    late = {row.role for row in waiting}
     canary_share = served.canary.share if served.canary else 0.0
     rows = (
         ("stable", served.stable, 1 - canary_share),
@@ -159,16 +191,19 @@ def served_html(words: Words, store: Store, served: Served | None) -> str:
         ("shadow", served.shadow, served.shadow.share if served.shadow else 0.0),
     )
     cards = "".join(
-        served_card(words, store, role, row, share=share) for role, row, share in rows if row is not None
+        served_card(words, store, role, row, share=None if role in late else share)
+        for role, row, share in rows
+        if row is not None
     )
     return f'<div class="k-cards">{cards}</div>'
 
 
-def served_card(words: Words, store: Store, role: str, row: Deployment, *, share: float) -> str:
-    """Return one policy with its share, since when, by whom and why."""
-    bar = f'<div class="k-bar"><i style="width:{share:.0%}"></i></div>'
+def served_card(words: Words, store: Store, role: str, row: Deployment, *, share: float | None) -> str:
+    """Return one policy with its share (None: it does not answer yet), since when, by whom and why."""
+    bar = f'<div class="k-bar"><i style="width:{share or 0:.0%}"></i></div>'
+    part = words("served.not_yet") if share is None else f"{share:.0%}"
     return (
-        f'<article class="k-card {role}"><header>{standing_badge(words, role)}<b class="k-share">{share:.0%}</b>'
+        f'<article class="k-card {role}"><header>{standing_badge(words, role)}<b class="k-share">{escape(part)}</b>'
         f"</header><h3><code>{escape(row.policy_id)}</code></h3>{bar}"
         f"<p>{time_tag(words, row.created_at, now())} · {escape(name_of(store, row.actor))}</p>"
         f'<p class="k-hint">“{escape(row.reason)}”</p></article>'

@@ -1,0 +1,99 @@
+"""What an operator has to know while it holds: one message for each policy and kind, until it is so no longer.
+
+Kept in this process. All of it is in the log, and what was decided is in the audit log.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Container
+from dataclasses import dataclass
+from typing import Literal
+
+from assistant.engine.errors import EngineStarting
+from storage.errors import KotaeError
+from storage.records import now
+
+log = logging.getLogger("kotae.release")
+
+Kind = Literal[
+    "withdrawn", "no way back", "not loaded", "replica", "replica's answers", "not in effect", "other"
+]
+LATEST = 20
+"""So many are kept."""
+FAILED_SYNCS = 10
+"""After so many in a row, a second apart, an operator has to know: a full queue or a lost connection is over by then."""
+_ENGINE = "engine"
+"""What an alert is about that is about no policy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alert:
+    """A message to the operators."""
+
+    message: str
+    at: float
+    """When it was told, in Unix seconds."""
+
+
+class Alerts:
+    """The messages that hold now. A newer one about the same thing takes the place of the older."""
+
+    def __init__(self) -> None:
+        self._alerts: dict[tuple[Kind, str], Alert] = {}
+
+    def tell(self, kind: Kind, about: str, message: str) -> None:
+        """Add a message, as the latest.
+
+        Args:
+            about: the policy, or anything else that tells two things of one kind apart.
+        """
+        self._alerts.pop((kind, about), None)
+        self._alerts[kind, about] = Alert(message=message, at=now())
+        while len(self._alerts) > LATEST:
+            del self._alerts[next(iter(self._alerts))]
+
+    def drop(self, about: str) -> None:
+        """Forget all that was told of this policy: it is put right."""
+        self._alerts = {key: alert for key, alert in self._alerts.items() if key[1] != about}
+
+    def keep(self, kind: Kind, about: Container[str]) -> None:
+        """Forget what was told of this kind of others than these."""
+        self._alerts = {key: one for key, one in self._alerts.items() if key[0] != kind or key[1] in about}
+
+    def latest(self) -> list[Alert]:
+        """Return what holds, oldest first."""
+        return list(self._alerts.values())
+
+
+class Trouble:
+    """What keeps the engine from what was decided. Each new cause is logged once, and told when it lasts."""
+
+    def __init__(self, alerts: Alerts) -> None:
+        self.why = ""
+        """Of the last sync; "" where it went well."""
+        self._alerts = alerts
+        self._failed_syncs = 0
+        self._was_starting = False
+
+    def note(self, error: KotaeError) -> None:
+        """Take in that a sync failed. An engine that boots is progress."""
+        before, self.why = self.why, str(error)
+        is_starting = isinstance(error, EngineStarting)
+        self._failed_syncs = 0 if is_starting else self._failed_syncs + 1
+        message = f"the engine is not yet at what should be served: {error}"
+        if is_starting and not self._was_starting:
+            log.info("waiting for the engine: %s", error)
+        elif self._failed_syncs >= FAILED_SYNCS and message not in {
+            one.message for one in self._alerts.latest()
+        }:
+            log.error(message)
+            self._alerts.tell("not in effect", _ENGINE, message)
+        elif not is_starting and self.why != before:
+            log.warning(message)
+        self._was_starting = is_starting
+
+    def end(self) -> None:
+        """Take in that a sync went well."""
+        self._failed_syncs, self.why = 0, ""
+        self._alerts.drop(_ENGINE)

@@ -1,0 +1,155 @@
+"""A policy that a gate refused, or that was withdrawn by itself, is marked with the reason until both gates pass it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import app
+from assistant import release
+from assistant.canary_watch import CanaryWatch
+from assistant.engine.errors import AdapterRefused
+from assistant.engine.protocol import ProbeResult
+from assistant.quarantine import quarantine_of
+from assistant.shadow_watch import ShadowWatch
+from assistant.web.pages.candidate_view import quarantined
+from assistant.web.words import Words
+from chat_fixtures import Desk, make_real_desk
+from release_fixtures import approve, candidate
+from storage import audit
+from storage.errors import CorruptData, NotAllowed
+from storage.failures import record_failure
+from storage.records import AuditEvent, Policy
+
+WRONG_RANK = "rank: got 999; use at most 64"
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return make_real_desk(tmp_path)
+
+
+def reason_of(desk: Desk, policy: Policy) -> str:
+    """Return why it is quarantined; "" where it is not."""
+    found = quarantine_of(desk.world.store, policy.id)
+    return found.reason if found else ""
+
+
+def events_of(desk: Desk, policy: Policy) -> list[tuple[str, str | None]]:
+    """Return marks and their ends, oldest first."""
+    found = desk.world.store.all(
+        AuditEvent, "subject = ? AND action IN ('policy.quarantined', 'policy.released')", [policy.id], "seq"
+    )
+    return [(event.action, event.detail.get("reason")) for event in found]
+
+
+def refusing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the engine refuse every adapter."""
+
+    async def refuses(**_: object) -> None:
+        raise AdapterRefused(WRONG_RANK)
+
+    monkeypatch.setattr(desk.engine, "load", refuses)
+
+
+def decide(desk: Desk, policy: Policy, **share: float) -> None:
+    """Approve on the command line: rows, which a running server follows."""
+    release.approve(desk.world.store, policy_id=policy.id, person=desk.world.admin, reason="better", **share)
+
+
+def listed(desk: Desk, capsys: pytest.CaptureFixture[str], policy: Policy) -> Any:
+    """Return the policy as `kotae policies --json` prints it."""
+    capsys.readouterr()
+    assert app.main(["policies", "--json", "--data", str(desk.world.store.data)]) == 0
+    (row,) = [row for row in json.loads(capsys.readouterr().out) if row["id"] == policy.id]
+    return row
+
+
+def test_a_refusal_by_the_files_gate_is_kept_and_shown(
+    desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = candidate(desk, tmp_path)
+    assert listed(desk, capsys, policy)["quarantined"] is None
+    (Path(str(policy.adapter_path)) / "adapter_model.safetensors").write_bytes(b"something else")
+    with pytest.raises(CorruptData) as refusal:
+        decide(desk, policy)
+    reason = reason_of(desk, policy)
+    assert str(refusal.value).startswith(reason.rstrip("…"))  # texts in the audit log are short
+    assert listed(desk, capsys, policy)["quarantined"] == reason
+    shown = quarantined(Words("en"), quarantine_of(desk.world.store, policy.id))
+    assert "Quarantined" in shown
+    assert "adapter_model.safetensors" in shown
+    assert audit.verify(desk.world.store).ok
+
+
+def test_a_refusal_by_the_behaviour_gate_is_kept(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = candidate(desk, tmp_path)
+
+    async def not_finite(**_: object) -> ProbeResult:
+        return ProbeResult(text="!", token_ids=(1,), logprobs=(float("nan"),))
+
+    monkeypatch.setattr(desk.engine, "probe", not_finite)
+    for _ in range(2):
+        with pytest.raises(AdapterRefused):
+            approve(desk, policy)
+    assert "non-finite" in reason_of(desk, policy)
+    assert len(events_of(desk, policy)) == 1  # the same reason is told once
+
+
+def test_a_quarantined_policy_that_passes_its_next_approval_is_released(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = candidate(desk, tmp_path)
+    with monkeypatch.context() as patch:
+        refusing(desk, patch)
+        with pytest.raises(AdapterRefused):
+            approve(desk, policy)
+    approve(desk, policy)
+    assert reason_of(desk, policy) == ""
+    assert events_of(desk, policy) == [("policy.quarantined", WRONG_RANK), ("policy.released", None)]
+
+
+def test_an_approval_that_somebody_may_not_give_releases_nothing(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = candidate(desk, tmp_path)
+    with monkeypatch.context() as patch:
+        refusing(desk, patch)
+        with pytest.raises(AdapterRefused):
+            approve(desk, policy)
+    with pytest.raises(NotAllowed):
+        asyncio.run(desk.release.approve(policy_id=policy.id, person=desk.world.staff, reason="please"))
+    assert reason_of(desk, policy) == WRONG_RANK
+
+
+def test_a_withdrawn_policy_is_quarantined_until_the_server_passes_it(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = candidate(desk, tmp_path)
+    decide(desk, policy, canary_percent=10)
+    with monkeypatch.context() as patch:
+        refusing(desk, patch)
+        asyncio.run(desk.release.sync())
+    assert reason_of(desk, policy) == WRONG_RANK
+    decide(desk, policy, canary_percent=10)
+    assert reason_of(desk, policy) == WRONG_RANK  # the command line has no engine to ask
+    asyncio.run(desk.release.sync())
+    assert reason_of(desk, policy) == ""
+
+
+@pytest.mark.parametrize(("role", "watch"), [("canary", CanaryWatch), ("shadow", ShadowWatch)])
+def test_a_canary_or_shadow_that_a_watch_withdrew_is_quarantined(
+    desk: Desk, tmp_path: Path, role: str, watch: type[Any]
+) -> None:
+    policy = candidate(desk, tmp_path)
+    decide(desk, policy, **{f"{role}_percent": 10})
+    asyncio.run(desk.release.sync())
+    record_failure(desk.world.store, policy_id=policy.id, kind="wrong_policy")
+    watch(desk.world.store).look()
+    assert f"another policy answered 1 questions in the {role}'s place" in reason_of(desk, policy)
