@@ -113,7 +113,7 @@ def reliabilities(votes: Sequence[Vote]) -> Reliability:
     counts = np.bincount(table.rater, minlength=len(table.raters)).astype(np.float64)
     usual = 0.8
     for _ in range(EM_STEPS):
-        right = _sigmoid(table.value * table.evidence(reliable)[table.item])  # (N,)
+        right = sigmoid(table.value * table.evidence(reliable)[table.item])  # (N,)
         usual = float(np.clip(right.mean(), *USUAL_BOUNDS)) if len(right) else usual
         sums = np.bincount(table.rater, weights=right, minlength=len(table.raters))
         reliable = (sums + PRIOR_VOTES * usual) / (counts + PRIOR_VOTES)
@@ -142,7 +142,7 @@ def calibration(leads: Floats) -> Calibration:
     """
     if not len(leads):
         return Calibration(1.0, Estimate(value=0.0, low=0.0, high=float(FLIP_RATES[-1]), n=0))
-    chance = _sigmoid(leads[None, :] / TEMPERATURES[:, None])  # (T, N)
+    chance = sigmoid(leads[None, :] / TEMPERATURES[:, None])  # (T, N)
     fits = np.stack([np.log(e + (1 - 2 * e) * chance).sum(axis=1) for e in FLIP_RATES])  # (E, T)
     best = fits.max(axis=1)
     likely = np.flatnonzero(best >= best.max() - PROFILE_95)
@@ -170,7 +170,7 @@ def _posterior(table: _Votes, row: int, reliable: Floats, usual: float) -> Estim
     """Return the mean and the 2.5% and 97.5% quantiles of one rater's reliability."""
     mine = table.rater == row
     silent = np.where(np.arange(len(reliable)) == row, 0.5, reliable)  # a coin says nothing
-    chance = _sigmoid(
+    chance = sigmoid(
         table.value[mine] * table.evidence(silent)[table.item[mine]]
     )  # (n,) that a vote is right
     logs = np.log(np.outer(GRID, chance) + np.outer(1 - GRID, 1 - chance)).sum(axis=1)  # (G,)
@@ -191,7 +191,8 @@ def _prior(usual: float) -> Floats:
     return result
 
 
-def _sigmoid(x: Floats) -> Floats:
+def sigmoid(x: Floats) -> Floats:
+    """Return 1 / (1 + e^-x), within 1e-13 of 0 and 1."""
     result: Floats = 1 / (1 + np.exp(-np.clip(x, -30, 30)))
     return result
 
