@@ -120,7 +120,7 @@ def pair(number: int, *, weight: float = 1.0, tie: bool = False, key: str | None
     )
 
 
-NOTES = {"agreement_meetings": 0, "agreement": None, "raters": 1, "dropped": {}}
+NOTES = {"agreement": None, "raters": 1, "dropped": {}}
 
 
 def test_ties_are_no_pairs_and_unequal_weights_are_worth_less() -> None:
