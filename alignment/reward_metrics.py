@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -63,8 +64,8 @@ def held_out_metrics(
 
 
 def pair_accuracy(leads: Floats, pairs: Sequence[Pair]) -> Estimate:
-    """Return the share of pairs whose winner leads, (P,) leads. Those of a prompt hang together: every thumb up of a prompt
-    makes a pair with every thumb down, and people compare one answer with several."""
+    """Return the share of pairs whose winner leads, (P,) leads. Those of a prompt hang together: people compare
+    one answer with several, and thumbs of the rarer kind are in several pairs."""
     numbers = {key: number for number, key in enumerate(dict.fromkeys(pair.prompt_key for pair in pairs))}
     return wilson_by_group(_right(leads), np.array([numbers[p.prompt_key] for p in pairs], dtype=np.int64))
 
@@ -84,14 +85,16 @@ def thumb_metrics(scores: Floats, thumbs: Sequence[Thumb]) -> dict[str, float]:
     """
     wins, separate = 0.0, 0
     prompts: tuple[set[str], set[str]] = (set(), set())
-    for rater in sorted({thumb.rater for thumb in thumbs}):
-        own = [(s, t) for s, t in zip(scores, thumbs, strict=True) if t.rater == rater]
+    by_rater: dict[str, list[tuple[float, Thumb]]] = defaultdict(list)
+    for score, thumb in zip(scores, thumbs, strict=True):
+        by_rater[thumb.rater].append((score, thumb))
+    for _, own in sorted(by_rater.items()):
         ups, downs = (np.array([score for score, thumb in own if thumb.up == up]) for up in (True, False))
         if not len(ups) or not len(downs):
             continue
         asked = [{thumb.prompt_key for _, thumb in own if thumb.up == up} for up in (True, False)]
         couples = min(map(len, asked))
-        wins += couples * float(_right((ups[:, None] - downs[None, :]).ravel()).mean())
+        wins += couples * share_above(ups, downs)
         separate += couples
         for everyones, one in zip(prompts, asked, strict=True):
             everyones.update(one)
@@ -100,6 +103,14 @@ def thumb_metrics(scores: Floats, thumbs: Sequence[Thumb]) -> dict[str, float]:
     found = {"thumbs": float(len(thumbs)), "thumb_couples": float(worth)}
     found |= _interval("thumb_accuracy", accuracy)
     return {f"reward/{name}": value for name, value in found.items()}
+
+
+def share_above(ups: Floats, downs: Floats) -> float:
+    """Return the share of all couples of one of `ups` (U,) and one of `downs` (D,) in which the former is the greater, equal
+    ones half: the area under the curve (Mann & Whitney 1947), by sorting."""
+    ordered = np.sort(downs)
+    below = np.searchsorted(ordered, ups, side="left") + np.searchsorted(ordered, ups, side="right")
+    return float(below.sum()) / (2 * len(ups) * len(downs))
 
 
 def new_rater_metrics(new_raters: Floats, all_raters: Floats) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -48,9 +49,15 @@ def leads_of(pairs: Sequence[Pair], scores: dict[tuple[int, ...], float]) -> Flo
     return np.array(members)  # (P, 2, 1)
 
 
-def test_pairs_of_every_thumb_up_with_every_thumb_down_do_not_make_a_coin_a_judge() -> None:
+def test_pairs_of_every_liked_with_every_other_answer_do_not_make_a_coin_a_judge() -> None:
+    """As a person makes who compares each with each."""
     thumbs = rated(12, ups=5, downs=5)
-    pairs = pairs_of_thumbs(thumbs)
+    pairs = [
+        pair
+        for up, down in product(thumbs, thumbs)
+        if up.up and not down.up
+        for pair in pairs_of_thumbs([up, down])
+    ]
     assert len(pairs) == 300
     answers = {thumb.answer_ids for thumb in thumbs}
     rng, passed, naive = np.random.default_rng(0), 0, 0

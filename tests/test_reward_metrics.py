@@ -17,6 +17,7 @@ from alignment.reward_metrics import (
     member_correlation,
     member_error_correlation,
     prompt_halves,
+    share_above,
     thumb_metrics,
 )
 from learning_fixtures import make_pairs, make_thumbs
@@ -123,3 +124,11 @@ def test_thumbs_are_ranked_within_a_rater_and_count_by_separate_couples() -> Non
     assert (found["reward/thumbs"], found["reward/thumb_couples"]) == (6, 2)
     nothing = thumb_metrics(np.zeros(1), thumbs[:1])
     assert (nothing["reward/thumb_accuracy_low"], nothing["reward/thumb_accuracy_high"]) == (0.0, 1.0)
+
+
+def test_the_share_above_equals_a_plain_loop_with_ties_half() -> None:
+    rng = np.random.default_rng(4)
+    ups, downs = rng.integers(0, 6, 40).astype(float), rng.integers(0, 5, 30).astype(float)
+    plain = [1.0 if up > down else 0.5 if up == down else 0.0 for up in ups for down in downs]
+    assert share_above(ups, downs) == pytest.approx(sum(plain) / len(plain), abs=1e-12)
+    assert share_above(np.zeros(100_000), np.zeros(100_000)) == 0.5, "no matrix of all couples"
