@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from alignment.batching import Tree, make_tree
-from alignment.intervals import Estimate, Floats, mean_of, wilson
+from alignment.intervals import Estimate, Floats, mean_of
 from alignment.models import Base
 from alignment.preferences import Pair, Preferences, Thumb, weighted
 from alignment.progress import Progress, stop_if_asked
 from alignment.rater_weights import FEWEST_RATERS, Calibration, calibration, sigmoid
 from alignment.reward_items import make_items
-from alignment.reward_metrics import new_rater_metrics
+from alignment.reward_metrics import new_rater_metrics, share_right
 from alignment.reward_training import fitted_head, last_states
 from alignment.training_config import RewardConfig
 
@@ -133,8 +133,11 @@ def _about_fit(
     notes = {name: one.turned for name, one in turned if one.turned.n}
 
     def right(labels: Sequence[Pair | Thumb]) -> Estimate:
-        counted = [leads[label.id] > 0 for label in labels if label.id in weights]
-        return wilson(sum(counted), len(counted))
+        counted = [label for label in labels if label.id in weights]
+        found = np.array([leads[label.id] for label in counted])
+        return share_right(
+            found, [label.prompt_key for label in counted]
+        )  # its answers may all be scored alike
 
     compared = right([pair for pair in fits.pairs if not pair.tie and pair.source != "correction"])
     if compared.n:
@@ -181,14 +184,15 @@ def left_out_rater_metrics(
     raters = [pair.rater for pair in pairs] + [thumb.rater for thumb in thumbs]
     everybody = fits.fit(range(len(raters)))
     assert everybody is not None  # there are labels: the caller has trained on them
-    new, known = [], []
+    new, known, whose = [], [], []
     for fold in folds:
         fit = fits.fit([number for number, rater in enumerate(raters) if rater not in fold])
         theirs = [number for number, pair in enumerate(held_out) if pair.rater in fold]
         if fit is not None:
             new.append(apart[theirs] @ fit[0])
             known.append(apart[theirs] @ everybody[0])
-    return new_rater_metrics(_joined(new), _joined(known)) if new else {}
+            whose += [held_out[number].rater for number in theirs]
+    return new_rater_metrics(_joined(new), _joined(known), whose) if new else {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

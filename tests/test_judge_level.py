@@ -93,6 +93,7 @@ def test_groups_of_one_are_wilsons_and_nothing_is_worth_less_than_its_groups_or_
     assert wilson_by_group(np.zeros(0), np.zeros(0, dtype=np.int64)) == wilson(0, 0)
     alike = wilson_by_group(np.repeat([1.0, 0.0, 1.0, 1.0], 10), np.repeat(np.arange(4), 10))
     assert (alike.value, alike.n) == (0.75, 4)
+    assert wilson_by_group(np.full(6, 0.5), np.repeat([0, 1], 3)).value == 0.5, "all leads are 0"
     rng = np.random.default_rng(2)
     apart = wilson_by_group((rng.random(2000) < 0.7).astype(float), np.repeat(np.arange(200), 10))
     assert 1500 < apart.n <= 2000, (
