@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from alignment.intervals import Estimate, wilson
+from alignment.intervals import Estimate
 from alignment.preferences import Preferences
 from alignment.rater_weights import RaterShare
 from storage.records import Json
@@ -26,7 +26,7 @@ class DataStatistics:
     corrections: int
     raters: int
     agreement: Estimate | None
-    """Share of rater pairs that chose alike on the same two answers; None when nobody rated the same."""
+    """How often two people chose alike, each thing that several judged counting once; None when there is none."""
     on_policy_share: float
     """Share of pairs whose answers come from the served policy or one of its recent ancestors."""
     dropped: dict[str, int]
@@ -56,6 +56,8 @@ class DataStatistics:
     """Share of the thumbs that it gives as people did, mean of those up and those down; None unless there are both."""
     turned_thumb_share: Estimate | None = None
     """Share of the thumbs turned round, as it tells; None without thumbs."""
+    repeats_alike: Estimate | None = None
+    """How often people said the same when they judged something again; None when nobody did."""
 
     @property
     def labels(self) -> int:
@@ -103,7 +105,6 @@ def statistics_of(
     """Describe the snapshot's usable labels."""
     pairs = [pair for pair in preferences.pairs if not pair.tie]
     notes = preferences.notes
-    meetings = int(notes["agreement_meetings"])
     names: Mapping[str, str] = notes.get("names", {})
     return DataStatistics(
         pairs=len(pairs),
@@ -112,7 +113,7 @@ def statistics_of(
         thumbs=len(preferences.thumbs),
         corrections=corrections,
         raters=int(notes["raters"]),
-        agreement=wilson(float(notes["agreement"]) * meetings, meetings) if meetings else None,
+        agreement=notes["agreement"],
         on_policy_share=on_policy_share,
         dropped=dict(notes["dropped"]),
         correction_pairs=sum(pair.source == "correction" for pair in pairs),
@@ -128,6 +129,7 @@ def statistics_of(
         fit_accuracy=notes.get("fit_accuracy"),
         thumb_fit_accuracy=notes.get("thumb_fit_accuracy"),
         turned_thumb_share=notes.get("turned_thumb_share"),
+        repeats_alike=notes.get("repeats_alike"),
     )
 
 

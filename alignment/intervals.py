@@ -67,7 +67,8 @@ def wilson_by_group(right: Floats, groups: NDArray[np.int64]) -> Estimate:
     apart = (
         np.bincount(groups, weights=right - pulled) / others
     )  # what each group adds to the variance of the sum
-    worth = pulled * (1 - pulled) * count**2 / float((apart * apart).sum())
+    between = max(float((apart * apart).sum()), 1e-9)  # 0 where each is exactly a half
+    worth = pulled * (1 - pulled) * count**2 / between
     worth *= (Z_95 / _student_95(fewest - 1)) ** 2
     worth = max(fewest, min(float(count), worth))
     return wilson(share * worth, worth)

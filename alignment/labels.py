@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -207,29 +207,62 @@ def _thumb(id: str, turn: Turn, *, up: bool, rater: str) -> Thumb:
 
 
 def pairs_of_thumbs(thumbs: Sequence[Thumb]) -> list[Pair]:
-    """Pair every thumb up with every thumb down on another answer to the same prompt."""
-    downs: dict[tuple[int, ...], list[Thumb]] = {}
+    """Pair thumbs up with thumbs down on other answers to the same prompt, at most as many as the more frequent kind.
+
+    Each of the more frequent kind gets one of the other, of the same rater where there is one, and these take turns: of all
+    couples, whose number grows with the square, each thumb would be in many, and they would say nothing new.
+    """
+    kinds: dict[tuple[int, ...], tuple[list[Thumb], list[Thumb]]] = {}
     for thumb in thumbs:
-        if not thumb.up:
-            downs.setdefault(thumb.prompt_ids, []).append(thumb)
-    return [
-        Pair(
-            id=f"{up.id}+{down.id}",
-            prompt_ids=up.prompt_ids,
-            chosen_ids=up.answer_ids,
-            rejected_ids=down.answer_ids,
-            weight=1.0 if up.rater == down.rater else FOREIGN_THUMBS_WEIGHT,
-            margin=0.0,
-            source="ratings",
-            prompt_key=up.prompt_key,
-            rater=up.rater,
-            other_rater="" if up.rater == down.rater else down.rater,
-        )
-        for up in thumbs
-        if up.up
-        for down in downs.get(up.prompt_ids, [])
-        if down.answer_ids != up.answer_ids
-    ]
+        kinds.setdefault(thumb.prompt_ids, ([], []))[0 if thumb.up else 1].append(thumb)
+    pairs = []
+    for ups, downs in kinds.values():
+        if len(ups) >= len(downs):
+            pairs += [_pair_of_thumbs(up, down) for up, down in _matched(ups, downs)]
+        else:
+            pairs += [_pair_of_thumbs(up, down) for down, up in _matched(downs, ups)]
+    return pairs
+
+
+def _matched(many: Sequence[Thumb], few: Sequence[Thumb]) -> list[tuple[Thumb, Thumb]]:
+    """Return each of `many` with one of `few` on another answer, which wait their turn after each match; the rater's own
+    come first."""
+    waiting = deque(few)
+    own: dict[str, deque[Thumb]] = defaultdict(deque)
+    for thumb in few:
+        own[thumb.rater].append(thumb)
+    found = []
+    for thumb in many:
+        other = _next_to(thumb, own[thumb.rater]) or _next_to(thumb, waiting)
+        if other is not None:
+            found.append((thumb, other))
+    return found
+
+
+def _next_to(thumb: Thumb, waiting: deque[Thumb]) -> Thumb | None:
+    """Return the first on another answer than `thumb`'s and put it last."""
+    place = next((at for at, one in enumerate(waiting) if one.answer_ids != thumb.answer_ids), None)
+    if place is None:
+        return None
+    other = waiting[place]
+    del waiting[place]
+    waiting.append(other)
+    return other
+
+
+def _pair_of_thumbs(up: Thumb, down: Thumb) -> Pair:
+    return Pair(
+        id=f"{up.id}+{down.id}",
+        prompt_ids=up.prompt_ids,
+        chosen_ids=up.answer_ids,
+        rejected_ids=down.answer_ids,
+        weight=1.0 if up.rater == down.rater else FOREIGN_THUMBS_WEIGHT,
+        margin=0.0,
+        source="ratings",
+        prompt_key=up.prompt_key,
+        rater=up.rater,
+        other_rater="" if up.rater == down.rater else down.rater,
+    )
 
 
 def prompt_key(turn: Turn) -> str:

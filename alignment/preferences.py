@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ from alignment.rater_weights import (
     reliabilities,
     reliability_weights,
 )
+from alignment.repeats import beside_comparisons, one_vote_each, repeats_alike, together
 from storage import feedback, runs
 from storage.digests import sha256_of
 from storage.errors import InvalidField
@@ -60,8 +61,9 @@ class Preferences:
     pairs: tuple[Pair, ...]
     thumbs: tuple[Thumb, ...]
     notes: dict[str, Any] = field(default_factory=dict)
-    """`pairs`, `ties`, `thumbs`, `dropped` {reason: labels}, `raters`, `agreement`, `agreement_meetings`, `pair_raters`,
-    `thumb_raters` (`RaterShare`), `rater_weights`, `rater_reliability`, `rater_warnings`, `names`"""
+    """`pairs`, `ties`, `thumbs`, `dropped` {reason: labels}, `raters`, `agreement`, `repeats` {rater: `Repeats`},
+    `repeats_alike`, `pair_raters`, `thumb_raters` (`RaterShare`), `rater_weights`, `rater_reliability`, `rater_warnings`,
+    `names`"""
 
     @property
     def labels(self) -> list[Pair | Thumb]:
@@ -125,10 +127,14 @@ def load_preferences(
     pairs, thumbs = from_comparisons(_labels(store, snapshot, Comparison, "comparisons"), turns)
     pairs += from_corrections(_labels(store, snapshot, Correction, "corrections"), turns, tokenize)
     rated = from_ratings(_labels(store, snapshot, Rating, "ratings"), turns)
-    pairs = _without_repeats(pairs + pairs_of_thumbs(rated), turns.dropped)
+    pairs, of_pairs = one_vote_each(pairs, turns.dropped)
+    whole, of_thumbs = one_vote_each(rated + thumbs, turns.dropped)
+    from_ratings_alone = {thumb.id for thumb in rated}
+    rated = [thumb for thumb in whole if thumb.id in from_ratings_alone]
+    pairs += beside_comparisons(pairs_of_thumbs(rated), pairs, turns.dropped)
     names = {person.id: person.name for person in store.all(Person)}
-    notes = {"dropped": dict(turns.dropped), "names": names}
-    return (weigh or weighted)(Preferences(pairs=tuple(pairs), thumbs=tuple(rated + thumbs), notes=notes))
+    notes = {"dropped": dict(+turns.dropped), "names": names, "repeats": together(of_pairs, of_thumbs)}
+    return (weigh or weighted)(Preferences(pairs=tuple(pairs), thumbs=tuple(whole), notes=notes))
 
 
 def newest_label_at(store: Store, snapshot: Snapshot) -> float:
@@ -168,20 +174,6 @@ def _labels(store: Store, snapshot: Snapshot, kind: type[Label], name: str) -> l
     return [label for label in store.all(kind) if label.id in wanted]
 
 
-def _without_repeats(pairs: Sequence[Pair], dropped: Counter[str]) -> list[Pair]:
-    """Keep the first of a rater's equal pairs, whichever kind of label it came from."""
-    seen: set[Hashable] = set()
-    kept = []
-    for pair in pairs:
-        key = (pair.rater, pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
-        if key in seen:
-            dropped["said twice by the same person"] += 1
-        else:
-            seen.add(key)
-            kept.append(pair)
-    return kept
-
-
 def weighted(labels: Preferences, leads: Mapping[str, float] | None = None) -> Preferences:
     """Apply the raters' weights and the cap, scale to a mean of 1, and write the notes.
 
@@ -193,7 +185,8 @@ def weighted(labels: Preferences, leads: Mapping[str, float] | None = None) -> P
         leads: by label id, the log-odds that the label is right, as labels of other prompts tell.
     """
     votes = _votes(labels, leads or {})
-    known = reliabilities(votes)
+    repeats = labels.notes.get("repeats", {})
+    known = reliabilities(votes, repeats)
     reliable = reliability_weights(sorted({name for one in labels.labels for name in one.raters}), known)
     pairs, pair_share = _capped(labels.pairs, reliable)
     thumbs, thumb_share = _capped(labels.thumbs, reliable)
@@ -203,10 +196,10 @@ def weighted(labels: Preferences, leads: Mapping[str, float] | None = None) -> P
         pairs=tuple(replace(pair, weight=scale * pair.weight) for pair in pairs),
         thumbs=tuple(replace(thumb, weight=scale * thumb.weight) for thumb in thumbs),
     )
-    met = agreement([vote for vote in votes if reliable[vote.rater]])
     notes = {
-        "agreement": met.mean,
-        "agreement_meetings": met.meetings,
+        "agreement": agreement([vote for vote in votes if reliable[vote.rater]]),
+        "repeats": repeats,
+        "repeats_alike": repeats_alike({rater: one for rater, one in repeats.items() if reliable.get(rater)}),
         "pair_raters": pair_share,
         "thumb_raters": thumb_share,
         "rater_weights": reliable,

@@ -8,15 +8,15 @@ Letters: N votes, R raters, I items, G points of a grid.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from alignment.intervals import Estimate, Floats
+from alignment.intervals import Estimate, Floats, wilson
+from alignment.repeats import Repeats
 
 PRIOR_VOTES = 8.0
 """A rater's reliability is pulled to everybody's by as much as this many votes: a few unlucky ones change little."""
@@ -54,26 +54,30 @@ class Vote:
     """Log-odds that 1 is the right value, from elsewhere than the item's votes; 0 where nothing else is known."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Agreement:
-    """How often votes on the same item agree (a tie against a choice counts half)."""
+def agreement(votes: Sequence[Vote]) -> Estimate | None:
+    """Return how often two people agree on what both judged (a tie against a choice counts half); None when nobody did.
 
-    mean: float | None
-    """Over all meetings of two votes; None when no item was judged twice."""
-    meetings: int
-
-
-def agreement(votes: Sequence[Vote]) -> Agreement:
-    """Compare all votes on the same item pairwise, a rater's repeats included."""
-    items: dict[Hashable, list[Vote]] = defaultdict(list)
+    Every item is one observation, the mean over its meetings of two people: thirty people on one item are one question,
+    not 435, and what a person says twice is no agreement.
+    """
+    items: dict[Hashable, dict[str, Counter[int]]] = defaultdict(lambda: defaultdict(Counter))
     for vote in votes:
-        items[vote.item].append(vote)
-    met = [
-        1.0 - abs(one.value - other.value) / 2.0
-        for group in items.values()
-        for one, other in combinations(group, 2)
-    ]
-    return Agreement(mean=sum(met) / len(met) if met else None, meetings=len(met))
+        items[vote.item][vote.rater][vote.value] += 1
+    means = []
+    for raters in items.values():
+        if len(raters) > 1:
+            alike, meetings = _meetings(sum(raters.values(), Counter()))
+            own = [_meetings(counts) for counts in raters.values()]
+            means.append((alike - sum(a for a, _ in own)) / (meetings - sum(n for _, n in own)))
+    return wilson(sum(means), len(means)) if means else None
+
+
+def _meetings(counts: Mapping[int, int]) -> tuple[float, int]:
+    """Return how many of all couples of so many votes of each value agree, and how many couples there are."""
+    total = sum(counts.values())
+    ties = counts.get(0, 0)
+    alike = sum(count * (count - 1) / 2 for count in counts.values()) + ties * (total - ties) / 2
+    return alike, total * (total - 1) // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,22 +106,30 @@ class Reliability:
     """How often they are right as a whole."""
 
 
-def reliabilities(votes: Sequence[Vote]) -> Reliability:
+def reliabilities(votes: Sequence[Vote], repeats: Mapping[str, Repeats] | None = None) -> Reliability:
     """Return how right the raters are.
 
     EM: the chance that each vote is right given every rater's reliability, then each rater's mean of those chances. The
-    interval is the posterior's over a grid, given what all others and the leads say about the rater's items.
+    interval is the posterior's over a grid, given what all others and the leads say about the rater's items, and how the
+    rater's own repeats went.
+
+    Args:
+        repeats: by rater.
     """
     table = _table([vote for vote in votes if vote.value])
     reliable = np.full(len(table.raters), 0.8)
     counts = np.bincount(table.rater, minlength=len(table.raters)).astype(np.float64)
     usual = 0.8
     for _ in range(EM_STEPS):
-        right = _sigmoid(table.value * table.evidence(reliable)[table.item])  # (N,)
+        right = sigmoid(table.value * table.evidence(reliable)[table.item])  # (N,)
         usual = float(np.clip(right.mean(), *USUAL_BOUNDS)) if len(right) else usual
         sums = np.bincount(table.rater, weights=right, minlength=len(table.raters))
         reliable = (sums + PRIOR_VOTES * usual) / (counts + PRIOR_VOTES)
-    found = {name: _posterior(table, row, reliable, usual) for row, name in enumerate(table.raters)}
+    again = repeats or {}
+    found = {
+        name: _posterior(table, row, reliable, usual, again.get(name, Repeats()))
+        for row, name in enumerate(table.raters)
+    }
     return Reliability(raters=found, usual=usual)
 
 
@@ -142,7 +154,7 @@ def calibration(leads: Floats) -> Calibration:
     """
     if not len(leads):
         return Calibration(1.0, Estimate(value=0.0, low=0.0, high=float(FLIP_RATES[-1]), n=0))
-    chance = _sigmoid(leads[None, :] / TEMPERATURES[:, None])  # (T, N)
+    chance = sigmoid(leads[None, :] / TEMPERATURES[:, None])  # (T, N)
     fits = np.stack([np.log(e + (1 - 2 * e) * chance).sum(axis=1) for e in FLIP_RATES])  # (E, T)
     best = fits.max(axis=1)
     likely = np.flatnonzero(best >= best.max() - PROFILE_95)
@@ -166,18 +178,33 @@ def _table(votes: Sequence[Vote]) -> _Votes:
     )
 
 
-def _posterior(table: _Votes, row: int, reliable: Floats, usual: float) -> Estimate:
+def _posterior(table: _Votes, row: int, reliable: Floats, usual: float, repeats: Repeats) -> Estimate:
     """Return the mean and the 2.5% and 97.5% quantiles of one rater's reliability."""
     mine = table.rater == row
     silent = np.where(np.arange(len(reliable)) == row, 0.5, reliable)  # a coin says nothing
-    chance = _sigmoid(
+    chance = sigmoid(
         table.value[mine] * table.evidence(silent)[table.item[mine]]
     )  # (n,) that a vote is right
     logs = np.log(np.outer(GRID, chance) + np.outer(1 - GRID, 1 - chance)).sum(axis=1)  # (G,)
+    logs += _logs_of_repeats(repeats, usual)
     mass = np.exp(logs - logs.max()) * _prior(usual)
     mass /= mass.sum()
     low, high = GRID[np.searchsorted(np.cumsum(mass), [0.025, 0.975])]
     return Estimate(value=float(mass @ GRID), low=float(low), high=float(high), n=int(mine.sum()))
+
+
+def _logs_of_repeats(repeats: Repeats, usual: float) -> Floats:
+    """Return (G,) log-likelihoods of a rater's repeats: both judgements are right or both wrong, or one of them is wrong.
+
+    To say the same again shows habit as well as care, and costs a click: it counts only beside repeats that went the other
+    way, as often as everybody would be alike, so that repeats can make nobody more reliable than that.
+    """
+    by_chance = usual**2 + (1 - usual) ** 2
+    alike = min(float(repeats.alike), repeats.unlike * by_chance / (1 - by_chance))
+    result: Floats = repeats.unlike * np.log(2 * GRID * (1 - GRID)) + alike * np.log(
+        GRID**2 + (1 - GRID) ** 2
+    )
+    return result
 
 
 def _prior(usual: float) -> Floats:
@@ -191,7 +218,8 @@ def _prior(usual: float) -> Floats:
     return result
 
 
-def _sigmoid(x: Floats) -> Floats:
+def sigmoid(x: Floats) -> Floats:
+    """Return 1 / (1 + e^-x), within 1e-13 of 0 and 1."""
     result: Floats = 1 / (1 + np.exp(-np.clip(x, -30, 30)))
     return result
 

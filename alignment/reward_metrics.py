@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -63,10 +64,15 @@ def held_out_metrics(
 
 
 def pair_accuracy(leads: Floats, pairs: Sequence[Pair]) -> Estimate:
-    """Return the share of pairs whose winner leads, (P,) leads. Those of a prompt hang together: every thumb up of a prompt
-    makes a pair with every thumb down, and people compare one answer with several."""
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(pair.prompt_key for pair in pairs))}
-    return wilson_by_group(_right(leads), np.array([numbers[p.prompt_key] for p in pairs], dtype=np.int64))
+    """Return the share of pairs whose winner leads, (P,) leads. Those of a prompt hang together: people compare
+    one answer with several, and thumbs of the rarer kind are in several pairs."""
+    return share_right(leads, [pair.prompt_key for pair in pairs])
+
+
+def share_right(leads: Floats, groups: Sequence[str]) -> Estimate:
+    """Return the share of leads (N,) above 0, those of exactly 0 half, where labels of a group, N names, hang together."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(groups))}
+    return wilson_by_group(_right(leads), np.array([numbers[name] for name in groups], dtype=np.int64))
 
 
 def thumb_metrics(scores: Floats, thumbs: Sequence[Thumb]) -> dict[str, float]:
@@ -84,14 +90,16 @@ def thumb_metrics(scores: Floats, thumbs: Sequence[Thumb]) -> dict[str, float]:
     """
     wins, separate = 0.0, 0
     prompts: tuple[set[str], set[str]] = (set(), set())
-    for rater in sorted({thumb.rater for thumb in thumbs}):
-        own = [(s, t) for s, t in zip(scores, thumbs, strict=True) if t.rater == rater]
+    by_rater: dict[str, list[tuple[float, Thumb]]] = defaultdict(list)
+    for score, thumb in zip(scores, thumbs, strict=True):
+        by_rater[thumb.rater].append((score, thumb))
+    for _, own in sorted(by_rater.items()):
         ups, downs = (np.array([score for score, thumb in own if thumb.up == up]) for up in (True, False))
         if not len(ups) or not len(downs):
             continue
         asked = [{thumb.prompt_key for _, thumb in own if thumb.up == up} for up in (True, False)]
         couples = min(map(len, asked))
-        wins += couples * float(_right((ups[:, None] - downs[None, :]).ravel()).mean())
+        wins += couples * share_above(ups, downs)
         separate += couples
         for everyones, one in zip(prompts, asked, strict=True):
             everyones.update(one)
@@ -102,17 +110,27 @@ def thumb_metrics(scores: Floats, thumbs: Sequence[Thumb]) -> dict[str, float]:
     return {f"reward/{name}": value for name, value in found.items()}
 
 
-def new_rater_metrics(new_raters: Floats, all_raters: Floats) -> dict[str, float]:
+def share_above(ups: Floats, downs: Floats) -> float:
+    """Return the share of all couples of one of `ups` (U,) and one of `downs` (D,) in which the former is the greater, equal
+    ones half: the area under the curve (Mann & Whitney 1947), by sorting."""
+    ordered = np.sort(downs)
+    below = np.searchsorted(ordered, ups, side="left") + np.searchsorted(ordered, ups, side="right")
+    return float(below.sum()) / (2 * len(ups) * len(downs))
+
+
+def new_rater_metrics(new_raters: Floats, all_raters: Floats, raters: Sequence[str]) -> dict[str, float]:
     """Return the accuracy on raters that were left out, beside that of the same quick fit with everybody in it.
+
+    The interval is about new raters, so pairs of one rater hang together: three of them say little, however many pairs.
 
     Args:
         new_raters: (P,) leads of held-out pairs whose raters gave none of the training labels.
         all_raters: (P,) leads of the same pairs when every rater's training labels were used.
+        raters: of the P pairs.
     """
-    found = wilson(float(_right(new_raters).sum()), len(new_raters))
-    known = wilson(float(_right(all_raters).sum()), len(all_raters))
+    found = share_right(new_raters, raters)
     result = {"left_out_rater_pairs": float(len(new_raters)), **_interval("left_out_rater_accuracy", found)}
-    result["left_in_rater_accuracy"] = known.value
+    result["left_in_rater_accuracy"] = share_right(all_raters, raters).value
     return {f"reward/{name}": value for name, value in result.items()}
 
 

@@ -14,15 +14,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from alignment.batching import Tree, make_tree
-from alignment.intervals import Estimate, Floats, mean_of, wilson
+from alignment.intervals import Estimate, Floats, mean_of
 from alignment.models import Base
 from alignment.preferences import Pair, Preferences, Thumb, weighted
 from alignment.progress import Progress, stop_if_asked
-from alignment.rater_weights import FEWEST_RATERS, Calibration, calibration
+from alignment.rater_weights import FEWEST_RATERS, Calibration, calibration, sigmoid
 from alignment.reward_items import make_items
-from alignment.reward_metrics import new_rater_metrics
+from alignment.reward_metrics import new_rater_metrics, share_right
 from alignment.reward_training import fitted_head, last_states
 from alignment.training_config import RewardConfig
 
@@ -31,6 +32,8 @@ PROMPT_FOLDS, RATER_FOLDS = 3, 5
 whoever answers questions of their own kind would be judged by themselves."""
 ROUNDS = 2
 """Fits to everybody's labels, then without those who were found to contradict the others."""
+MOST_APART, BISECTIONS = 20.0, 60
+"""How far beyond all scores a threshold is looked for, in log-odds, and in how many halvings: to 1e-15 of that."""
 
 
 def weighed_by_others(
@@ -74,7 +77,8 @@ def _out_of_fold_leads(
     """Return by id the log-odds that a label is right, from a fit to others' labels of other prompts, calibrated; and
     the notes on the fit.
 
-    A thumb is compared with its rater's own leniency: somebody who likes nearly everything is not wrong each time.
+    A thumb is compared with its rater's own leniency (`_Fits.leads`): somebody who likes nearly everything is not wrong each
+    time, nor right for it.
     Where there are too few raters to leave some out, only the prompts are others.
 
     Args:
@@ -102,7 +106,7 @@ def _out_of_fold_leads(
             ]
             fit = fits.fit(others, weights) if inside else None
             if fit is not None:
-                leads[inside] = fits.leads(fit, inside)
+                leads[inside] = fits.leads(fit, inside, learnt_from=others)
     found = []
     for part in (slice(0, len(fits.pairs)), slice(len(fits.pairs), None)):
         known = [
@@ -129,8 +133,11 @@ def _about_fit(
     notes = {name: one.turned for name, one in turned if one.turned.n}
 
     def right(labels: Sequence[Pair | Thumb]) -> Estimate:
-        counted = [leads[label.id] > 0 for label in labels if label.id in weights]
-        return wilson(sum(counted), len(counted))
+        counted = [label for label in labels if label.id in weights]
+        found = np.array([leads[label.id] for label in counted])
+        return share_right(
+            found, [label.prompt_key for label in counted]
+        )  # its answers may all be scored alike
 
     compared = right([pair for pair in fits.pairs if not pair.tie and pair.source != "correction"])
     if compared.n:
@@ -177,23 +184,15 @@ def left_out_rater_metrics(
     raters = [pair.rater for pair in pairs] + [thumb.rater for thumb in thumbs]
     everybody = fits.fit(range(len(raters)))
     assert everybody is not None  # there are labels: the caller has trained on them
-    new, known = [], []
+    new, known, whose = [], [], []
     for fold in folds:
         fit = fits.fit([number for number, rater in enumerate(raters) if rater not in fold])
         theirs = [number for number, pair in enumerate(held_out) if pair.rater in fold]
         if fit is not None:
-            new.append(apart[theirs] @ fit.own["heads"][0])
-            known.append(apart[theirs] @ everybody.own["heads"][0])
-    return new_rater_metrics(_joined(new), _joined(known)) if new else {}
-
-
-@dataclass(frozen=True, slots=True)
-class _Fit:
-    """One head, with the thumbs' slope and their raters' biases."""
-
-    own: dict[str, torch.Tensor]
-    raters: dict[str, int]
-    """Rows of the biases."""
+            new.append(apart[theirs] @ fit[0])
+            known.append(apart[theirs] @ everybody[0])
+            whose += [held_out[number].rater for number in theirs]
+    return new_rater_metrics(_joined(new), _joined(known), whose) if new else {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,8 +208,11 @@ class _Fits:
     seed: int
     progress: Progress
 
-    def fit(self, numbers: Sequence[int], weights: Mapping[str, float] | None = None) -> _Fit | None:
-        """Return a fit to the labels `numbers`, with other `weights` than their own if given; None when there are none."""
+    def fit(
+        self, numbers: Sequence[int], weights: Mapping[str, float] | None = None
+    ) -> tuple[torch.Tensor, float] | None:
+        """Return a fit to the labels `numbers`, with other `weights` than their own if given: the head (D,) and the
+        slope that makes log-odds of a thumb's score; None when there are no labels."""
         stop_if_asked(self.progress, "the reward model")
         if not numbers:
             return None
@@ -220,22 +222,41 @@ class _Fits:
             thumbs = [replace(thumb, weight=weights[thumb.id]) for thumb in thumbs]
         items = make_items(self.base, pairs, thumbs, replace(self.config, members=1), seed=self.seed)
         own = fitted_head(self.base, self.states[self._rows(numbers)], items, self.config)
-        return _Fit(own, {rater: row for row, rater in enumerate(sorted({thumb.rater for thumb in thumbs}))})
+        return own["heads"][0], float(F.softplus(own["slopes"][0]))
 
-    def leads(self, fit: _Fit, numbers: Sequence[int]) -> Floats:
-        """Return the log-odds that the fit gives each of the labels `numbers`."""
-        pairs, thumbs = self._split(numbers)
-        scores = self.states[self._rows(numbers)] @ fit.own["heads"][0]
-        compared, alone = scores[: 2 * len(pairs)], scores[2 * len(pairs) :]
-        slope = float(F.softplus(fit.own["slopes"][0]))
-        biases = [
-            float(fit.own["biases"][fit.raters[thumb.rater], 0]) if thumb.rater in fit.raters else 0.0
-            for thumb in thumbs
-        ]
-        signs = np.array([1.0 if thumb.up else -1.0 for thumb in thumbs])
-        return np.concatenate(
-            [_floats(compared[0::2] - compared[1::2]), signs * (slope * _floats(alone) + np.array(biases))]
-        )
+    def leads(
+        self, fit: tuple[torch.Tensor, float], numbers: Sequence[int], *, learnt_from: Sequence[int]
+    ) -> Floats:
+        """Return the log-odds that the fit gives each of the labels `numbers`.
+
+        A thumb's are how much more likely its rater is to have said so of this answer than of theirs in general: their
+        threshold is found by their thumbs that are not among `numbers`. So to like nearly everything is neither held
+        against anybody nor taken for being right.
+
+        Args:
+            learnt_from: labels of the fit; their raters' common threshold stands in where a rater's own thumbs say little.
+        """
+        head, slope = fit
+        count = len(self.pairs)
+        pairs = [number for number in numbers if number < count]
+        asked = [number - count for number in numbers if number >= count]
+        compared = _floats(self.states[self._rows(pairs)] @ head)
+        scores = slope * _floats(self.states[2 * count : 2 * count + len(self.thumbs)] @ head)
+        ups = np.array([thumb.up for thumb in self.thumbs], dtype=bool)
+        pull = 2 * self.config.rater_bias_penalty  # the slope of b^2 in the fit of the raters' biases
+
+        common = [number - count for number in learnt_from if number >= count]
+        usual = threshold(scores[common], ups[common], usual=0.0, pull=pull)
+        others: dict[str, list[int]] = {self.thumbs[row].rater: [] for row in asked}
+        for row in set(range(len(self.thumbs))) - set(asked):
+            if self.thumbs[row].rater in others:
+                others[self.thumbs[row].rater].append(row)
+        own = {
+            rater: threshold(scores[rows], ups[rows], usual=usual, pull=pull)
+            for rater, rows in others.items()
+        }
+        apart = scores[asked] - np.array([own[self.thumbs[row].rater] for row in asked])
+        return np.concatenate([compared[0::2] - compared[1::2], np.where(ups[asked], apart, -apart)])
 
     def _split(self, numbers: Sequence[int]) -> tuple[list[Pair], list[Thumb]]:
         count = len(self.pairs)
@@ -248,6 +269,30 @@ class _Fits:
         count = len(self.pairs)
         rows = [row for number in numbers if number < count for row in (2 * number, 2 * number + 1)]
         return rows + [count + number for number in numbers if number >= count]
+
+
+def threshold(scores: Floats, ups: NDArray[np.bool_], *, usual: float, pull: float) -> float:
+    """Return the score from which an answer is rather liked, where up and down weigh alike.
+
+    It is the t for which sigmoid(score - t) fits best, by bisection: undamped Newton steps diverge where thumbs can be told
+    apart. Both kinds together weigh as the rarer one does, so that thumbs of one kind alone say nothing.
+
+    Args:
+        scores: (U,) log-odds but for a constant.
+        ups: (U,) bool.
+        usual: what it is pulled to.
+        pull: how strongly, in thumbs for each unit away.
+    """
+    fewest = min(int(ups.sum()), int((~ups).sum()))
+    if not fewest:
+        return usual
+    weights = np.where(ups, fewest / ups.sum(), fewest / (~ups).sum())
+    low, high = min(usual, float(scores.min())) - MOST_APART, max(usual, float(scores.max())) + MOST_APART
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        missing = float(weights @ (sigmoid(scores - middle) - ups)) - pull * (middle - usual)
+        low, high = (middle, high) if missing > 0 else (low, middle)
+    return (low + high) / 2
 
 
 def rater_folds(raters: Sequence[str], folds: int) -> list[set[str]]:

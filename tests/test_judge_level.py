@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -48,9 +49,15 @@ def leads_of(pairs: Sequence[Pair], scores: dict[tuple[int, ...], float]) -> Flo
     return np.array(members)  # (P, 2, 1)
 
 
-def test_pairs_of_every_thumb_up_with_every_thumb_down_do_not_make_a_coin_a_judge() -> None:
+def test_pairs_of_every_liked_with_every_other_answer_do_not_make_a_coin_a_judge() -> None:
+    """As a person makes who compares each with each."""
     thumbs = rated(12, ups=5, downs=5)
-    pairs = pairs_of_thumbs(thumbs)
+    pairs = [
+        pair
+        for up, down in product(thumbs, thumbs)
+        if up.up and not down.up
+        for pair in pairs_of_thumbs([up, down])
+    ]
     assert len(pairs) == 300
     answers = {thumb.answer_ids for thumb in thumbs}
     rng, passed, naive = np.random.default_rng(0), 0, 0
@@ -86,6 +93,7 @@ def test_groups_of_one_are_wilsons_and_nothing_is_worth_less_than_its_groups_or_
     assert wilson_by_group(np.zeros(0), np.zeros(0, dtype=np.int64)) == wilson(0, 0)
     alike = wilson_by_group(np.repeat([1.0, 0.0, 1.0, 1.0], 10), np.repeat(np.arange(4), 10))
     assert (alike.value, alike.n) == (0.75, 4)
+    assert wilson_by_group(np.full(6, 0.5), np.repeat([0, 1], 3)).value == 0.5, "all leads are 0"
     rng = np.random.default_rng(2)
     apart = wilson_by_group((rng.random(2000) < 0.7).astype(float), np.repeat(np.arange(200), 10))
     assert 1500 < apart.n <= 2000, (

@@ -10,7 +10,8 @@ import pytest
 
 from alignment.labels import Pair, Thumb, pairs_of_thumbs
 from alignment.preferences import Preferences, load_preferences, split_by_prompt, take_snapshot, weighted
-from alignment.rater_weights import Vote, agreement, cap_factors
+from alignment.rater_weights import cap_factors
+from alignment.repeats import Repeats
 from learning_fixtures import make_pairs, make_thumbs
 from storage import conversations, deployments, feedback, people, policies, runs
 from storage.errors import InvalidField
@@ -61,7 +62,7 @@ def loaded(world: World, **options) -> Preferences:
 
 def test_the_chosen_side_comes_first_with_the_served_ids(world: World) -> None:
     compared(world, "left")
-    compared(world, "right", strength=3)
+    compared(world, "right", strength=3, person=world.admin)
     left, right = loaded(world).pairs
     assert (left.prompt_ids, left.chosen_ids, left.rejected_ids) == (PROMPT, (4, 5, EOS), (6, EOS))
     assert (right.chosen_ids, right.rejected_ids) == ((6, EOS), (4, 5, EOS))
@@ -143,7 +144,7 @@ def test_turns_of_another_base_are_dropped_when_the_base_is_named(world: World) 
     deployment = deployments.deploy(
         world.store, policy_id=other.id, role="stable", share=1, actor="system", reason="another model"
     )
-    compared(world, "right", policy_id=other.id, deployment_id=deployment.id)
+    compared(world, "right", person=world.admin, policy_id=other.id, deployment_id=deployment.id)
     assert len(loaded(world).pairs) == 2
     found = loaded(world, base_sha256=BASE_SHA256)
     assert len(found.pairs) == 1
@@ -157,6 +158,20 @@ def test_the_same_judgement_of_the_same_person_counts_once(world: World) -> None
     found = loaded(world)
     assert [pair.rater for pair in found.pairs] == [world.staff.id, world.admin.id]
     assert found.notes["dropped"] == {"said twice by the same person": 1}
+
+
+def test_a_person_who_changes_their_mind_has_one_vote(world: World) -> None:
+    for choice in ("right", "left"):
+        compared(world, choice)
+    turn, _ = two_turns(world)
+    again, _ = two_turns(world)
+    for rated, verdict in ((turn, "up"), (again, "down")):
+        feedback.rate(world.store, turn_id=rated.id, person_id=world.staff.id, verdict=verdict)
+    found = loaded(world)
+    assert [pair.chosen_ids for pair in found.pairs] == [(4, 5, EOS)]
+    assert [thumb.up for thumb in found.thumbs] == [False]
+    assert found.notes["dropped"] == {"said otherwise by the same person, more often or later": 2}
+    assert found.notes["repeats"] == {world.staff.id: Repeats(unlike=2)}
 
 
 def test_a_snapshot_is_stored_and_later_labels_do_not_enter_it(world: World) -> None:
@@ -209,22 +224,6 @@ def test_a_split_shares_no_prompt_and_depends_on_prompts_and_seed_alone() -> Non
     assert split_by_prompt(whole, held_out=0, seed=1)[0] == whole
     with pytest.raises(InvalidField, match="held_out"):
         split_by_prompt(whole, held_out=1.0, seed=1)
-
-
-def test_agreement_counts_ties_half_and_own_repeats() -> None:
-    votes = [
-        Vote("a", 1, 1),
-        Vote("b", 1, 1),
-        Vote("c", 1, 0),
-        Vote("a", 2, 1),
-        Vote("a", 2, -1),
-        Vote("b", 3, 1),
-    ]
-    found = agreement(votes)
-    # item 1: ab 1, ac 0.5, bc 0.5; item 2: aa 0; item 3: nobody met
-    assert found.meetings == 4
-    assert found.mean == pytest.approx(2.0 / 4)
-    assert agreement([Vote("a", 1, 1)]).mean is None
 
 
 def test_no_rater_keeps_more_than_a_tenth_of_the_weight() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from alignment.intervals import wilson
 from alignment.preferences import Pair
 from alignment.reward_metrics import (
     calibration_error,
@@ -16,7 +17,9 @@ from alignment.reward_metrics import (
     length_slopes,
     member_correlation,
     member_error_correlation,
+    new_rater_metrics,
     prompt_halves,
+    share_above,
     thumb_metrics,
 )
 from learning_fixtures import make_pairs, make_thumbs
@@ -123,3 +126,33 @@ def test_thumbs_are_ranked_within_a_rater_and_count_by_separate_couples() -> Non
     assert (found["reward/thumbs"], found["reward/thumb_couples"]) == (6, 2)
     nothing = thumb_metrics(np.zeros(1), thumbs[:1])
     assert (nothing["reward/thumb_accuracy_low"], nothing["reward/thumb_accuracy_high"]) == (0.0, 1.0)
+
+
+def test_the_share_above_equals_a_plain_loop_with_ties_half() -> None:
+    rng = np.random.default_rng(4)
+    ups, downs = rng.integers(0, 6, 40).astype(float), rng.integers(0, 5, 30).astype(float)
+    plain = [1.0 if up > down else 0.5 if up == down else 0.0 for up in ups for down in downs]
+    assert share_above(ups, downs) == pytest.approx(sum(plain) / len(plain), abs=1e-12)
+    assert share_above(np.zeros(100_000), np.zeros(100_000)) == 0.5, "no matrix of all couples"
+
+
+def test_how_new_raters_are_predicted_is_as_sure_as_there_are_raters() -> None:
+    leads = np.array([1.0, 1.0, -1.0, 0.0] * 6)  # 15 of 24 right
+    raters = [f"rater-{number // 4}" for number in range(24)]
+    once = new_rater_metrics(leads, leads, raters)
+    copied = new_rater_metrics(
+        np.repeat(leads, 5), np.repeat(leads, 5), [r for r in raters for _ in range(5)]
+    )
+    assert once["reward/left_out_rater_accuracy"] == 0.625
+    assert once["reward/left_in_rater_accuracy"] == 0.625
+    unlike = np.array([1.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0, -1.0] * 3)  # half of the raters
+    two_kinds = new_rater_metrics(unlike, unlike, raters)
+    many = new_rater_metrics(
+        np.repeat(unlike, 5), np.repeat(unlike, 5), [r for r in raters for _ in range(5)]
+    )
+    for few, more in ((once, copied), (two_kinds, many)):
+        assert more["reward/left_out_rater_pairs"] == 5 * few["reward/left_out_rater_pairs"]
+    assert many["reward/left_out_rater_accuracy_low"] == two_kinds["reward/left_out_rater_accuracy_low"]
+    assert two_kinds["reward/left_out_rater_accuracy_low"] == wilson(3, 6).low, (
+        "six raters, three of each kind"
+    )

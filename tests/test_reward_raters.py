@@ -147,5 +147,27 @@ def test_a_fit_that_calls_everything_good_is_not_right_because_nearly_everything
     assert "thumb_fit_accuracy" not in weighed(base, Preferences(pairs=(), thumbs=only)).notes
 
 
+def five_times(given: Preferences) -> Preferences:
+    """The same labels as five people say them, so that only their number tells them from one's."""
+    return Preferences(
+        pairs=tuple(replace(pair, id=f"{pair.id}-{copy}") for pair in given.pairs for copy in range(5)),
+        thumbs=tuple(replace(thumb, id=f"{thumb.id}-{copy}") for thumb in given.thumbs for copy in range(5)),
+    )
+
+
+@pytest.mark.parametrize("name", ["fit_accuracy", "thumb_fit_accuracy"])
+def test_labels_of_the_same_prompts_make_a_fit_s_accuracy_no_surer(base: Base, name: str) -> None:
+    given = labels(80, raters=1, wrong=0.2) if name == "fit_accuracy" else rated(80, wrong=0.2)
+    once, copied = weighed(base, given).notes[name], weighed(base, five_times(given)).notes[name]
+    assert copied.n == once.n == 80
+    assert copied.value == pytest.approx(once.value, abs=0.05)
+    assert copied.high - copied.low > 0.95 * (once.high - once.low)
+
+
+def test_a_lead_of_nothing_is_half_right(base: Base) -> None:
+    alike = [replace(pair, rejected_ids=pair.chosen_ids) for pair in labels(40, raters=1).pairs]
+    assert weighed(base, Preferences(pairs=tuple(alike), thumbs=())).notes["fit_accuracy"].value == 0.5
+
+
 def turned(pair: Pair) -> Pair:
     return replace(pair, chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids)

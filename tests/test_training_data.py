@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from alignment.choose import statistics_of
+from alignment.choose import choose_method, statistics_of
 from alignment.config import ChoiceConfig, DataConfig
-from alignment.preferences import Pair, Preferences
+from alignment.labels import Thumb, pairs_of_thumbs
+from alignment.preferences import Pair, Preferences, weighted
 from alignment.training_data import (
     answers_by_policy,
     divide,
@@ -120,7 +123,7 @@ def pair(number: int, *, weight: float = 1.0, tie: bool = False, key: str | None
     )
 
 
-NOTES = {"agreement_meetings": 0, "agreement": None, "raters": 1, "dropped": {}}
+NOTES = {"agreement": None, "raters": 1, "dropped": {}}
 
 
 def test_ties_are_no_pairs_and_unequal_weights_are_worth_less() -> None:
@@ -141,3 +144,48 @@ def test_the_three_parts_share_no_prompt_and_lose_none() -> None:
     assert not (keys[0] & keys[2])
     assert not (keys[1] & keys[2])
     assert [len(part) for part in keys] == [20, 20, 10]  # 20% of 50 held out, the rest in halves
+
+
+def rated(count: int, *, prompts: int, up_of: int = 2, raters: int = 1) -> list[Thumb]:
+    """Return thumbs on an answer each, dealt to the prompts and raters in turn; one of `up_of` of a prompt is up."""
+    return [
+        Thumb(
+            id=f"thumb-{number}",
+            prompt_ids=(number % prompts,),
+            answer_ids=(number, 9),
+            up=number // prompts % up_of == 0,
+            weight=1.0,
+            prompt_key=f"key-{number % prompts}",
+            rater=f"rater-{number % raters}",
+        )
+        for number in range(count)
+    ]
+
+
+def test_thumbs_make_no_more_pairs_than_there_are_of_the_more_frequent_kind() -> None:
+    began = time.perf_counter()
+    pairs = pairs_of_thumbs(rated(2000, prompts=1))
+    assert time.perf_counter() - began < 1
+    assert len(pairs) == 1000
+    assert len({pair.chosen_ids for pair in pairs}) == len({pair.rejected_ids for pair in pairs}) == 1000
+    one_sided = pairs_of_thumbs(rated(100, prompts=1, up_of=4))
+    assert len(one_sided) == 75
+    assert set(Counter(pair.chosen_ids for pair in one_sided).values()) == {3}, "they take turns"
+
+
+def test_a_rater_s_own_thumbs_are_paired_first_and_never_one_answer_with_itself() -> None:
+    thumbs = rated(60, prompts=1, raters=3)  # of each rater ten up and ten down
+    assert all(pair.other_rater == "" for pair in pairs_of_thumbs(thumbs))
+    same = [replace(thumb, answer_ids=(4, 9)) for thumb in thumbs]
+    assert pairs_of_thumbs(same) == []
+    other = replace(thumbs[0], id="other", answer_ids=(5, 9), up=True, rater="new")
+    assert [pair.id.split("+")[0] for pair in pairs_of_thumbs([*same, other])] == ["other"]
+
+
+def test_a_hundred_and_eighty_thumbs_are_not_enough_for_either_method() -> None:
+    thumbs = rated(180, prompts=30)  # three up and three down on each
+    labels = weighted(Preferences(pairs=tuple(pairs_of_thumbs(thumbs)), thumbs=tuple(thumbs)))
+    found = statistics_of(labels, corrections=0, on_policy_share=1.0)
+    assert (found.pairs, round(found.effective_pairs)) == (90, 90)
+    choice = choose_method(found, ChoiceConfig(), wanted="auto", available=("dpo", "ppo", "kto"))
+    assert (choice.method, choice.rule) == (None, "0: not enough data")
