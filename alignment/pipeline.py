@@ -123,12 +123,12 @@ def _carry_out(
         return _too_few_labels(snapshot, run, config)
     progress.step(1, f"{sum(snapshot.counts.values())} labels")
     # 2. the served policy, and the labels as its tokens
-    from alignment import stages, together  # torch: only now, so that a run without data ends at once
+    from alignment import preparation, together  # torch: only now, so that a run without data ends at once
     from alignment.work import Work
 
-    stages.check_incumbent(incumbent)
+    preparation.check_incumbent(incumbent)
     place = place or together.Place(progress=progress)
-    prepared = stages.prepare(store, snapshot, incumbent, config, progress, place)
+    prepared = preparation.prepare(store, snapshot, incumbent, config, progress, place)
     # 3. do the data allow a method?
     corrections = int(snapshot.counts["corrections"])
     statistics = statistics_of(

@@ -5,28 +5,22 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, closing, nullcontext
 
 from alignment.choose import Choice, DataStatistics, Method
-from alignment.config import AlignmentConfig
 from alignment.evaluation import Evidence, Trial, evaluate
 from alignment.fixed_questions import FixedQuestions
 from alignment.gate import Verdict
 from alignment.golden import golden_file, load_golden
 from alignment.memory import longest
-from alignment.models import adapter_parameters, answer_ids, save_adapter
-from alignment.preferences import Preferences, load_preferences, newest_label_at
+from alignment.models import adapter_parameters, save_adapter
+from alignment.preferences import Preferences
 from alignment.probe_record import record_probes
-from alignment.questions import choose_questions, recent_turns, served_sampling, unlabelled_prompts
+from alignment.questions import choose_questions, recent_turns, served_sampling
 from alignment.reference_cache import ReferenceCache, reference_identity
 from alignment.report import Card, write_card
 from alignment.resume import Kept, Trained, keep_trained, kept_by, read_trained
 from alignment.reward_model import TrainedReward
-from alignment.reward_raters import weighed_by_others
 from alignment.rollout_server import ServedRollouts
-from alignment.run_progress import RunProgress, check_stop
 from alignment.safety import load_suite
-from alignment.sample_share import measured_share
 from alignment.together import (
-    Place,
-    load,
     load_scorer,
     plan_together,
     put_policy,
@@ -36,94 +30,20 @@ from alignment.together import (
     train_reward,
 )
 from alignment.training import copy_weights
-from alignment.training_data import divide, on_policy_share, prompts_in, prompts_of, recent_policies
-from alignment.warm_start import Former, former_judge
+from alignment.training_data import prompts_in
+from alignment.warm_start import Former
 from alignment.whole_files import remove, whole
-from alignment.work import Prepared, Work
+from alignment.work import Work
 from storage import policies, runs, settings
-from storage.adapters import import_adapter, verify_adapter
-from storage.digests import base_digest, file_sha256, sha256_of
-from storage.errors import CorruptData, KotaeError
+from storage.adapters import import_adapter
+from storage.digests import file_sha256, sha256_of
+from storage.errors import KotaeError
 from storage.probes import write_probes
-from storage.records import Evaluation, Json, Policy, RewardModel, Snapshot, new_id, now
-from storage.store import Store
+from storage.records import Evaluation, Json, Policy, RewardModel, new_id, now
 
 
 class TrainingStopped(KotaeError):
     """The training stopped itself: its numbers left what can be trusted."""
-
-
-def check_incumbent(incumbent: Policy) -> None:
-    """Check that the bytes on disk are those that are served.
-
-    Raises:
-        CorruptData: the base or the adapter was changed.
-        NotFound: the base's folder is gone.
-    """
-    found = base_digest(incumbent.base_path)
-    if found != incumbent.base_sha256:
-        raise CorruptData(
-            f"the base model in {incumbent.base_path} is no longer the one that is served "
-            f"({found[:8]}, not {incumbent.base_sha256[:8]}); restart the server with it"
-        )
-    if incumbent.adapter_path is not None and incumbent.adapter_sha256 is not None:
-        verify_adapter(incumbent.adapter_path, incumbent.adapter_sha256)
-
-
-def prepare(
-    store: Store,
-    snapshot: Snapshot,
-    incumbent: Policy,
-    config: AlignmentConfig,
-    progress: RunProgress,
-    place: Place,
-) -> Prepared:
-    """Load the model in every process, and read the labels as its tokens.
-
-    Raises:
-        CorruptData: the served adapter's weights are not finite.
-        DoesNotFit: the largest prompt with its answers is too large for a device.
-    """
-    base = place.together(load, incumbent, config)
-    progress.step(2, "model loaded")
-    preferences = load_preferences(
-        store,
-        snapshot,
-        tokenize=lambda text: answer_ids(base, text),
-        max_tokens=min(config.data.max_tokens, base.max_positions),
-        base_sha256=incumbent.base_sha256,
-        weigh=lambda labels: _planned_and_weighed(place, labels, config, progress),
-    )
-    check_stop(progress)
-    former = former_judge(store, config.reward, base_sha256=incumbent.base_sha256)
-    parts = divide(preferences, config.data, seed=config.seed)
-    prepared = Prepared(
-        base=base,
-        incumbent=incumbent,
-        preferences=preferences,
-        parts=parts.unseen_by(former.seen_prompts) if former else parts,
-        on_policy_share=on_policy_share(store, preferences, recent_policies(store, incumbent, config)),
-        effective_sample_share=measured_share(store, base, preferences, incumbent, config, progress=progress),
-        former=former,
-        unlabelled=unlabelled_prompts(
-            recent_turns(store, base_sha256=incumbent.base_sha256),
-            labelled=prompts_of(preferences).union(former.seen_prompts if former else ()),
-            until=newest_label_at(store, snapshot),
-            longest_prompt=base.max_positions // 2,
-        ),
-    )
-    progress.step(3, f"{len(preferences.pairs)} pairs, {len(preferences.thumbs)} thumbs")
-    return prepared
-
-
-def _planned_and_weighed(
-    place: Place, labels: Preferences, config: AlignmentConfig, progress: RunProgress
-) -> Preferences:
-    """Weigh the labels by their raters, which trains already: what fits is planned before."""
-    base = place.base
-    assert base is not None
-    place.together(plan_together, longest(base, labels))
-    return weighed_by_others(base, labels, config.reward, seed=config.seed, progress=progress)
 
 
 def train_judge(work: Work) -> TrainedReward:

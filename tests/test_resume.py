@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from alignment import ranked_answers, stages, together
+from alignment import preparation, ranked_answers, stages, together
 from alignment.config import AlignmentConfig, config_of
 from alignment.pipeline import Outcome, align
 from alignment.reward_model import TrainedReward
@@ -194,14 +194,14 @@ def test_raters_weights_that_round_otherwise_are_the_same_data(
     by_labels = config("dpo", dpo={**SMALL["dpo"], "pairs_from": "labels"})
     whole = align(labelled.store, by_labels)
     interrupted(labelled, by_labels, stage="dpo", step=2)
-    weigh = stages.weighed_by_others
+    weigh = preparation.weighed_by_others
 
     def nearly(*args: Any, **options: Any) -> Any:
         found = weigh(*args, **options)
         pairs = tuple(replace(pair, weight=pair.weight * (1 + 1e-6)) for pair in found.pairs)
         return replace(found, pairs=pairs)
 
-    monkeypatch.setattr(stages, "weighed_by_others", nearly)
+    monkeypatch.setattr(preparation, "weighed_by_others", nearly)
     resumed = align(labelled.store, by_labels)
     assert resumed.status == "passed", resumed.message
     assert steps_of(labelled, resumed, "dpo")[0] > 2
