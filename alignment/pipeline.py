@@ -29,6 +29,7 @@ from alignment.choose import (
 from alignment.config import AlignmentConfig
 from alignment.failures import explain
 from alignment.gate import Verdict, judge
+from alignment.golden import load_golden
 from alignment.launch import rank
 from alignment.outcome import OUTCOME_EXIT_CODES, Outcome
 from alignment.preferences import take_snapshot
@@ -58,8 +59,11 @@ def align(store: Store, config: AlignmentConfig, *, trigger: RunTrigger = "manua
     Raises:
         NotFound: nothing is served yet, so there is no policy to improve.
         Busy: another run is under way.
+        InvalidField: the configured golden file is wrong.
     """
     incumbent = served_policy(store)
+    if config.evaluation.golden_file:
+        load_golden(Path(config.evaluation.golden_file))  # bad input is told before a run begins
     meter, run = Meter(), new_run(config, trigger=trigger)
     runs.open_run(store, run)
     progress = RunProgress(store, run.id)
@@ -182,11 +186,14 @@ def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, mete
     """Train, prove and publish; each numbered step is one stage of the run."""
     from alignment import stages
 
+    may_be_ppo = choice.method == "ppo" or choice.waits_for_reward_model
+    if may_be_ppo:
+        stages.check_room(work)
     # 4. the judge, on labels that the policy does not see
     judging = stages.train_judge(work)
     check_stop(work.progress)
     # 5. the reward model that PPO optimises, which must be another than the judge; it may decide the method
-    if choice.method == "ppo" or choice.waits_for_reward_model:
+    if may_be_ppo:
         scorer = stages.train_scorer(work, choice)
         check_stop(work.progress)
         choice = _choose(work, statistics, reward=reward_evidence(scorer.metrics))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from alignment.config import AlignmentConfig
+from alignment.golden import golden_questions
 from alignment.memory import longest
 from alignment.models import Base, answer_ids
 from alignment.preferences import Preferences, load_preferences, newest_label_at
@@ -50,6 +51,7 @@ def prepare(
 
     Raises:
         CorruptData: the served adapter's weights are not finite.
+        InvalidField: the golden file is wrong.
         DoesNotFit: the largest prompt with its answers is too large for a device.
     """
     base = place.together(load, incumbent, config)
@@ -73,6 +75,7 @@ def prepare(
         on_policy_share=on_policy_share(store, preferences, recent_policies(store, incumbent, config)),
         effective_sample_share=measured_share(store, base, preferences, incumbent, config, progress=progress),
         former=former,
+        golden=golden_questions(config.evaluation.golden_file, base_sha256=incumbent.base_sha256),
         unlabelled=unlabelled_prompts(
             recent_turns(store, base_sha256=incumbent.base_sha256),
             labelled=prompts_of(preferences).union(former.seen_prompts if former else ()),

@@ -8,7 +8,6 @@ from alignment.choose import Choice, DataStatistics, Method
 from alignment.evaluation import Evidence, Trial, evaluate
 from alignment.fixed_questions import FixedQuestions
 from alignment.gate import Verdict
-from alignment.golden import golden_file, load_golden
 from alignment.memory import longest
 from alignment.models import adapter_parameters, save_adapter
 from alignment.preferences import Preferences
@@ -37,7 +36,7 @@ from alignment.work import Work
 from storage import policies, runs, settings
 from storage.adapters import import_adapter
 from storage.digests import file_sha256, sha256_of
-from storage.errors import KotaeError
+from storage.errors import InvalidField, KotaeError
 from storage.probes import write_probes
 from storage.records import Evaluation, Json, Policy, RewardModel, new_id, now
 
@@ -192,6 +191,18 @@ def _rollout_server(work: Work, method: Method) -> AbstractContextManager[Served
     return closing(ServedRollouts(url, folder=work.folder / "rollouts", name=new_id("rollouts")))
 
 
+def check_room(work: Work) -> None:
+    """Check that PPO has questions to answer, before anything is trained for it.
+
+    Raises:
+        InvalidField: with an answer none fits into the model's context.
+    """
+    if not _prompts(work):
+        most = work.prepared.base.max_positions
+        fix = f"lower it: with an answer of so many tokens no question fits into the model's {most} tokens"
+        raise InvalidField("ppo.max_new_tokens", work.config.ppo.max_new_tokens, fix)
+
+
 def _prompts(work: Work) -> list[tuple[int, ...]]:
     """Return the prompts of the policy's part of the labels that leave room for an answer: PPO answers them itself."""
     room = work.prepared.base.max_positions - work.config.ppo.max_new_tokens
@@ -219,7 +230,6 @@ def evaluate_candidate(work: Work, scorer: TrainedReward) -> Evidence:
         longest_prompt=base.max_positions - room,
         seed=config.seed,
     )
-    file = golden_file(config.evaluation.golden_file, base_sha256=incumbent.base_sha256)
     trial = Trial(
         base=base,
         judge=scorer,
@@ -228,7 +238,7 @@ def evaluate_candidate(work: Work, scorer: TrainedReward) -> Evidence:
         held_out=work.prepared.parts.held_out,
         people=work.prepared.preferences.pairs,
         fixed=FixedQuestions(
-            golden=load_golden(file) if file else (),
+            golden=work.prepared.golden,
             suite=load_suite(),
             system_prompt=str(settings.get(work.store, "system_prompt", "")),
         ),
