@@ -173,6 +173,15 @@ def _choose(work: Work, statistics: DataStatistics, *, reward: RewardEvidence | 
     return choice
 
 
+def _choose_by_reward(work: Work, statistics: DataStatistics, choice: Choice) -> Choice:
+    """Train the reward model that PPO would optimise, and choose again with its evidence."""
+    from alignment import stages
+
+    scorer = stages.train_scorer(work, choice)
+    check_stop(work.progress)
+    return _choose(work, statistics, reward=reward_evidence(scorer.metrics))
+
+
 def _not_enough(run: Run, choice: Choice, statistics: DataStatistics) -> Outcome:
     message = f"{choice.reason} (rule {choice.rule})"
     if statistics.dropped:
@@ -194,9 +203,7 @@ def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, mete
     check_stop(work.progress)
     # 5. the reward model that PPO optimises, which must be another than the judge; it may decide the method
     if may_be_ppo:
-        scorer = stages.train_scorer(work, choice)
-        check_stop(work.progress)
-        choice = _choose(work, statistics, reward=reward_evidence(scorer.metrics))
+        choice = _choose_by_reward(work, statistics, choice)
     if choice.method is None:
         return _not_enough(work.run, choice, statistics)
     # 6. the candidate
@@ -231,7 +238,8 @@ def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, mete
     work.progress.step(1)
     outcome = _judged(work.run, candidate, verdict)
     flips = flip_rate_says(config, statistics) if choice.method == "dpo" else ""
-    return replace(outcome, message=" ".join(filter(None, (outcome.message, trained.held, flips))))
+    told = (outcome.message, stages.stopped_says(trained), trained.held, flips)
+    return replace(outcome, message=" ".join(filter(None, told)))
 
 
 def _judged(run: Run, candidate: Policy, verdict: Verdict) -> Outcome:

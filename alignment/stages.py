@@ -114,10 +114,11 @@ def _finite(scorer: TrainedReward) -> TrainedReward:
 def update_policy(work: Work, method: Method) -> Trained:
     """Train the adapter "policy" and write it to the run's folder; interrupted training of the same data goes on.
 
-    PPO optimises the latest reward model.
+    PPO optimises the latest reward model. Where it stops itself, the last policy whose answers were fine is evaluated as any
+    other: the gate decides.
 
     Raises:
-        TrainingStopped: it stopped itself; the last good adapter is in the run's folder.
+        TrainingStopped: it stopped itself, and PPO before it had improved; the last good adapter is in the run's folder.
         Interrupted: the run was stopped; the checkpoint is kept.
     """
     kept, base, adapter = _kept(work, method), work.prepared.base, work.folder / "adapter"
@@ -131,7 +132,7 @@ def update_policy(work: Work, method: Method) -> Trained:
         result = _trained(work, method, kept)
     with whole(adapter) as aside:
         save_adapter(base, "policy", aside)
-    if result.stopped_because:
+    if result.stopped_because and not (method == "ppo" and result.moved):
         kept.forget()
         raise TrainingStopped(
             f"training stopped itself after {result.steps} steps: {result.stopped_because}. The last good adapter "
@@ -140,6 +141,16 @@ def update_policy(work: Work, method: Method) -> Trained:
     if found is None:
         keep_trained(kept, copy_weights(adapter_parameters(base, "policy")), result)
     return result
+
+
+def stopped_says(trained: Trained) -> str:
+    """Return, for people, why the training ended itself, "" where it did not."""
+    if not trained.stopped_because:
+        return ""
+    return (
+        f"Training stopped itself after {trained.steps} steps: {trained.stopped_because}. The candidate is the last policy "
+        "before that whose answers were fine; the training's numbers are those of the one that was given up."
+    )
 
 
 def forget_training(work: Work, method: Method) -> None:
@@ -304,6 +315,7 @@ def write_report(
         statistics=statistics,
         choice=choice,
         training={"steps": trained.steps, **trained.metrics},
+        stopped=stopped_says(trained),
         held=trained.held,
         learnt_from=trained.learnt_from,
         verdict=verdict,
