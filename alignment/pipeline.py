@@ -177,7 +177,7 @@ def _choose_by_reward(work: Work, statistics: DataStatistics, choice: Choice) ->
     """Train the reward model that PPO would optimise, and choose again with its evidence."""
     from alignment import stages
 
-    scorer = stages.train_scorer(work, choice)
+    scorer = stages.train_scorer(replace(work, config=settled(work.config, choice)))
     check_stop(work.progress)
     return _choose(work, statistics, reward=reward_evidence(scorer.metrics))
 

@@ -70,9 +70,9 @@ def train_judge(work: Work) -> TrainedReward:
     return scorer
 
 
-def train_scorer(work: Work, choice: Choice) -> TrainedReward:
-    """Train the reward model that PPO optimises, on the policy's part of the labels or on answers that a fit to those ranks;
-    an interrupted run's is taken again.
+def train_scorer(work: Work) -> TrainedReward:
+    """Train the reward model that PPO optimises, on the policy's part of the labels or on answers that a fit to those ranks,
+    as is settled by now; an interrupted run's is taken again.
 
     Raises:
         TrainingStopped: its numbers were not finite.
@@ -81,16 +81,16 @@ def train_scorer(work: Work, choice: Choice) -> TrainedReward:
     kept = _kept(work, "ppo")
     if kept.scorer.is_dir():
         return work.place.together(load_scorer, kept.scorer)
-    scorer = _scorer(work, choice)
+    scorer = _scorer(work)
     remove(kept.checkpoint)  # of a training on another one
     with whole(kept.scorer) as aside:
         scorer.save(aside)
     return scorer
 
 
-def _scorer(work: Work, choice: Choice) -> TrainedReward:
-    labels, seed, source = work.prepared.parts.policy, work.config.seed + 1, work.config.ppo.reward_from
-    if source == "labels" or (source == "auto" and not choice.ranked_because):
+def _scorer(work: Work) -> TrainedReward:
+    labels, seed = work.prepared.parts.policy, work.config.seed + 1
+    if work.config.ppo.reward_from == "labels":
         return _reward_model(work, labels, seed=seed)
     held_out, unlabelled = work.prepared.parts.held_out, work.prepared.unlabelled
     return _finite(work.place.together(train_ranked_reward, labels, held_out, unlabelled, work.config, seed))
