@@ -34,7 +34,7 @@ from alignment.launch import rank
 from alignment.outcome import OUTCOME_EXIT_CODES, Outcome
 from alignment.preferences import take_snapshot
 from alignment.progress import Interrupted
-from alignment.run_progress import RunProgress, check_stop, stopping_on_signals
+from alignment.run_progress import RunProgress, check_stop, stages_of, stopping_on_signals
 from alignment.run_record import Meter, new_run
 from alignment.training_data import may_suffice, parts_short
 from alignment.whole_files import whole
@@ -179,7 +179,10 @@ def _choose_by_reward(work: Work, statistics: DataStatistics, choice: Choice) ->
 
     scorer = stages.train_scorer(replace(work, config=settled(work.config, choice)))
     check_stop(work.progress)
-    return _choose(work, statistics, reward=reward_evidence(scorer.metrics))
+    chosen = _choose(work, statistics, reward=reward_evidence(scorer.metrics))
+    if chosen.method not in (None, "ppo"):  # other stages than were planned
+        work.progress.plan(stages_of(chosen.method, settled(work.config, chosen), judged=True))
+    return chosen
 
 
 def _not_enough(run: Run, choice: Choice, statistics: DataStatistics) -> Outcome:
@@ -198,6 +201,7 @@ def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, mete
     may_be_ppo = choice.method == "ppo" or choice.waits_for_reward_model
     if may_be_ppo:
         stages.check_room(work)
+    work.progress.plan(stages_of(choice.method or "ppo", settled(work.config, choice)))
     # 4. the judge, on labels that the policy does not see
     judging = stages.train_judge(work)
     check_stop(work.progress)
