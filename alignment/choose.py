@@ -97,8 +97,8 @@ def choose_method(
 
 
 def settled(config: AlignmentConfig, choice: Choice, data: DataStatistics | None = None) -> AlignmentConfig:
-    """Settle what DPO and KTO learn from, how many labels DPO takes for wrong, and take the supervised term where all are
-    corrections.
+    """Settle what DPO, KTO and PPO's reward model learn from, how many labels DPO takes for wrong, and take the supervised
+    term where all are corrections.
 
     Args:
         data: None: nothing was measured.
@@ -109,14 +109,16 @@ def settled(config: AlignmentConfig, choice: Choice, data: DataStatistics | None
         flip_rate=_flip_rate(config, data),
         ranked_flip_rate=config.dpo.ranked_flip_rate or turned,
     )
-    kto = replace(config.kto, ranked_flip_rate=config.kto.ranked_flip_rate or turned)
+    kto, ppo = replace(config.kto, ranked_flip_rate=config.kto.ranked_flip_rate or turned), config.ppo
     if dpo.pairs_from == "auto" and not choice.ranked_because:
         dpo = replace(dpo, pairs_from="labels")
     if choice.corrections_only:
         dpo = replace(dpo, nll_weight=max(dpo.nll_weight, config.choice.corrections_nll_weight))
     if kto.ranked_by == "auto":
         kto = replace(kto, ranked_by="fit" if choice.ranked_because else "reward_model")
-    return replace(config, dpo=dpo, kto=kto)
+    if ppo.reward_from == "auto":
+        ppo = replace(ppo, reward_from="ranked" if choice.ranked_because else "labels")
+    return replace(config, dpo=dpo, kto=kto, ppo=ppo)
 
 
 def _flip_rate(config: AlignmentConfig, data: DataStatistics | None) -> float:

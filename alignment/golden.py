@@ -41,6 +41,16 @@ def golden_file(configured: str, *, base_sha256: str) -> Path | None:
     return STARTER_FILE if is_starter else None
 
 
+def golden_questions(configured: str, *, base_sha256: str) -> tuple[GoldenQuestion, ...]:
+    """Return what `golden_file` holds; nothing where there is none.
+
+    Raises:
+        InvalidField: as `load_golden`.
+    """
+    file = golden_file(configured, base_sha256=base_sha256)
+    return load_golden(file) if file else ()
+
+
 def load_golden(path: Path) -> tuple[GoldenQuestion, ...]:
     """Read `[[question]]` tables.
 

@@ -8,6 +8,7 @@ Letters: D hidden size, Q and K width of all query and of all key heads, F width
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 import torch
 
+from alignment.batching import Tree
 from alignment.logprobs import CPU_LOGITS_A_CHUNK, GPU_LOGITS_A_CHUNK, masks
 from alignment.models import Base
 from alignment.packed import BLOCK_TOKENS, packs
@@ -359,10 +361,18 @@ def read_shape(folder: Path) -> Shape:
 
 def longest(base: Base, labels: Preferences) -> int:
     """Return the tokens of the largest prompt with its answers, which no micro-batch can split."""
-    prompts_twice = not (packs(base) or masks(base))
-    sizes = [len(t.prompt_ids) + len(t.answer_ids) for t in labels.thumbs]
-    for pair in labels.pairs:
-        answers = (len(pair.chosen_ids), len(pair.rejected_ids))
-        padded = 2 * (len(pair.prompt_ids) + max(answers))
-        sizes.append(padded if prompts_twice else len(pair.prompt_ids) + sum(answers))
+    alone = [Tree(thumb.prompt_ids, (thumb.answer_ids,)) for thumb in labels.thumbs]
+    compared = [Tree(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in labels.pairs]
+    return longest_tree(base, [*alone, *compared])
+
+
+def longest_tree(base: Base, trees: Sequence[Tree]) -> int:
+    """Return the tokens of the largest tree as it is laid out: where no row is shared, its answers repeat the prompt."""
+    shared = packs(base) or masks(base)
+    sizes = [
+        len(tree.prompt) + sum(map(len, tree.completions))
+        if shared
+        else len(tree.completions) * (len(tree.prompt) + max(map(len, tree.completions)))
+        for tree in trees
+    ]
     return max(sizes, default=1)

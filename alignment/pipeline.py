@@ -29,11 +29,12 @@ from alignment.choose import (
 from alignment.config import AlignmentConfig
 from alignment.failures import explain
 from alignment.gate import Verdict, judge
+from alignment.golden import load_golden
 from alignment.launch import rank
 from alignment.outcome import OUTCOME_EXIT_CODES, Outcome
 from alignment.preferences import take_snapshot
 from alignment.progress import Interrupted
-from alignment.run_progress import RunProgress, check_stop, stopping_on_signals
+from alignment.run_progress import RunProgress, check_stop, stages_of, stopping_on_signals
 from alignment.run_record import Meter, new_run
 from alignment.training_data import may_suffice, parts_short
 from alignment.whole_files import whole
@@ -58,8 +59,11 @@ def align(store: Store, config: AlignmentConfig, *, trigger: RunTrigger = "manua
     Raises:
         NotFound: nothing is served yet, so there is no policy to improve.
         Busy: another run is under way.
+        InvalidField: the configured golden file is wrong.
     """
     incumbent = served_policy(store)
+    if config.evaluation.golden_file:
+        load_golden(Path(config.evaluation.golden_file))  # bad input is told before a run begins
     meter, run = Meter(), new_run(config, trigger=trigger)
     runs.open_run(store, run)
     progress = RunProgress(store, run.id)
@@ -123,12 +127,12 @@ def _carry_out(
         return _too_few_labels(snapshot, run, config)
     progress.step(1, f"{sum(snapshot.counts.values())} labels")
     # 2. the served policy, and the labels as its tokens
-    from alignment import stages, together  # torch: only now, so that a run without data ends at once
+    from alignment import preparation, together  # torch: only now, so that a run without data ends at once
     from alignment.work import Work
 
-    stages.check_incumbent(incumbent)
+    preparation.check_incumbent(incumbent)
     place = place or together.Place(progress=progress)
-    prepared = stages.prepare(store, snapshot, incumbent, config, progress, place)
+    prepared = preparation.prepare(store, snapshot, incumbent, config, progress, place)
     # 3. do the data allow a method?
     corrections = int(snapshot.counts["corrections"])
     statistics = statistics_of(
@@ -169,6 +173,18 @@ def _choose(work: Work, statistics: DataStatistics, *, reward: RewardEvidence | 
     return choice
 
 
+def _choose_by_reward(work: Work, statistics: DataStatistics, choice: Choice) -> Choice:
+    """Train the reward model that PPO would optimise, and choose again with its evidence."""
+    from alignment import stages
+
+    scorer = stages.train_scorer(replace(work, config=settled(work.config, choice, statistics)))
+    check_stop(work.progress)
+    chosen = _choose(work, statistics, reward=reward_evidence(scorer.metrics))
+    if chosen.method not in (None, "ppo"):  # other stages than were planned
+        work.progress.plan(stages_of(chosen.method, settled(work.config, chosen, statistics), judged=True))
+    return chosen
+
+
 def _not_enough(run: Run, choice: Choice, statistics: DataStatistics) -> Outcome:
     message = f"{choice.reason} (rule {choice.rule})"
     if statistics.dropped:
@@ -182,14 +198,16 @@ def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, mete
     """Train, prove and publish; each numbered step is one stage of the run."""
     from alignment import stages
 
+    may_be_ppo = choice.method == "ppo" or choice.waits_for_reward_model
+    if may_be_ppo:
+        stages.check_room(work)
+    work.progress.plan(stages_of(choice.method or "ppo", settled(work.config, choice)))
     # 4. the judge, on labels that the policy does not see
     judging = stages.train_judge(work)
     check_stop(work.progress)
     # 5. the reward model that PPO optimises, which must be another than the judge; it may decide the method
-    if choice.method == "ppo" or choice.waits_for_reward_model:
-        scorer = stages.train_scorer(replace(work, config=settled(work.config, choice, statistics)), choice)
-        check_stop(work.progress)
-        choice = _choose(work, statistics, reward=reward_evidence(scorer.metrics))
+    if may_be_ppo:
+        choice = _choose_by_reward(work, statistics, choice)
     if choice.method is None:
         return _not_enough(work.run, choice, statistics)
     # 6. the candidate
@@ -224,7 +242,8 @@ def _make_candidate(work: Work, statistics: DataStatistics, choice: Choice, mete
     work.progress.step(1)
     outcome = _judged(work.run, candidate, verdict)
     flips = flip_rate_says(config, statistics) if choice.method == "dpo" else ""
-    return replace(outcome, message=" ".join(filter(None, (outcome.message, trained.held, flips))))
+    told = (outcome.message, stages.stopped_says(trained), trained.held, flips)
+    return replace(outcome, message=" ".join(filter(None, told)))
 
 
 def _judged(run: Run, candidate: Policy, verdict: Verdict) -> Outcome:

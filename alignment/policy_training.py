@@ -71,7 +71,7 @@ class Method:
     fingerprint: str
     """Of everything the training depends on: a checkpoint of another is refused."""
     before_step: Callable[[int], None] = lambda step: None
-    """Called with the number of steps done before the next one."""
+    """Called with the number of steps done before the next one; one that is interrupted changes nothing."""
     changing: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """What `before_step` changes in place: a checkpoint holds it."""
 
@@ -203,7 +203,12 @@ def _train(
         if stop:
             raise Interrupted(f"training was stopped on request after {state.step} of {steps} steps")
         # 1. gradients of the whole batch, summed over its micro-batches
-        method.before_step(state.step)
+        try:
+            method.before_step(state.step)
+        except Interrupted:  # nothing of this step has changed yet
+            if crew.rank == 0:
+                _save(training)
+            raise
         training.optimiser.zero_grad(set_to_none=True)
         curves, change = method.gradients(method.batches[state.step], state.nll_weight)
         crew.sum_gradients(list(training.parameters.values()))

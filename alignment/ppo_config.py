@@ -135,6 +135,10 @@ class PpoConfig(BaseBudget):
     """Steps between two exact measurements of the entropy; the watch uses the sampled estimate of every step."""
     entropy_share_min: float = 0.3
     """Part of the start's entropy below which the policy counts as collapsed."""
+    entropy_fall_nats_min: float = 0.1
+    """Nats a token that it must have lost as well. A policy that begins sure of nearly every token may become surer still
+    within the KL's limits: later rounds of docs/learning.md, which knew the share alone, stopped at 0.01 and 0.02 nats
+    from 0.05 and 0.08. A collapse is the loss of variety that there was: several tenths, where answers vary."""
     length_ratio_min: float = 0.33
     length_ratio_max: float = 3.0
     """Mean tokens of an answer per token at the start: beyond, length runs away (arXiv 2310.03716)."""

@@ -27,9 +27,10 @@ def why_stop(curves: Mapping[str, float], start: Start, config: PpoConfig) -> st
     if kl > config.kl_cap_nats:
         return f"KL of an answer from the start is {kl:.2f} nats (cap {config.kl_cap_nats:g})"
     entropy = curves["objective/entropy_nats_per_token"]
-    if entropy < config.entropy_share_min * start.entropy_nats:
+    began = start.entropy_nats
+    if entropy < min(config.entropy_share_min * began, began - config.entropy_fall_nats_min):
         return (
-            f"entropy collapsed to {entropy:.2f} nats a token from {start.entropy_nats:.2f} "
+            f"entropy collapsed to {entropy:.2f} nats a token from {began:.2f} "
             f"(floor {config.entropy_share_min:.0%})"
         )
     ratio = curves["response/length"] / start.length_tokens

@@ -32,7 +32,7 @@ from alignment.reward_model import train_reward_model
 from alignment.reward_training import fitted_head, last_states
 from alignment.rollouts import Rollout, sample
 from alignment.training_config import DpoConfig, FixedAnswersConfig, KtoConfig, RewardConfig
-from alignment.training_data import prompts_in
+from alignment.training_data import longest_answer, prompts_in
 from storage.errors import InvalidField
 
 RATER = "the fit to all labels"
@@ -233,8 +233,6 @@ def _answers(
     crew: Crew,
 ) -> list[list[tuple[int, ...]]]:
     """Return the different answers to each prompt that came to their end, no longer than the longest labelled one."""
-    labelled = [answer for pair in labels.pairs for answer in (pair.chosen_ids, pair.rejected_ids)]
-    longest = max(map(len, labelled + [thumb.answer_ids for thumb in labels.thumbs]))
     mine = list(crew.share(range(len(prompts))))
     found: dict[int, list[tuple[int, ...]]] = {number: [] for number in mine}
     progress.stage("answers to rank", config.ranked_answers)
@@ -244,7 +242,7 @@ def _answers(
             [prompts[number] for number in mine],
             adapter="reference",
             temperature=config.ranked_temperature,
-            max_new_tokens=longest,
+            max_new_tokens=longest_answer(labels),
             seed=(seed * 1_000_003 + 7_000 + turn) % 2**63,
             progress=crew.begin(progress, "sampling"),
             numbers=mine,

@@ -60,6 +60,8 @@ class Card:
     statistics: DataStatistics
     choice: Choice
     training: Json
+    stopped: str
+    """Why its training ended itself, "" where it did not."""
     held: str
     """What the KL budget from the base did to the training; "" for nothing."""
     learnt_from: str
@@ -196,6 +198,7 @@ def _training(card: Card) -> str:
             "",
             f"{_recipe(card)}, seed {card.config.seed}. At the end: {ends}.",
             *(["", f"{card.choice.ranked_because} {card.learnt_from}".strip()] if card.learnt_from else []),
+            *(["", card.stopped] if card.stopped else []),
             *(["", card.held] if card.held else []),
             "",
             f"Cost so far: {cost['wall_s']:.0f} s ({cost['cpu_s']:.0f} CPU seconds) on {cost['device']}, "

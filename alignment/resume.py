@@ -80,6 +80,7 @@ def kept_by(
 
     Args:
         data: the store's folder.
+        config: where it is settled what the method learns from (`choose.settled`).
         unlabelled: prompts without a label that the policy may answer to learn from.
     """
     folder = data / "cache" / "checkpoints"
@@ -93,8 +94,17 @@ def kept_by(
         list(prompts_in(parts.judge)),  # where its KL is measured
         _named(parts.held_out) if method == "ppo" else [],  # what says whether its reward model is good
         list(unlabelled),
+        _ranked_for_ppo(config) if method == "ppo" else [],
     ]
     return Kept(folder=folder, name=sha256_of(inputs)[:NAME_LENGTH])
+
+
+def _ranked_for_ppo(config: AlignmentConfig) -> list[float]:
+    """Return how the answers were sampled that PPO's reward model learns from: as DPO's are; nothing where it has labels."""
+    dpo = config.dpo
+    if config.ppo.reward_from == "labels":
+        return []
+    return [dpo.ranked_answers, dpo.ranked_temperature, dpo.ranked_prompts, dpo.ranked_flip_rate]
 
 
 def _named(labels: Preferences) -> list[Json]:

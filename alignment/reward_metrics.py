@@ -21,7 +21,7 @@ def held_out_metrics(
     members: Floats,
     pairs: Sequence[Pair],
     *,
-    seen_raters: set[str],
+    seen_raters: set[str] | None,
     longer_wins: bool,
     plain_members: Floats | None = None,
 ) -> dict[str, float]:
@@ -30,7 +30,7 @@ def held_out_metrics(
     Args:
         members: (P, 2, M) scores of chosen and rejected.
         pairs: the P held-out pairs with a winner.
-        seen_raters: raters of the training pairs.
+        seen_raters: raters of the training pairs; None: everybody, as one fit ranked them, and nobody is new.
         longer_wins: the side that length alone would bet on, from the training pairs.
         plain_members: (P, 2, M) scores before length was taken out of them; None when it was not.
     """
@@ -41,7 +41,6 @@ def held_out_metrics(
     )
     accuracy = pair_accuracy(leads, pairs)
     length_lead = (lengths[:, 0] - lengths[:, 1]) * (1 if longer_wins else -1)
-    new = [i for i, pair in enumerate(pairs) if pair.rater not in seen_raters]
     plain = members if plain_members is None else plain_members
     result = {
         "pairs": float(len(pairs)),
@@ -56,10 +55,12 @@ def held_out_metrics(
         "within_prompt_spread": float(np.abs(leads).mean() / 2) if len(pairs) else 0.0,
         "member_correlation": member_correlation(members),
         "member_error_correlation": member_error_correlation(members),
-        "unseen_rater_pairs": float(len(new)),
     }
-    if new:
-        result |= _interval("unseen_rater_accuracy", pair_accuracy(leads[new], [pairs[i] for i in new]))
+    if seen_raters is not None:
+        new = [i for i, pair in enumerate(pairs) if pair.rater not in seen_raters]
+        result["unseen_rater_pairs"] = float(len(new))
+        if new:
+            result |= _interval("unseen_rater_accuracy", pair_accuracy(leads[new], [pairs[i] for i in new]))
     return {f"reward/{name}": value for name, value in result.items()}
 
 

@@ -238,7 +238,10 @@ def train_reward_model(
     fresh = without_prompts(held_out, start.seen_prompts)
     metrics = _measure(trained, pairs, fresh, progress)
     asked = [pair for pair in fresh.pairs if not pair.tie]
-    metrics |= left_out_rater_metrics(base, pairs, train.thumbs, asked, config, seed=seed, progress=progress)
+    if not _by_a_fit(pairs):
+        metrics |= left_out_rater_metrics(
+            base, pairs, train.thumbs, asked, config, seed=seed, progress=progress
+        )
     if start.folder is not None:
         dropped = len(held_out.pairs) + len(held_out.thumbs) - len(fresh.pairs) - len(fresh.thumbs)
         metrics["reward/seen_before"] = float(dropped)
@@ -311,6 +314,11 @@ def _without_length(
     return replace(trained, length_slopes=slopes, mean_length=float(lengths.mean()))
 
 
+def _by_a_fit(pairs: Sequence[Pair]) -> bool:
+    """Return whether a fit to everybody's labels ranked the pairs: then they say nothing of raters."""
+    return any(pair.source == "ranked" for pair in pairs)
+
+
 def _measure(
     trained: TrainedReward, pairs: Sequence[Pair], held_out: Preferences, progress: Progress
 ) -> dict[str, float]:
@@ -325,7 +333,7 @@ def _measure(
     found = held_out_metrics(
         members[:ends].reshape(shape),
         asked,
-        seen_raters={pair.rater for pair in pairs},
+        seen_raters=None if _by_a_fit(pairs) else {pair.rater for pair in pairs},
         longer_wins=bool(longer >= 0),
         plain_members=plain.members[:ends].reshape(shape),
     )

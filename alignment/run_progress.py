@@ -9,10 +9,11 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from alignment.config import AlignmentConfig, WantedMethod
 from alignment.progress import Interrupted
 from storage import runs
 from storage.errors import Conflict
@@ -24,18 +25,41 @@ SAME_SIGNAL_S = 1.0
 STAGE_SHARES: Mapping[str, float] = {
     "preparing": 0.02,
     "reward model": 0.20,
+    "answers to rank": 0.25,
     "reference": 0.05,
     "dpo": 0.25,
+    "kto": 0.25,
+    "ppo": 0.25,
     "answers": 0.25,
     "questions": 0.09,
     "scores": 0.12,
     "report": 0.02,
 }
-"""Part of a run's time that each stage usually takes, in their order (measured on the starter model)."""
-SAME_SHARE: Mapping[str, str] = {"kto": "dpo", "ppo": "dpo"}
-"""Stages that stand in the place of another."""
+"""What each stage usually takes, in parts of a run by DPO on labels (measured on the starter model; answers to rank as long
+as an evaluation's, which are about as many). A run has some of them, some more than once: their sum is the whole."""
+EVALUATED = ("answers", "questions", "scores", "report")
 LEAST_FRACTION_TO_ESTIMATE = 0.02
 """Below this fraction an estimate of the time left is not shown."""
+
+
+def stages_of(method: WantedMethod, config: AlignmentConfig, *, judged: bool = False) -> list[str]:
+    """Return the stages that take time from the judge's training on, each as often as it comes.
+
+    Args:
+        config: where it is settled what the method learns from.
+        judged: the judge is trained; else it comes first.
+    """
+    reward = ["reward model"] * config.reward.adapters
+    first = [] if judged else reward
+    ranks = {
+        "dpo": config.dpo.pairs_from != "labels",
+        "kto": config.kto.thumbs_from != "labels",
+        "ppo": config.ppo.reward_from == "ranked",
+    }
+    scored = method == "ppo" or (method == "kto" and ranks["kto"] and config.kto.ranked_by != "fit")
+    ranking = ["answers to rank"] * ranks.get(method, False) + reward * scored
+    learning = [method] if method == "ppo" else ["reference", method]
+    return [*first, *ranking, *learning, *EVALUATED]
 
 
 class RunProgress:
@@ -52,6 +76,10 @@ class RunProgress:
         self._done = 0
         self._message = ""
         self._before = 0.0
+        self._own = 0.0
+        self._left: list[str] = []
+        self._scale = 1.0
+        self.plan(["preparing", *stages_of("dpo", AlignmentConfig())])
         self._waiting: list[tuple[int, dict[str, float]]] = []
         self.stage_seconds: dict[str, float] = {}
         self._stage_began = self._began
@@ -61,6 +89,7 @@ class RunProgress:
     def stage(self, name: str, steps: int) -> None:
         """A stage of `steps` steps begins."""
         self._close_stage()
+        self._begin(name)
         self._stage, self._steps, self._done, self._message = name, max(1, steps), 0, ""
         self._write(force=True)
 
@@ -74,6 +103,12 @@ class RunProgress:
     def should_stop(self) -> bool:
         """Return whether the run was cancelled."""
         return self._stop.is_set()
+
+    def plan(self, stages: Sequence[str]) -> None:
+        """These stages are left once the present one ends, in this order: they take the rest of the run by their shares."""
+        self._close_stage()
+        self._left = list(stages)
+        self._scale = (1 - self._before) / sum(STAGE_SHARES[name] for name in stages)
 
     # -- what the run says ------------------------------------------------------------------------------
 
@@ -89,21 +124,23 @@ class RunProgress:
 
     def fraction(self) -> float:
         """Return the finished part of the run, 0 to 1; it never goes back."""
-        own = STAGE_SHARES.get(SAME_SHARE.get(self._stage, self._stage), 0.0) * min(
-            1.0, self._done / self._steps
-        )
-        return min(1.0, self._before + own)
+        return min(1.0, self._before + self._own * min(1.0, self._done / self._steps))
+
+    def _begin(self, name: str) -> None:
+        """Take the stage's share from what is left; stages that were to come before it are done, by an interrupted run."""
+        if name not in self._left:
+            return
+        at = self._left.index(name)
+        self._before += self._scale * sum(STAGE_SHARES[skipped] for skipped in self._left[:at])
+        self._own = self._scale * STAGE_SHARES[name]
+        self._left = self._left[at + 1 :]
 
     def _close_stage(self) -> None:
         if not self._stage:
             return
         spent = time.monotonic() - self._stage_began
         self.stage_seconds[self._stage] = self.stage_seconds.get(self._stage, 0.0) + spent
-        names = list(STAGE_SHARES)
-        place = SAME_SHARE.get(self._stage, self._stage)
-        if place in names:
-            through = names[: names.index(place) + 1]
-            self._before = max(self._before, sum(STAGE_SHARES[name] for name in through))
+        self._before, self._own = self._before + self._own, 0.0
         self._stage_began = time.monotonic()
 
     def _write(self, *, force: bool) -> None:

@@ -5,28 +5,21 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, closing, nullcontext
 
 from alignment.choose import Choice, DataStatistics, Method
-from alignment.config import AlignmentConfig
 from alignment.evaluation import Evidence, Trial, evaluate
 from alignment.fixed_questions import FixedQuestions
 from alignment.gate import Verdict
-from alignment.golden import golden_file, load_golden
 from alignment.memory import longest
-from alignment.models import adapter_parameters, answer_ids, save_adapter
-from alignment.preferences import Preferences, load_preferences, newest_label_at
+from alignment.models import adapter_parameters, save_adapter
+from alignment.preferences import Preferences
 from alignment.probe_record import record_probes
-from alignment.questions import choose_questions, recent_turns, served_sampling, unlabelled_prompts
+from alignment.questions import choose_questions, recent_turns, served_sampling
 from alignment.reference_cache import ReferenceCache, reference_identity
 from alignment.report import Card, write_card
 from alignment.resume import Kept, Trained, keep_trained, kept_by, read_trained
 from alignment.reward_model import TrainedReward
-from alignment.reward_raters import weighed_by_others
 from alignment.rollout_server import ServedRollouts
-from alignment.run_progress import RunProgress, check_stop
 from alignment.safety import load_suite
-from alignment.sample_share import measured_share
 from alignment.together import (
-    Place,
-    load,
     load_scorer,
     plan_together,
     put_policy,
@@ -36,94 +29,20 @@ from alignment.together import (
     train_reward,
 )
 from alignment.training import copy_weights
-from alignment.training_data import divide, on_policy_share, prompts_in, prompts_of, recent_policies
-from alignment.warm_start import Former, former_judge
+from alignment.training_data import prompts_in
+from alignment.warm_start import Former
 from alignment.whole_files import remove, whole
-from alignment.work import Prepared, Work
+from alignment.work import Work
 from storage import policies, runs, settings
-from storage.adapters import import_adapter, verify_adapter
-from storage.digests import base_digest, file_sha256, sha256_of
-from storage.errors import CorruptData, KotaeError
+from storage.adapters import import_adapter
+from storage.digests import file_sha256, sha256_of
+from storage.errors import InvalidField, KotaeError
 from storage.probes import write_probes
-from storage.records import Evaluation, Json, Policy, RewardModel, Snapshot, new_id, now
-from storage.store import Store
+from storage.records import Evaluation, Json, Policy, RewardModel, new_id, now
 
 
 class TrainingStopped(KotaeError):
     """The training stopped itself: its numbers left what can be trusted."""
-
-
-def check_incumbent(incumbent: Policy) -> None:
-    """Check that the bytes on disk are those that are served.
-
-    Raises:
-        CorruptData: the base or the adapter was changed.
-        NotFound: the base's folder is gone.
-    """
-    found = base_digest(incumbent.base_path)
-    if found != incumbent.base_sha256:
-        raise CorruptData(
-            f"the base model in {incumbent.base_path} is no longer the one that is served "
-            f"({found[:8]}, not {incumbent.base_sha256[:8]}); restart the server with it"
-        )
-    if incumbent.adapter_path is not None and incumbent.adapter_sha256 is not None:
-        verify_adapter(incumbent.adapter_path, incumbent.adapter_sha256)
-
-
-def prepare(
-    store: Store,
-    snapshot: Snapshot,
-    incumbent: Policy,
-    config: AlignmentConfig,
-    progress: RunProgress,
-    place: Place,
-) -> Prepared:
-    """Load the model in every process, and read the labels as its tokens.
-
-    Raises:
-        CorruptData: the served adapter's weights are not finite.
-        DoesNotFit: the largest prompt with its answers is too large for a device.
-    """
-    base = place.together(load, incumbent, config)
-    progress.step(2, "model loaded")
-    preferences = load_preferences(
-        store,
-        snapshot,
-        tokenize=lambda text, served: answer_ids(base, text, served=served),
-        max_tokens=min(config.data.max_tokens, base.max_positions),
-        base_sha256=incumbent.base_sha256,
-        weigh=lambda labels: _planned_and_weighed(place, labels, config, progress),
-    )
-    check_stop(progress)
-    former = former_judge(store, config.reward, base_sha256=incumbent.base_sha256)
-    parts = divide(preferences, config.data, seed=config.seed)
-    prepared = Prepared(
-        base=base,
-        incumbent=incumbent,
-        preferences=preferences,
-        parts=parts.unseen_by(former.seen_prompts) if former else parts,
-        on_policy_share=on_policy_share(store, preferences, recent_policies(store, incumbent, config)),
-        effective_sample_share=measured_share(store, base, preferences, incumbent, config, progress=progress),
-        former=former,
-        unlabelled=unlabelled_prompts(
-            recent_turns(store, base_sha256=incumbent.base_sha256),
-            labelled=prompts_of(preferences).union(former.seen_prompts if former else ()),
-            until=newest_label_at(store, snapshot),
-            longest_prompt=base.max_positions // 2,
-        ),
-    )
-    progress.step(3, f"{len(preferences.pairs)} pairs, {len(preferences.thumbs)} thumbs")
-    return prepared
-
-
-def _planned_and_weighed(
-    place: Place, labels: Preferences, config: AlignmentConfig, progress: RunProgress
-) -> Preferences:
-    """Weigh the labels by their raters, which trains already: what fits is planned before."""
-    base = place.base
-    assert base is not None
-    place.together(plan_together, longest(base, labels))
-    return weighed_by_others(base, labels, config.reward, seed=config.seed, progress=progress)
 
 
 def train_judge(work: Work) -> TrainedReward:
@@ -151,9 +70,9 @@ def train_judge(work: Work) -> TrainedReward:
     return scorer
 
 
-def train_scorer(work: Work, choice: Choice) -> TrainedReward:
-    """Train the reward model that PPO optimises, on the policy's part of the labels or on answers that a fit to those ranks;
-    an interrupted run's is taken again.
+def train_scorer(work: Work) -> TrainedReward:
+    """Train the reward model that PPO optimises, on the policy's part of the labels or on answers that a fit to those ranks,
+    as is settled by now; an interrupted run's is taken again.
 
     Raises:
         TrainingStopped: its numbers were not finite.
@@ -162,16 +81,16 @@ def train_scorer(work: Work, choice: Choice) -> TrainedReward:
     kept = _kept(work, "ppo")
     if kept.scorer.is_dir():
         return work.place.together(load_scorer, kept.scorer)
-    scorer = _scorer(work, choice)
+    scorer = _scorer(work)
     remove(kept.checkpoint)  # of a training on another one
     with whole(kept.scorer) as aside:
         scorer.save(aside)
     return scorer
 
 
-def _scorer(work: Work, choice: Choice) -> TrainedReward:
-    labels, seed, source = work.prepared.parts.policy, work.config.seed + 1, work.config.ppo.reward_from
-    if source == "labels" or (source == "auto" and not choice.ranked_because):
+def _scorer(work: Work) -> TrainedReward:
+    labels, seed = work.prepared.parts.policy, work.config.seed + 1
+    if work.config.ppo.reward_from == "labels":
         return _reward_model(work, labels, seed=seed)
     held_out, unlabelled = work.prepared.parts.held_out, work.prepared.unlabelled
     return _finite(work.place.together(train_ranked_reward, labels, held_out, unlabelled, work.config, seed))
@@ -195,10 +114,11 @@ def _finite(scorer: TrainedReward) -> TrainedReward:
 def update_policy(work: Work, method: Method) -> Trained:
     """Train the adapter "policy" and write it to the run's folder; interrupted training of the same data goes on.
 
-    PPO optimises the latest reward model.
+    PPO optimises the latest reward model. Where it stops itself, the last policy whose answers were fine is evaluated as any
+    other: the gate decides.
 
     Raises:
-        TrainingStopped: it stopped itself; the last good adapter is in the run's folder.
+        TrainingStopped: it stopped itself, and PPO before it had improved; the last good adapter is in the run's folder.
         Interrupted: the run was stopped; the checkpoint is kept.
     """
     kept, base, adapter = _kept(work, method), work.prepared.base, work.folder / "adapter"
@@ -212,7 +132,7 @@ def update_policy(work: Work, method: Method) -> Trained:
         result = _trained(work, method, kept)
     with whole(adapter) as aside:
         save_adapter(base, "policy", aside)
-    if result.stopped_because:
+    if result.stopped_because and not (method == "ppo" and result.moved):
         kept.forget()
         raise TrainingStopped(
             f"training stopped itself after {result.steps} steps: {result.stopped_because}. The last good adapter "
@@ -221,6 +141,16 @@ def update_policy(work: Work, method: Method) -> Trained:
     if found is None:
         keep_trained(kept, copy_weights(adapter_parameters(base, "policy")), result)
     return result
+
+
+def stopped_says(trained: Trained) -> str:
+    """Return, for people, why the training ended itself, "" where it did not."""
+    if not trained.stopped_because:
+        return ""
+    return (
+        f"Training stopped itself after {trained.steps} steps: {trained.stopped_because}. The candidate is the last policy "
+        "before that whose answers were fine; the training's numbers are those of the one that was given up."
+    )
 
 
 def forget_training(work: Work, method: Method) -> None:
@@ -272,6 +202,18 @@ def _rollout_server(work: Work, method: Method) -> AbstractContextManager[Served
     return closing(ServedRollouts(url, folder=work.folder / "rollouts", name=new_id("rollouts")))
 
 
+def check_room(work: Work) -> None:
+    """Check that PPO has questions to answer, before anything is trained for it.
+
+    Raises:
+        InvalidField: with an answer none fits into the model's context.
+    """
+    if not _prompts(work):
+        most = work.prepared.base.max_positions
+        fix = f"lower it: with an answer of so many tokens no question fits into the model's {most} tokens"
+        raise InvalidField("ppo.max_new_tokens", work.config.ppo.max_new_tokens, fix)
+
+
 def _prompts(work: Work) -> list[tuple[int, ...]]:
     """Return the prompts of the policy's part of the labels that leave room for an answer: PPO answers them itself."""
     room = work.prepared.base.max_positions - work.config.ppo.max_new_tokens
@@ -299,7 +241,6 @@ def evaluate_candidate(work: Work, scorer: TrainedReward) -> Evidence:
         longest_prompt=base.max_positions - room,
         seed=config.seed,
     )
-    file = golden_file(config.evaluation.golden_file, base_sha256=incumbent.base_sha256)
     trial = Trial(
         base=base,
         judge=scorer,
@@ -308,7 +249,7 @@ def evaluate_candidate(work: Work, scorer: TrainedReward) -> Evidence:
         held_out=work.prepared.parts.held_out,
         people=work.prepared.preferences.pairs,
         fixed=FixedQuestions(
-            golden=load_golden(file) if file else (),
+            golden=work.prepared.golden,
             suite=load_suite(),
             system_prompt=str(settings.get(work.store, "system_prompt", "")),
         ),
@@ -374,6 +315,7 @@ def write_report(
         statistics=statistics,
         choice=choice,
         training={"steps": trained.steps, **trained.metrics},
+        stopped=stopped_says(trained),
         held=trained.held,
         learnt_from=trained.learnt_from,
         verdict=verdict,

@@ -17,12 +17,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from alignment.batching import group_by_prompt
 from alignment.choose import Method
 from alignment.config import AlignmentConfig
 from alignment.distributed import ALONE, Crew, LostProcess, join, leave
 from alignment.dpo import train_dpo
 from alignment.kto import train_kto
-from alignment.memory import plan_batches
+from alignment.memory import longest, longest_tree, plan_batches
 from alignment.models import (
     Base,
     adapter_parameters,
@@ -180,11 +181,11 @@ def shape_policy(place: Place, method: Method, config: AlignmentConfig) -> bool:
     return True
 
 
-def plan_together(place: Place, longest: int, ppo: PpoConfig | None = None) -> None:
+def plan_together(place: Place, row_tokens: int, ppo: PpoConfig | None = None) -> None:
     """Hold the micro-batches to what the process with the least free memory allows: all must cut a batch alike.
 
     Args:
-        longest: tokens of the largest prompt with its answers.
+        row_tokens: of the largest prompt with its answers.
         ppo: of a training by PPO, which samples and whose critic learns too.
 
     Raises:
@@ -194,7 +195,7 @@ def plan_together(place: Place, longest: int, ppo: PpoConfig | None = None) -> N
     assert base is not None
     plan_batches(
         base,
-        longest=longest,
+        longest=row_tokens,
         rank=int(base.model.peft_config["policy"].r),
         learning=2 if ppo else 1,
         sample_tokens=ppo.sample_batch_tokens if ppo else 0,
@@ -250,6 +251,7 @@ def train_ranked_reward(
     )
     if any(pair.source == "ranked" for pair in pairs):
         labels = Preferences(pairs=tuple(pairs), thumbs=())
+        plan_together(place, longest(place.base, labels))
     scorer = train_reward(place, labels, held_out, config.reward, seed, None)
     place.scorer = replace(scorer, learnt_from=f"PPO's reward model: {told}")
     return place.scorer
@@ -283,6 +285,9 @@ def train_policy_by(
 ) -> Trained:
     """Train the adapter "policy" by the method: on pairs, on thumbs, or on its own answers to the prompts.
 
+    Memory is planned again for what DPO and KTO learn from: a question without a label, or a pair of the policy's longest
+    answers, may be larger than any label.
+
     Args:
         unseen: prompts that it does not learn from.
         unlabelled: prompts, with keys, that DPO and KTO may have answered besides the labelled ones.
@@ -290,29 +295,23 @@ def train_policy_by(
     """
     base = place.base
     assert base is not None
-    options: dict[str, Any] = {
-        "seed": config.seed,
-        "progress": place.progress,
-        "unseen": unseen,
-        "checkpoint": kept.checkpoint if kept else None,
-        "crew": place.crew,
-    }
+    shared: dict[str, Any] = {"seed": config.seed, "progress": place.progress, "crew": place.crew}
+    checkpoint = kept.checkpoint if kept else None
+    options: dict[str, Any] = {**shared, "unseen": unseen, "checkpoint": checkpoint}
     if method == "ppo":
         assert place.scorer is not None
         trained = train_ppo(base, prompts, place.scorer, config.ppo, sampler=sampler, **options)
         return replace(trained, learnt_from=place.scorer.learnt_from)
-    learn: dict[str, Any] = {
-        "unlabelled": unlabelled,
-        "seed": config.seed,
-        "progress": place.progress,
-        "crew": place.crew,
-    }
+    learn: dict[str, Any] = {**shared, "unlabelled": unlabelled}
     if method == "kto":
         taken = partial(thumbs_to_learn, base, labels, config.kto, config.reward, **learn)
         thumbs, told = same_to_learn(kept, Thumb, taken, place.crew)
+        trees, _ = group_by_prompt([(thumb.prompt_ids, thumb.answer_ids) for thumb in thumbs])
+        plan_together(place, longest_tree(base, trees))
         result = train_kto(base, thumbs, config.kto, cache=cache, **options)
     else:
         made = partial(pairs_to_learn, base, labels, config.dpo, config.reward, **learn)
         pairs, told = same_to_learn(kept, Pair, made, place.crew)
+        plan_together(place, longest(base, Preferences(pairs=tuple(pairs), thumbs=())))
         result = train_dpo(base, pairs, config.dpo, cache=cache, **options)
     return replace(result, learnt_from=told)

@@ -43,6 +43,12 @@ def prompts_in(labels: Preferences) -> dict[tuple[int, ...], str]:
     return {item.prompt_ids: item.prompt_key for item in items}
 
 
+def longest_answer(labels: Preferences) -> int:
+    """Return the tokens of the longest labelled answer, 0 without labels."""
+    answers = [answer for pair in labels.pairs for answer in (pair.chosen_ids, pair.rejected_ids)]
+    return max(map(len, answers + [thumb.answer_ids for thumb in labels.thumbs]), default=0)
+
+
 def without_prompts(preferences: Preferences, keys: Set[str]) -> Preferences:
     """Leave out the labels on prompts of these keys."""
     return replace(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignment.training_config import RewardConfig
-from storage.records import Json, RewardModel
+from storage.records import Evaluation, Json, RewardModel
 from storage.store import Store
 
 
@@ -23,10 +23,16 @@ class Former:
 
 
 def former_judge(store: Store, config: RewardConfig, *, base_sha256: str) -> Former | None:
-    """Return the latest judge that fits base and configuration; None when there is none or none is wanted."""
+    """Return the latest judge that fits base and configuration; None when there is none or none is wanted.
+
+    Only one by which a candidate was evaluated: that of an interrupted run would learn the same labels once more in the run
+    that goes on, whose judge is to be that of a run left alone.
+    """
     if config.start_from == "nothing":
         return None
     for record in store.all(RewardModel, order="seq DESC"):
+        if not store.all(Evaluation, "run_id = ?", [record.run_id]):
+            continue
         folder = Path(record.path)
         about = _about(folder)
         shape = {"adapters": config.adapters, "members": config.members}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignment.config import AlignmentConfig
+from alignment.golden import GoldenQuestion
 from alignment.models import Base
 from alignment.preferences import Preferences
 from alignment.run_progress import RunProgress
@@ -29,6 +30,8 @@ class Prepared:
     """Of the answers under the served policy; None: not measured."""
     former: Former | None
     """The judge of a former run that this run's judge starts from."""
+    golden: tuple[GoldenQuestion, ...]
+    """What its answers must mention: read at the beginning, so that a wrong file is told before hours of training."""
     unlabelled: dict[tuple[int, ...], str]
     """Prompts without a label that the policy may answer to learn from, with their keys."""
 

@@ -106,10 +106,17 @@ def _word(number: int) -> str:
     return "".join("abcdefghij"[int(digit)] for digit in str(number))
 
 
-def add_answers(filled: Filled, tokenizer: Any, count: int, answers: tuple[str, ...]) -> list[Turn]:
+def add_answers(
+    filled: Filled,
+    tokenizer: Any,
+    count: int,
+    answers: tuple[str, ...],
+    *,
+    asked: str = "When will it come",
+) -> list[Turn]:
     """Add `count` questions with one answer each, the `answers` in turn."""
     return [
-        _turn(filled, tokenizer, f"When will it come, asks customer {_word(number)}?", answer)
+        _turn(filled, tokenizer, f"{asked}, asks customer {_word(number)}?", answer)
         for number, answer in enumerate(answers[number % len(answers)] for number in range(count))
     ]
 

@@ -236,6 +236,36 @@ def test_a_crash_resumes_from_the_last_checkpoint(model: Path, tmp_path: Path) -
     assert_same(weights, expected, tolerance=0)
 
 
+class StopWhileScoring(Silent):
+    """Asks to stop once the policy is scored anew as the reference."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._scoring, self._score = False, dpo.completion_logprobs
+        monkeypatch.setattr(dpo, "completion_logprobs", self.score)
+
+    def score(self, *rows, **options):
+        self._scoring = True
+        return self._score(*rows, **options)
+
+    def should_stop(self) -> bool:
+        return self._scoring
+
+
+def test_a_stop_while_the_reference_is_refreshed_resumes_to_the_same_weights(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs, file = make_pairs(24), tmp_path / "dpo.pt"
+    config = replace(CONFIG, reference_every=3, checkpoint_every=100)
+    whole, expected = trained(model, pairs, config)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        trained(model, pairs, config, checkpoint=file, progress=StopWhileScoring(patch))
+    curves = Recorder()
+    resumed, weights = trained(model, pairs, config, checkpoint=file, progress=curves)
+    assert len([point for point in curves.points if "dpo/loss" in point]) == whole.steps - 3
+    assert_same(weights, expected, tolerance=0)
+    assert resumed == whole
+
+
 def test_a_checkpoint_of_other_pairs_is_refused(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "dpo.pt"
     with pytest.raises(Interrupted):

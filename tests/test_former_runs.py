@@ -16,7 +16,7 @@ from alignment.evaluation import Evidence, Trial, evaluate
 from alignment.models import add_policy, load_base, save_adapter
 from alignment.pipeline import align
 from alignment.preferences import Preferences, load_preferences, take_snapshot
-from alignment.progress import Silent
+from alignment.progress import Interrupted, Silent
 from alignment.run_record import new_run
 from alignment.sample_share import measured_share
 from alignment.training_data import Parts
@@ -115,6 +115,27 @@ def test_the_judge_starts_from_the_last_runs_and_says_so(filled: Filled) -> None
     assert after.sha256 != before.sha256
     seen = json.loads((Path(after.path) / "reward.json").read_text())["seen_prompts"]
     assert seen == json.loads((Path(before.path) / "reward.json").read_text())["seen_prompts"]
+
+
+def test_a_run_that_goes_on_starts_from_the_judge_that_the_interrupted_one_started_from(
+    filled: Filled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has judged by the interrupted run's own: trained on, it would be no judge of a run left alone."""
+
+    def stop(*args: object) -> None:
+        raise Interrupted("the run was stopped on request")
+
+    judges = []
+    for _ in range(2):  # without a former run, and with one
+        with monkeypatch.context() as patch:
+            patch.setattr(stages, "update_policy", stop)
+            left = align(filled.store, warm())
+        resumed = align(filled.store, warm())
+        assert (left.status, resumed.status) == ("cancelled", "passed")
+        judges += [runs.reward_models_of(filled.store, outcome.run_id)[0] for outcome in (left, resumed)]
+    first_left, first, second_left, second = (judge.metrics.get("start_from") for judge in judges)
+    assert first_left is first is None
+    assert second_left == second == judges[1].id
 
 
 def test_the_judge_is_not_asked_what_it_learnt_in_a_former_run(

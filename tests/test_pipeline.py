@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from alignment import stages
+from alignment import preparation, stages
 from alignment.config import AlignmentConfig, config_of
 from alignment.evaluation import Evidence
 from alignment.pipeline import OUTCOME_EXIT_CODES, align, run_folder
@@ -211,7 +211,7 @@ def test_a_stage_that_throws_fails_the_run_with_the_reason(
     monkeypatch.setattr(stages, "evaluate_candidate", lambda *args: Evidence())
     monkeypatch.setattr(stages, "name_candidate", lambda *args: filled.base)
     monkeypatch.setattr(stages, "publish", lambda *args: pytest.fail("went on"))
-    monkeypatch.setattr(stages, stage, _throw)
+    monkeypatch.setattr(stages if hasattr(stages, stage) else preparation, stage, _throw)
     outcome = align(filled.store, small())
     assert (outcome.status, outcome.exit_code) == ("failed", 1)
     run = runs.get_run(filled.store, outcome.run_id)

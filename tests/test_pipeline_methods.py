@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from alignment import kl_hold
+from alignment import kl_hold, ppo
 from alignment.config import AlignmentConfig, config_of
 from alignment.kl_budget import Kl
 from alignment.outcome import recorded_outcome
@@ -117,6 +117,38 @@ def test_ppo_optimises_a_reward_model_that_is_not_the_judge(filled: Filled, toke
     report = (run_folder(filled.store, outcome.run_id) / "report.md").read_text()
     assert "ppo, beta automatic at first" in report
     assert "its own answers" not in report
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, looks: list[str | None]) -> None:
+    """Let PPO's watch say this, step by step."""
+    said = iter(looks)
+    monkeypatch.setattr(ppo, "why_stop", lambda *_: next(said))
+
+
+def test_ppo_that_stops_itself_hands_its_last_good_weights_to_the_gate(
+    filled: Filled, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_comparisons(filled, tokenizer, LABELS)
+    watched(monkeypatch, [None, None, "answers run away"])
+    outcome = align(filled.store, config(method="ppo"))
+    assert outcome.status == "passed", outcome.message
+    assert (
+        "stopped itself after 2 steps: answers run away. The candidate is the last policy" in outcome.message
+    )
+    assert outcome.policy_id is not None
+    assert policies.evaluation_of(filled.store, outcome.policy_id) is not None
+    report = (run_folder(filled.store, outcome.run_id) / "report.md").read_text()
+    assert "stopped itself after 2 steps: answers run away." in report
+
+
+def test_ppo_that_stops_itself_before_anything_was_good_fails_with_the_reason(
+    filled: Filled, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_comparisons(filled, tokenizer, LABELS)
+    watched(monkeypatch, [None, "answers run away"])
+    outcome = align(filled.store, config(method="ppo"))
+    assert (outcome.status, outcome.policy_id) == ("failed", None)
+    assert "training stopped itself after 1 steps: answers run away" in outcome.message
 
 
 def test_ppo_asks_the_server_that_its_configuration_names(filled: Filled, tokenizer: Any) -> None:

@@ -215,6 +215,8 @@ def test_each_sign_of_a_broken_policy_has_its_reason() -> None:
     )
     reason = why_stop(signs(**{"objective/entropy_nats_per_token": 0.49}), start, config)
     assert "collapsed to 0.49 nats a token from 1.00" in (reason or "")
+    sure = Start(entropy_nats=0.08, length_tokens=30.0)  # of nearly every token: it has little to lose
+    assert why_stop(signs(**{"objective/entropy_nats_per_token": 0.01}), sure, config) is None
     for length, ratio in ((61.0, "2.03"), (14.0, "0.47")):
         assert f"{ratio} times as long" in (
             why_stop(signs(**{"response/length": length}), start, config) or ""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from alignment import ranked_answers, stages, together
+from alignment import preparation, ranked_answers, stages, together
 from alignment.config import AlignmentConfig, config_of
 from alignment.pipeline import Outcome, align
 from alignment.reward_model import TrainedReward
@@ -194,14 +194,14 @@ def test_raters_weights_that_round_otherwise_are_the_same_data(
     by_labels = config("dpo", dpo={**SMALL["dpo"], "pairs_from": "labels"})
     whole = align(labelled.store, by_labels)
     interrupted(labelled, by_labels, stage="dpo", step=2)
-    weigh = stages.weighed_by_others
+    weigh = preparation.weighed_by_others
 
     def nearly(*args: Any, **options: Any) -> Any:
         found = weigh(*args, **options)
         pairs = tuple(replace(pair, weight=pair.weight * (1 + 1e-6)) for pair in found.pairs)
         return replace(found, pairs=pairs)
 
-    monkeypatch.setattr(stages, "weighed_by_others", nearly)
+    monkeypatch.setattr(preparation, "weighed_by_others", nearly)
     resumed = align(labelled.store, by_labels)
     assert resumed.status == "passed", resumed.message
     assert steps_of(labelled, resumed, "dpo")[0] > 2
@@ -223,3 +223,38 @@ def test_what_nobody_went_on_from_in_a_week_is_dropped_with_all_that_belongs_to_
         os.utime(path, (long_ago, long_ago))
     anew = interrupted(labelled, long, stage="ppo", step=1)
     assert steps_of(labelled, anew, "ppo")[0] == 1
+
+
+@pytest.mark.usefixtures("whole_answers")
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"dpo": {"ranked_answers": 4}}, {"dpo": {"ranked_answers": 3}}),
+        ({"choice": {"turned_share_min": 0.0, "turned_share_high_min": 0.0}}, {"choice": {}}),
+    ],
+    ids=["answers to a question", "labels after all"],
+)
+def test_ppo_takes_no_reward_model_again_that_learnt_from_something_else(
+    labelled: Filled, monkeypatch: pytest.MonkeyPatch, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    def wanted(tables: dict[str, Any]) -> AlignmentConfig:
+        plain = asdict(config("ppo"))
+        ranked = "ranked" if "dpo" in tables else "auto"
+        more = {name: {**plain[name], **table} for name, table in tables.items()}
+        return config("ppo", ppo={**plain["ppo"], "reward_from": ranked}, **more)
+
+    loaded: list[Path] = []
+    load = stages.load_scorer
+
+    def noted(place: Any, folder: Path) -> TrainedReward:
+        loaded.append(folder)
+        return load(place, folder)
+
+    monkeypatch.setattr(stages, "load_scorer", noted)
+    interrupted(labelled, wanted(before), stage="ppo", step=1)
+    interrupted(labelled, wanted(before), stage="ppo", step=2)
+    assert len(loaded) == 1
+    outcome = align(labelled.store, wanted(after))
+    assert outcome.status == "passed", outcome.message
+    assert len(loaded) == 1
+    assert steps_of(labelled, outcome, "ppo")[0] == 1

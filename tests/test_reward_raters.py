@@ -11,6 +11,7 @@ import pytest
 from alignment.models import Base, load_base
 from alignment.preferences import Pair, Preferences, weighted
 from alignment.progress import Silent
+from alignment.reward_model import train_reward_model
 from alignment.reward_raters import weighed_by_others
 from alignment.training_config import RewardConfig
 from learning_fixtures import make_pairs, make_thumbs
@@ -171,3 +172,19 @@ def test_a_lead_of_nothing_is_half_right(base: Base) -> None:
 
 def turned(pair: Pair) -> Pair:
     return replace(pair, chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids)
+
+
+def test_a_reward_model_of_ranked_answers_has_no_figures_by_rater(base: Base) -> None:
+    """Its pairs are by one fit to everybody's labels: no rater is new to it, and leaving that one out leaves nothing."""
+    held, given = labels(30, raters=3), labels(40, raters=3)
+    by_fit = tuple(replace(pair, source="ranked", rater="the fit to all labels") for pair in given.pairs)
+    config = RewardConfig(epochs=0, members=1)
+
+    def names(train: Preferences) -> set[str]:
+        trained = train_reward_model(base, train, held, config, seed=1, progress=Silent())
+        return set(trained.metrics)
+
+    by_people, ranked = names(given), names(Preferences(pairs=by_fit, thumbs=()))
+    of_raters = {name for name in by_people if "rater" in name}
+    assert {"reward/left_out_rater_accuracy", "reward/unseen_rater_pairs"} <= of_raters
+    assert ranked == by_people - of_raters

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from alignment import run_progress
-from alignment.config import AlignmentConfig
-from alignment.run_progress import RunProgress, stopping_on_signals
+from alignment.config import AlignmentConfig, config_of
+from alignment.pipeline import align
+from alignment.run_progress import RunProgress, stages_of, stopping_on_signals
 from alignment.run_record import new_run
+from alignment_fixtures import (
+    CURT,
+    KIND,
+    NO_KL_BUDGETS,
+    OPEN_GATE,
+    SMALL,
+    Filled,
+    add_answers,
+    add_comparisons,
+    rate_all,
+)
 from storage import runs
 from storage.store import Store
 
@@ -65,6 +79,84 @@ def test_the_fraction_never_goes_back_and_tells_the_time_left(opened: tuple[Stor
     assert seen == sorted(seen)
     assert seen[0] == 0.0
     assert seen[-1] == pytest.approx(1.0)
+
+
+@pytest.mark.usefixtures("whole_answers")
+@pytest.mark.parametrize(
+    ("method", "learnt"),
+    [
+        ("dpo", ["answers to rank", "reference", "dpo"]),
+        ("kto", ["answers to rank", "reward model", "reward model", "reference", "kto"]),
+        ("ppo", ["answers to rank", "reward model", "reward model", "ppo"]),
+    ],
+)
+def test_every_stage_of_a_run_takes_it_further_and_none_back(
+    filled: Filled, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, method: str, learnt: list[str]
+) -> None:
+    """A second reward model, of two adapters each, is work of its own."""
+    rate_all(filled, add_answers(filled, tokenizer, 48, (KIND, CURT)), ("up", "down"))
+    add_comparisons(filled, tokenizer, 48)
+    begun: list[tuple[str, float]] = []
+    told: list[float] = []
+    stage, report = RunProgress.stage, runs.report_progress
+
+    def noted(self: RunProgress, name: str, steps: int) -> None:
+        stage(self, name, steps)
+        begun.append((name, self.fraction()))
+
+    def reported(store: Store, run_id: str, **now: Any) -> None:
+        told.append(now["fraction"])
+        report(store, run_id, **now)
+
+    monkeypatch.setattr(RunProgress, "stage", noted)
+    monkeypatch.setattr(runs, "report_progress", reported)
+    outcome = align(filled.store, ranked(method))
+    assert outcome.status == "passed", outcome.message
+    assert told == sorted(told)
+    assert told[-1] == 1.0
+    counted = [(name, fraction) for name, fraction in begun if name != "reward heads"]
+    assert [name for name, _ in counted] == [
+        "preparing",
+        *["reward model"] * 2,
+        *learnt,
+        *["answers", "questions", "scores", "report"],
+    ]
+    begins = [fraction for _, fraction in counted]
+    assert all(one < after for one, after in pairwise(begins)), counted
+
+
+def ranked(method: str) -> AlignmentConfig:
+    small = {"epochs": 1, "batch_thumbs": 8, "min_class_thumbs": 4} | NO_KL_BUDGETS
+    few = {"steps": 1, "prompts_per_step": 8, "max_new_tokens": 8, "minibatches": 1}
+    return config_of(
+        {
+            **SMALL,
+            "method": method,
+            "gate": OPEN_GATE,
+            "choice": {**SMALL["choice"], "min_thumbs": 40},
+            "reward": {**SMALL["reward"], "adapters": 2},
+            "dpo": {**SMALL["dpo"], "pairs_from": "ranked"},
+            "kto": {**small, "thumbs_from": "ranked", "ranked_by": "reward_model"},
+            "ppo": {**few, "reward_from": "ranked"},
+        }
+    )
+
+
+def test_stages_that_an_interrupted_run_has_done_count_as_done(opened: tuple[Store, str]) -> None:
+    progress = RunProgress(*opened)
+    progress.stage("preparing", 1)
+    progress.step(1)
+    left = 1 - progress.fraction()
+    progress.plan(stages_of("ppo", AlignmentConfig()))
+    progress.stage("reward model", 1)
+    progress.step(1)
+    judged = progress.fraction()
+    progress.stage("answers", 1)
+    # a reward model 0.20 and PPO 0.25, of what is left: two reward models, PPO and 0.48 of evaluation
+    assert progress.fraction() == pytest.approx(judged + left * 0.45 / 1.13)
+    progress.stage("report", 1)
+    progress.step(1)
+    assert progress.fraction() == pytest.approx(1.0)
 
 
 def test_a_run_that_was_closed_is_asked_to_stop(opened: tuple[Store, str]) -> None:
