@@ -103,7 +103,7 @@ def settled(config: AlignmentConfig, choice: Choice, data: DataStatistics | None
     Args:
         data: None: nothing was measured.
     """
-    turned = _turned_share(data)
+    turned = _turned_share(data) if data and data.pairs >= config.choice.min_pairs else 0.0
     dpo = replace(
         config.dpo,
         flip_rate=_flip_rate(config, data),
@@ -303,7 +303,9 @@ def _warnings(
     if data.agreement is None:
         told.append("Agreement is unknown: nobody compared the same two answers as somebody else.")
     elif data.agreement.n < config.min_agreement_meetings:
-        told.append(f"Agreement rests on {data.agreement.n} double ratings only and was not used.")
+        told.append(
+            f"Agreement rests on {data.agreement.n} things that two or more people judged and was not used."
+        )
     share = data.thumb_raters if method == "kto" else data.pair_raters
     if (
         share

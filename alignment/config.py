@@ -60,7 +60,7 @@ class ChoiceConfig:
     agreement_min: float = 0.6
     """Agreement needed for DPO (rule 2)."""
     min_agreement_meetings: int = 20
-    """Double ratings below which agreement counts as unknown: with 20, 0.8 has a lower bound of 0.58."""
+    """Things that two or more people judged, below which agreement counts as unknown: with 20, 0.8 has a bound of 0.58."""
     noisy_flip_rate_min: float = 0.2
     """Rate of wrong choices, as people's agreement tells it, from which DPO learns from ranked answers (rule 2)."""
     turned_share_high_min: float = 0.25

@@ -209,45 +209,54 @@ def _thumb(id: str, turn: Turn, *, up: bool, rater: str) -> Thumb:
 def pairs_of_thumbs(thumbs: Sequence[Thumb]) -> list[Pair]:
     """Pair thumbs up with thumbs down on other answers to the same prompt, at most as many as the more frequent kind.
 
-    Each of the more frequent kind gets one of the other, of the same rater where there is one, and these take turns: of all
-    couples, whose number grows with the square, each thumb would be in many, and they would say nothing new.
+    Each of one kind, that with which more pairs come about, gets one of the other, of the same rater where there is one, and
+    these take turns: of all couples, whose number grows with the square, each thumb would be in many, and they would say
+    nothing new.
     """
     kinds: dict[tuple[int, ...], tuple[list[Thumb], list[Thumb]]] = {}
     for thumb in thumbs:
         kinds.setdefault(thumb.prompt_ids, ([], []))[0 if thumb.up else 1].append(thumb)
     pairs = []
     for ups, downs in kinds.values():
-        if len(ups) >= len(downs):
-            pairs += [_pair_of_thumbs(up, down) for up, down in _matched(ups, downs)]
-        else:
-            pairs += [_pair_of_thumbs(up, down) for down, up in _matched(downs, ups)]
+        with_ups = _matched(ups, downs)
+        with_downs = [(up, down) for down, up in _matched(downs, ups)]
+        pairs += [_pair_of_thumbs(up, down) for up, down in max(with_ups, with_downs, key=len)]
     return pairs
 
 
 def _matched(many: Sequence[Thumb], few: Sequence[Thumb]) -> list[tuple[Thumb, Thumb]]:
-    """Return each of `many` with one of `few` on another answer, which wait their turn after each match; the rater's own
-    come first."""
-    waiting = deque(few)
-    own: dict[str, deque[Thumb]] = defaultdict(deque)
+    """Return each of `many` with one of `few` on another answer, which take turns; the rater's own come first."""
+    waiting, own = _Waiting(), defaultdict[str, _Waiting](_Waiting)
     for thumb in few:
-        own[thumb.rater].append(thumb)
+        waiting.add(thumb)
+        own[thumb.rater].add(thumb)
     found = []
     for thumb in many:
-        other = _next_to(thumb, own[thumb.rater]) or _next_to(thumb, waiting)
+        other = own[thumb.rater].next_to(thumb) or waiting.next_to(thumb)
         if other is not None:
             found.append((thumb, other))
     return found
 
 
-def _next_to(thumb: Thumb, waiting: deque[Thumb]) -> Thumb | None:
-    """Return the first on another answer than `thumb`'s and put it last."""
-    place = next((at for at, one in enumerate(waiting) if one.answer_ids != thumb.answer_ids), None)
-    if place is None:
-        return None
-    other = waiting[place]
-    del waiting[place]
-    waiting.append(other)
-    return other
+class _Waiting:
+    """Thumbs that take turns: answers first, then the thumbs on each."""
+
+    def __init__(self) -> None:
+        self._by_answer: dict[tuple[int, ...], deque[Thumb]] = {}
+
+    def add(self, thumb: Thumb) -> None:
+        """Let a thumb wait behind the others."""
+        self._by_answer.setdefault(thumb.answer_ids, deque()).append(thumb)
+
+    def next_to(self, thumb: Thumb) -> Thumb | None:
+        """Return the first on another answer than `thumb`'s and put it last; None without one."""
+        answer = next((one for one in self._by_answer if one != thumb.answer_ids), None)
+        if answer is None:
+            return None
+        thumbs = self._by_answer.pop(answer)
+        thumbs.rotate(-1)
+        self._by_answer[answer] = thumbs
+        return thumbs[-1]
 
 
 def _pair_of_thumbs(up: Thumb, down: Thumb) -> Pair:

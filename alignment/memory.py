@@ -1,6 +1,6 @@
 """What a training needs in memory, from the model's shape: it picks the micro-batches, or says what does not fit.
 
-Bytes per token follow from the tensors that autograd keeps in a Llama or Qwen2 layer under LoRA, in transformers' own
+Bytes per token follow from the tensors that autograd keeps in a Llama, Qwen2 or Qwen3 layer under LoRA, in transformers' own
 pass or in the packed one. Absent: the memory of sampling beyond its KV cache.
 Letters: D hidden size, Q and K width of all query and of all key heads, F width of the feed-forward part, V vocabulary.
 """
@@ -17,12 +17,12 @@ from typing import Any
 import psutil
 import torch
 
-from alignment.batching import Tree
+from alignment.batching import Tree, group_by_prompt
 from alignment.logprobs import CPU_LOGITS_A_CHUNK, GPU_LOGITS_A_CHUNK, masks
 from alignment.models import Base
 from alignment.packed import BLOCK_TOKENS, packs
 from alignment.packed_attention import KEPT_KEYS
-from alignment.preferences import Preferences
+from alignment.preferences import Preferences, Thumb
 from storage.errors import KotaeError
 
 GIB = 2**30
@@ -364,6 +364,15 @@ def longest(base: Base, labels: Preferences) -> int:
     alone = [Tree(thumb.prompt_ids, (thumb.answer_ids,)) for thumb in labels.thumbs]
     compared = [Tree(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in labels.pairs]
     return longest_tree(base, [*alone, *compared])
+
+
+def longest_learnt(base: Base, thumbs: Sequence[Thumb]) -> int:
+    """Return the tokens of the largest tree that KTO lays out: a prompt with its answers, or each answer alone where no row
+    is shared."""
+    if not (packs(base) or masks(base)):
+        return longest(base, Preferences(pairs=(), thumbs=tuple(thumbs)))
+    trees, _ = group_by_prompt([(thumb.prompt_ids, thumb.answer_ids) for thumb in thumbs])
+    return longest_tree(base, trees)
 
 
 def longest_tree(base: Base, trees: Sequence[Tree]) -> int:

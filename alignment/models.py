@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2.exceptions import TemplateError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
@@ -142,14 +143,13 @@ def _end_of_answer(tokenizer: Any, stop_ids: frozenset[int]) -> int:
     Gemma's template ends a turn with <end_of_turn>, where its tokenizer's end is <eos>.
     """
     question = {"role": "user", "content": "?"}
-    asked, answered = (
-        tokenizer.apply_chat_template(messages, add_generation_prompt=is_asked, return_dict=False)
-        for messages, is_asked in (
-            ([question], True),
-            ([question, {"role": "assistant", "content": "!"}], False),
-        )
-    )
-    ends = (int(token) for token in answered[len(asked) :] if token in stop_ids)
+    answers = ([question, {"role": "assistant", "content": text}] for text in "!.")
+    try:
+        one, other = (tokenizer.apply_chat_template(messages, return_dict=False) for messages in answers)
+    except TemplateError:  # it wants another dialogue
+        return int(tokenizer.eos_token_id)
+    answer_at = next((at for at, pair in enumerate(zip(one, other, strict=False)) if len({*pair}) > 1), 0)
+    ends = (int(token) for token in one[answer_at:] if token in stop_ids)
     return next(ends, int(tokenizer.eos_token_id))
 
 
@@ -274,6 +274,10 @@ def lora_targets(base: Base, spec: LoraSpec) -> tuple[str, ...]:
         if isinstance(part, nn.Linear) and ".lora_" not in path
     )
     found = {path.rpartition(".")[2] for path in paths}
+    if not found:
+        raise InvalidField(
+            "model", base.path, "choose a model whose layers are nn.Linear: it has none for an adapter"
+        )
     if missing := sorted(set(spec.targets) - found):
         fix = f"the base's linear layers are {', '.join(sorted(found))}; it has no {', '.join(missing)}"
         raise InvalidField("lora.targets", spec.targets, fix)

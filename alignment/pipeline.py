@@ -62,8 +62,8 @@ def align(store: Store, config: AlignmentConfig, *, trigger: RunTrigger = "manua
         InvalidField: the configured golden file is wrong.
     """
     incumbent = served_policy(store)
-    if config.evaluation.golden_file:
-        load_golden(Path(config.evaluation.golden_file))  # bad input is told before a run begins
+    if config.evaluation.golden_file and trigger == "manual":
+        load_golden(Path(config.evaluation.golden_file))  # who waits for it is told before a run begins
     meter, run = Meter(), new_run(config, trigger=trigger)
     runs.open_run(store, run)
     progress = RunProgress(store, run.id)

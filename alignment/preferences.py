@@ -124,11 +124,22 @@ def load_preferences(
     if snapshot.sha256 != snapshot_sha256(snapshot.cut_off, snapshot.item_ids):
         raise InvalidField("snapshot", snapshot.id, "take a new one: its ids do not match its hash")
     turns = LabelledTurns(store, max_tokens=max_tokens, base_sha256=base_sha256)
-    pairs, thumbs = from_comparisons(_labels(store, snapshot, Comparison, "comparisons"), turns)
-    pairs += from_corrections(_labels(store, snapshot, Correction, "corrections"), turns, tokenize)
-    rated = from_ratings(_labels(store, snapshot, Rating, "ratings"), turns)
-    pairs, of_pairs = one_vote_each(pairs, turns.dropped)
-    whole, of_thumbs = one_vote_each(rated + thumbs, turns.dropped)
+    compared = _labels(store, snapshot, Comparison, "comparisons")
+    corrected = _labels(store, snapshot, Correction, "corrections")
+    ratings = _labels(store, snapshot, Rating, "ratings")
+    given_at: dict[str, float] = {}
+    for given in (compared, corrected, ratings):
+        given_at |= {label.id: label.created_at for label in given}
+    pairs, thumbs = from_comparisons(compared, turns)
+    pairs += from_corrections(corrected, turns, tokenize)
+    rated = from_ratings(ratings, turns)
+
+    def oldest_first(labels: Sequence[Item]) -> list[Item]:
+        # "both bad" names its two thumbs by itself
+        return sorted(labels, key=lambda label: given_at[label.id.partition("/")[0]])
+
+    pairs, of_pairs = one_vote_each(oldest_first(pairs), turns.dropped)
+    whole, of_thumbs = one_vote_each(oldest_first(rated + thumbs), turns.dropped)
     from_ratings_alone = {thumb.id for thumb in rated}
     rated = [thumb for thumb in whole if thumb.id in from_ratings_alone]
     pairs += beside_comparisons(pairs_of_thumbs(rated), pairs, turns.dropped)

@@ -83,7 +83,7 @@ def beside_comparisons(
     known = {_thing(pair) for pair in compared}
     kept: dict[Hashable, Pair] = {}
     for pair in of_thumbs:
-        thing = (_thing(pair), pair.chosen_ids)
+        thing = (_thing(pair), pair.chosen_ids, pair.other_rater)
         if _thing(pair) in known or thing in kept:
             dropped[SAID_TWICE] += 1
         else:

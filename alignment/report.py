@@ -160,7 +160,7 @@ def _data(card: Card) -> str:
     agreement = (
         "unknown (nobody judged the same answers as somebody else)"
         if data.agreement is None
-        else f"{data.agreement.value:.0%} over {data.agreement.n} double ratings"
+        else f"{data.agreement.value:.0%} over {data.agreement.n} things that two or more people judged"
     )
     lines = [
         "## Data",

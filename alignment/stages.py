@@ -122,8 +122,9 @@ def update_policy(work: Work, method: Method) -> Trained:
         Interrupted: the run was stopped; the checkpoint is kept.
     """
     kept, base, adapter = _kept(work, method), work.prepared.base, work.folder / "adapter"
-    if work.place.together(shape_policy, method, work.config):
-        work.place.together(plan_together, longest(base, work.prepared.preferences))
+    work.place.together(shape_policy, method, work.config)
+    # the shape may be another, and the plan in force that of PPO's reward model
+    work.place.together(plan_together, longest(base, work.prepared.preferences))
     found = read_trained(kept, method)
     if found is not None:
         weights, result = found

@@ -17,13 +17,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from alignment.batching import group_by_prompt
 from alignment.choose import Method
 from alignment.config import AlignmentConfig
 from alignment.distributed import ALONE, Crew, LostProcess, join, leave
 from alignment.dpo import train_dpo
 from alignment.kto import train_kto
-from alignment.memory import longest, longest_tree, plan_batches
+from alignment.memory import longest, longest_learnt, plan_batches
 from alignment.models import (
     Base,
     adapter_parameters,
@@ -249,6 +248,7 @@ def train_ranked_reward(
         progress=place.progress,
         crew=place.crew,
     )
+    pairs, told = place.crew.told((pairs, told))  # a near tie may be ranked otherwise elsewhere
     if any(pair.source == "ranked" for pair in pairs):
         labels = Preferences(pairs=tuple(pairs), thumbs=())
         plan_together(place, longest(place.base, labels))
@@ -306,8 +306,7 @@ def train_policy_by(
     if method == "kto":
         taken = partial(thumbs_to_learn, base, labels, config.kto, config.reward, **learn)
         thumbs, told = same_to_learn(kept, Thumb, taken, place.crew)
-        trees, _ = group_by_prompt([(thumb.prompt_ids, thumb.answer_ids) for thumb in thumbs])
-        plan_together(place, longest_tree(base, trees))
+        plan_together(place, longest_learnt(base, thumbs))
         result = train_kto(base, thumbs, config.kto, cache=cache, **options)
     else:
         made = partial(pairs_to_learn, base, labels, config.dpo, config.reward, **learn)

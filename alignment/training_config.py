@@ -118,8 +118,8 @@ class FixedAnswersConfig(BaseBudget):
     """Most questions that are answered for it: those with a label of any kind, then recent ones without."""
     ranked_flip_rate: float = 0.0
     """Share of the labelled pairs that the fit which ranks them takes to be turned round, at most 0.45. 0: as a fit to the
-    other labels tells. It is asked of pairs only: of thumbs it ranks better under one taste and worse under two
-    (docs/robustness.md)."""
+    other labels tells, from `choice.min_pairs` pairs on, as it cannot tell of few. It is asked of pairs only: of thumbs it
+    ranks better under one taste and worse under two (docs/robustness.md)."""
     nll_weight: float = 1.0
     """Weight of -log pi(preferred) / |y| (arXiv 2404.19733: 1); the displacement watch may raise it. Without it the starter
     gave a right answer 13 points less often at temperature 0.7, with it 5 (DPO, made-up taste "hurried")."""

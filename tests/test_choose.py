@@ -107,7 +107,7 @@ def test_agreement_over_few_double_ratings_counts_as_unknown() -> None:
     few = replace(GOOD, agreement=wilson(9, 19))
     choice = choose_method(few, RULES, wanted="auto")
     assert choice.method == "dpo"
-    assert any("19 double ratings" in warning for warning in choice.warnings)
+    assert any("rests on 19 things" in warning for warning in choice.warnings)
 
 
 def test_a_wanted_method_trains_on_doubtful_data_with_a_warning_but_not_on_too_little() -> None:

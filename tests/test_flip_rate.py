@@ -66,6 +66,7 @@ def test_the_fit_that_ranks_answers_takes_as_many_pairs_for_turned_as_other_labe
     assert rates(turned) == (0.12, 0.12)
     assert rates(replace(QUIET, turned_share=replace(TURNED, value=0.5))) == (0.45, 0.45)
     assert rates(None) == rates(AGREED) == (0.0, 0.0)
+    assert rates(replace(turned, pairs=199)) == (0.0, 0.0)  # of few it cannot tell
     assert rates(turned, dpo={"ranked_flip_rate": 0.3}, kto={"ranked_flip_rate": 0.2}) == (0.3, 0.2)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from alignment import together
+from alignment import memory, together
 from alignment.config import AlignmentConfig, config_of
+from alignment.memory import longest_learnt
+from alignment.models import load_base
 from alignment.pipeline import align
 from alignment.preferences import Pair, Thumb, take_snapshot
 from alignment.preparation import prepare
@@ -27,6 +30,7 @@ from alignment_fixtures import (
     rate_all,
 )
 from storage import runs
+from tiny_models import make_tiny_model
 
 LABELS = 48
 LONG = "Where is the lamp that I sent back to you with the parcel of Tuesday"
@@ -73,6 +77,27 @@ def test_memory_is_planned_again_for_what_is_learnt_from(
     assert outcome.status == "passed", outcome.message
     at = max(number for number, (name, _) in enumerate(said) if name == "learnt")
     assert said[at - 1] == ("planned", said[at][1])
+
+
+def test_thumbs_are_planned_for_as_they_are_laid_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt with its answers in one row, or each answer in a row of its own."""
+    thumbs = [
+        Thumb(
+            id=f"{number}",
+            prompt_ids=(1,) * 20,
+            answer_ids=(number,) * 5,
+            up=True,
+            weight=1.0,
+            prompt_key="one",
+            rater="aya",
+        )
+        for number in range(2, 8)
+    ]
+    base = load_base(str(make_tiny_model(tmp_path)), device="cpu")
+    assert longest_learnt(base, thumbs) == 20 + 6 * 5
+    monkeypatch.setattr(memory, "packs", lambda base: False)
+    monkeypatch.setattr(memory, "masks", lambda base: False)
+    assert longest_learnt(base, thumbs) == 25
 
 
 def ranked(method: str) -> AlignmentConfig:

@@ -193,6 +193,31 @@ def test_an_edited_answer_ends_as_the_template_ends_one_not_as_the_tokenizer_end
     assert answer_ids(base, "On its way.")[-1] == turn_end
 
 
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (
+            GEMMAS_TEMPLATE.replace("assistant\\n{%", "assistant\\n<|im_end|><think> </think>{%"),
+            "<|endoftext|>",
+        ),
+        ("{{ raise_exception('a system message is needed') }}", "<|im_end|>"),
+    ],
+    ids=["a beginning that answers do not have", "a dialogue that the template refuses"],
+)
+def test_the_end_of_an_answer_is_looked_for_behind_the_answer(
+    model: Path, tmp_path: Path, template: str, end: str
+) -> None:
+    folder = tmp_path / "model"
+    copytree(model, folder)
+    loaded = load_base(str(model))
+    ends = loaded.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    loaded.tokenizer.chat_template = template
+    loaded.tokenizer.save_pretrained(folder)
+    loaded.model.generation_config.eos_token_id = ends
+    loaded.model.save_pretrained(folder)
+    assert load_base(str(folder)).eos_id == loaded.tokenizer.convert_tokens_to_ids(end)
+
+
 def test_an_edited_answer_ends_as_the_served_one_where_a_token_ended_that(model: Path) -> None:
     base = load_base(str(model))
     base.stop_ids = frozenset({base.eos_id, 3})

@@ -160,6 +160,24 @@ def test_the_same_judgement_of_the_same_person_counts_once(world: World) -> None
     assert found.notes["dropped"] == {"said twice by the same person": 1}
 
 
+def test_a_thumb_given_after_both_were_bad_is_the_later_word(world: World) -> None:
+    left, right = two_turns(world)
+    feedback.compare(
+        world.store,
+        left_turn_id=left.id,
+        right_turn_id=right.id,
+        person_id=world.staff.id,
+        choice="both_bad",
+        strength=None,
+    )
+    feedback.rate(world.store, turn_id=left.id, person_id=world.staff.id, verdict="up")
+    found = loaded(world)
+    assert {(thumb.answer_ids, thumb.up) for thumb in found.thumbs} == {
+        ((4, 5, EOS), True),
+        ((6, EOS), False),
+    }
+
+
 def test_a_person_who_changes_their_mind_has_one_vote(world: World) -> None:
     for choice in ("right", "left"):
         compared(world, choice)

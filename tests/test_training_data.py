@@ -179,7 +179,20 @@ def test_a_rater_s_own_thumbs_are_paired_first_and_never_one_answer_with_itself(
     same = [replace(thumb, answer_ids=(4, 9)) for thumb in thumbs]
     assert pairs_of_thumbs(same) == []
     other = replace(thumbs[0], id="other", answer_ids=(5, 9), up=True, rater="new")
-    assert [pair.id.split("+")[0] for pair in pairs_of_thumbs([*same, other])] == ["other"]
+    assert [pair.id.split("+")[0] for pair in pairs_of_thumbs([*same, other])] == ["other"] * 30
+
+
+def test_one_thumb_more_makes_one_pair_more_and_many_on_one_answer_take_no_time() -> None:
+    on_a = [
+        replace(thumb, answer_ids=(4, 9)) for thumb in rated(100, prompts=1, raters=100)
+    ]  # 50 up, 50 down
+    on_b = replace(on_a[0], id="b", answer_ids=(5, 9), up=False, rater="new")
+    assert len(pairs_of_thumbs([*on_a, on_b])) == 50
+    assert len(pairs_of_thumbs([*on_a, on_b, replace(on_a[0], id="more", rater="more")])) == 51
+    many = [replace(thumb, answer_ids=(4, 9)) for thumb in rated(20_000, prompts=1, raters=20_000)]
+    began = time.perf_counter()
+    assert pairs_of_thumbs(many) == []
+    assert time.perf_counter() - began < 2
 
 
 def test_a_hundred_and_eighty_thumbs_are_not_enough_for_either_method() -> None:
