@@ -5,14 +5,17 @@ They work without a server. A running one follows them (`assistant.release`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from assistant.alerts import Kind
 from assistant.engine.adapter_gate import base_shape, check_adapter
 from assistant.engine.errors import AdapterRefused
-from assistant.quarantine import refusals_kept
+from assistant.quarantine import quarantine, refusals_kept
 from storage import adapters, deployments, policies
 from storage.errors import Conflict, InvalidField
+from storage.people import SYSTEM
 from storage.records import Deployment, DeploymentRole, Person, Policy, Served
 from storage.store import Store
 
@@ -212,6 +215,30 @@ def retire(store: Store, *, policy_id: str, actor: str, reason: str) -> Deployme
     return deployments.deploy(
         store, policy_id=policy_id, role="retired", share=0.0, actor=actor, reason=reason
     )
+
+
+def withdraw_refused(
+    store: Store, policy_id: str, refused: Mapping[str, str], *, base_name: str
+) -> tuple[Kind, str]:
+    """Take a policy that cannot be served out of the desired state; return what the operators have to be told.
+
+    Args:
+        refused: all that cannot be served now, and why: what stable goes back to must not be among them.
+        base_name: what stable goes back to where the policy before cannot be served either.
+    """
+    served = serving(store)
+    quarantine(store, policy_id, refused[policy_id])
+    why = f"{policy_id} was withdrawn: {refused[policy_id]}"
+    if policy_id == served.stable.policy_id:
+        back_to = base_name
+        if served.previous is not None and served.previous.policy_id not in refused:
+            back_to = served.previous.policy_id
+        deployments.deploy(store, policy_id=back_to, role="stable", share=1.0, actor=SYSTEM, reason=why)
+    elif policy_id in {row.policy_id for row in (served.canary, served.shadow) if row is not None}:
+        retire(store, policy_id=policy_id, actor=SYSTEM, reason=why)
+    else:
+        return "no way back", f"{policy_id} is no way back: {refused[policy_id]}"
+    return "withdrawn", why
 
 
 def serving(store: Store) -> Served:

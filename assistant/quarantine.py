@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
-from assistant.engine.errors import AdapterRefused
+from assistant.engine.errors import PERHAPS_FOR_NOW, AdapterRefused
 from storage import policies
 from storage.chain import LONGEST_TEXT
 from storage.errors import CorruptData, KotaeError
@@ -57,9 +57,14 @@ def lift(store: Store, policy_id: str) -> None:
 
 @contextmanager
 def refusals_kept(store: Store, policy_id: str) -> Iterator[None]:
-    """Quarantine the policy when a gate refuses it in the block; the refusal goes on to whoever asked."""
+    """Quarantine the policy when a gate refuses it in the block; the refusal goes on to whoever asked.
+
+    What may be the engine's fault, as its want of memory, leaves no mark.
+    """
     try:
         yield
+    except PERHAPS_FOR_NOW:
+        raise
     except (AdapterRefused, CorruptData) as refusal:
         with suppress(KotaeError):  # the refusal is what has to be told
             quarantine(store, policy_id, str(refusal))

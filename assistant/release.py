@@ -27,23 +27,23 @@ from assistant.decisions import (
     rollback,
     serving,
     withdraw,
+    withdraw_refused,
 )
 from assistant.engine.behaviour_gate import BehaviourGate
 from assistant.engine.errors import (
+    PERHAPS_FOR_NOW,
     AdapterRefused,
+    EngineAbsent,
     EngineError,
-    EngineUnavailable,
-    LoadFailed,
     ReplicaAtFault,
 )
 from assistant.engine.protocol import Engine
 from assistant.engine.reconcile import LoadResult, load_missing, unload_unused
 from assistant.in_effect import InEffect, note
-from assistant.quarantine import lift, quarantine, refusals_kept
+from assistant.quarantine import lift, refusals_kept
 from assistant.routing import assign, first_answer_by, is_drawn
 from storage import deployments
 from storage.errors import CorruptData, KotaeError
-from storage.people import SYSTEM
 from storage.records import Deployment, Person, Policy, Served, Turn
 from storage.store import Store
 
@@ -69,6 +69,8 @@ class Release:
         """False until this process knows that the engine has what should answer."""
         self._failed: dict[str, str] = {}
         """Policies that could not be loaded or checked at the last sync, and why."""
+        self._waits: dict[str, str] = {}
+        """Of them those that answered before, so that it may be the engine's fault: they are tried at every look."""
         self._noted = ""
         """The canary's deployment that is known to answer."""
         self._checked: set[str] = set()
@@ -154,14 +156,30 @@ class Release:
         """
         self._flip_if_checked()
         async with self._lock:
-            wanted = serving(self.store)
-            while (decided := await self._load_and_check(wanted)) != wanted:
-                wanted = decided  # somebody decided meanwhile, or what is wanted was withdrawn
-            self._flip(wanted)
-            self.told.keep("no way back", {wanted.previous.policy_id} if wanted.previous else set())
-            for reason in (await unload_unused(self.engine, self._in_use)).values():
-                raise reason
+            await self._follow()
             return self.served
+
+    async def put_back(self, policy_id: str) -> None:
+        """Bring back a policy that a question found gone. One that cannot be loaded for now is tried at every look anyway.
+
+        Raises:
+            EngineAbsent: it is one of those.
+            EngineError: as `sync`.
+        """
+        self._check_not_waiting(policy_id)
+        async with self._lock:
+            self._check_not_waiting(policy_id)  # by what another question's sync found meanwhile
+            await self._follow()
+
+    async def _follow(self) -> None:
+        """Do what `sync` says, behind the lock."""
+        wanted = serving(self.store)
+        while (decided := await self._load_and_check(wanted)) != wanted:
+            wanted = decided  # somebody decided meanwhile, or what is wanted was withdrawn
+        self._flip(wanted)
+        self.told.keep("no way back", {wanted.previous.policy_id} if wanted.previous else set())
+        for reason in (await unload_unused(self.engine, self._in_use)).values():
+            raise reason
 
     async def _load_and_check(self, served: Served) -> Served:
         """Make the engine ready to answer as `served` says, and return what should be served by now.
@@ -182,11 +200,15 @@ class Release:
             id: str(error) for id, error in failed.items() if isinstance(error, AdapterRefused | CorruptData)
         }
         self._failed = {id: str(error) for id, error in failed.items()}
-        for_now = {id for id in refused if isinstance(failed[id], LoadFailed) and self._has_answered(id)}
-        for policy_id in refused.keys() - for_now:
+        self._waits = {
+            id: why
+            for id, why in refused.items()
+            if isinstance(failed[id], PERHAPS_FOR_NOW) and self._has_answered(id)
+        }
+        for policy_id in refused.keys() - self._waits.keys():
             self._withdraw(policy_id, refused)
-        for policy_id in for_now:
-            self._wait_for(policy_id, served, refused[policy_id])
+        for policy_id in self._waits:
+            self._wait_for(policy_id, served)
         for policy_id in failed.keys() - refused.keys():
             if served.shadow is None or policy_id != served.shadow.policy_id:
                 raise failed[policy_id]
@@ -199,15 +221,21 @@ class Release:
         answers = self.store.all(Turn, "policy_id = ?", [policy_id], limit=1)
         return policy_id in self.behaviour.passed or bool(answers)
 
-    def _wait_for(self, policy_id: str, served: Served, why: str) -> None:
-        """Tell the operator of a policy that the engine cannot load for now; it is tried at every look.
+    def _wait_for(self, policy_id: str, served: Served) -> None:
+        """Tell the operator of a policy that cannot answer for now; it is tried at every look.
 
         Raises:
-            EngineUnavailable: the policy should answer.
+            EngineAbsent: the policy should answer. What is asked of it meanwhile is not its fault.
         """
-        self._tell_once("not loaded", policy_id, f"{policy_id} is not loaded and is tried again: {why}")
+        why = self._waits[policy_id]
+        self._tell_once("not loaded", policy_id, f"{policy_id} cannot answer and is tried again: {why}")
         if policy_id in {row.policy_id for row in (served.stable, served.canary) if row is not None}:
-            raise EngineUnavailable(f"engine: {policy_id} is not loaded for now: {why}")
+            self._check_not_waiting(policy_id)
+
+    def _check_not_waiting(self, policy_id: str) -> None:
+        """Raise EngineAbsent where the last look found that the policy cannot answer for now."""
+        if policy_id in self._waits:
+            raise EngineAbsent(f"engine: {policy_id} cannot answer for now: {self._waits[policy_id]}")
 
     def _in_use(self) -> set[str]:
         """Return the policies that are served, stand by, or still answer somebody."""
@@ -327,30 +355,11 @@ class Release:
             await self.behaviour.check(policy.id, Path(policy.adapter_path))
 
     def _withdraw(self, policy_id: str, refused: Mapping[str, str]) -> None:
-        """Take a policy that cannot be served out of the desired state, and tell the operator.
-
-        Args:
-            policy_id: the policy.
-            refused: all that cannot be served now, and why: what stable goes back to must not be among them.
-        """
-        served = serving(self.store)
-        quarantine(self.store, policy_id, refused[policy_id])
-        kind: Kind = "withdrawn"
-        why = f"{policy_id} was withdrawn: {refused[policy_id]}"
-        if policy_id == served.stable.policy_id:
-            back_to = self.engine.base_name
-            if served.previous is not None and served.previous.policy_id not in refused:
-                back_to = served.previous.policy_id
-            deployments.deploy(
-                self.store, policy_id=back_to, role="stable", share=1.0, actor=SYSTEM, reason=why
-            )
-        elif policy_id in {row.policy_id for row in (served.canary, served.shadow) if row is not None}:
-            retire(self.store, policy_id=policy_id, actor=SYSTEM, reason=why)
-        else:
-            kind, why = "no way back", f"{policy_id} is no way back: {refused[policy_id]}"
+        kind, why = withdraw_refused(self.store, policy_id, refused, base_name=self.engine.base_name)
+        if kind == "no way back":
             self._tell_once(kind, policy_id, why)
-            return
-        self.tell(why, kind=kind, about=policy_id)
+        else:
+            self.tell(why, kind=kind, about=policy_id)
 
     def _tell_once(self, kind: Kind, policy_id: str, message: str) -> None:
         """As `tell`, for what is looked at again and again, in case it is well after all."""

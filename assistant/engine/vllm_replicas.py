@@ -21,6 +21,7 @@ from assistant.engine.errors import (
     EngineBusy,
     EngineError,
     EngineUnavailable,
+    NotProven,
     PolicyNotLoaded,
     ReplicaAtFault,
     StreamBroken,
@@ -81,7 +82,7 @@ class Replicas:
         """Remember the addresses; nothing is sent yet. `explain` as of `VllmEngine`."""
         self.all = [Replica(url.rstrip("/").removesuffix("/v1")) for url in urls]
         self.judged: set[str] = set()
-        """The policies that `prove` has looked at: only replicas where they passed are asked for them."""
+        """The policies that passed or failed somewhere: only replicas where they passed are asked for them."""
         self._base_name = base_name
         self._client = client
         self._explain = explain
@@ -114,7 +115,6 @@ class Replicas:
         having = [replica for replica in self.all if policy_id in replica.policies]
         asked = [replica for replica in having if replica.ready] or having
         verdicts = await asyncio.gather(*(judge(replica) for replica in asked), return_exceptions=True)
-        self.judged.add(policy_id)
         faults = []
         for replica, verdict in zip(asked, verdicts, strict=True):
             if verdict is None:
@@ -124,6 +124,8 @@ class Replicas:
             elif not isinstance(verdict, EngineUnavailable | EngineBusy | PolicyNotLoaded):
                 replica.proven.discard(policy_id)
                 faults.append((replica, verdict))
+        if faults or None in verdicts:  # else nothing is known: what may be asked stays as it was
+            self.judged.add(policy_id)
         if any(policy_id in replica.proven for replica in self.all):
             for replica, fault in faults:
                 raise ReplicaAtFault(
@@ -133,7 +135,12 @@ class Replicas:
             return
         errors = [verdict for verdict in verdicts if verdict is not None]
         errors.sort(key=lambda error: isinstance(error, AdapterRefused))  # refused is what all refuse
-        raise errors[0] if errors else PolicyNotLoaded(policy_id)
+        error = errors[0] if errors else PolicyNotLoaded(policy_id)
+        if isinstance(error, AdapterRefused) and len(asked) < len(self.all):
+            raise NotProven(
+                f"{error}; the other replicas are away or do not have it, so either may be at fault"
+            )
+        raise error
 
     def awaits_proof(self, policy_id: str) -> bool:
         """Return whether a replica that answers has a policy that was judged, and did not pass or was not asked yet."""
