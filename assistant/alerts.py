@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from assistant.engine.errors import EngineStarting
+from assistant.in_effect import answering_rows
 from storage.errors import KotaeError
-from storage.records import now
+from storage.records import Served, now
 
 log = logging.getLogger("kotae.release")
 
-Kind = Literal[
-    "withdrawn", "no way back", "not loaded", "replica", "replica's answers", "not in effect", "other"
-]
+Kind = Literal["withdrawn", "no way back", "not loaded", "replica", "replica's answers", "not in effect"]
 LATEST = 20
 """So many are kept."""
 FAILED_SYNCS = 10
@@ -43,23 +42,40 @@ class Alerts:
         self._alerts: dict[tuple[Kind, str], Alert] = {}
 
     def tell(self, kind: Kind, about: str, message: str) -> None:
-        """Add a message, as the latest.
+        """Log a message and add it, as the latest.
 
         Args:
             about: the policy, or anything else that tells two things of one kind apart.
         """
+        log.error(message)
         self._alerts.pop((kind, about), None)
         self._alerts[kind, about] = Alert(message=message, at=now())
         while len(self._alerts) > LATEST:
             del self._alerts[next(iter(self._alerts))]
 
-    def drop(self, about: str) -> None:
-        """Forget all that was told of this policy: it is put right."""
-        self._alerts = {key: alert for key, alert in self._alerts.items() if key[1] != about}
+    def tell_once(self, kind: Kind, about: str, message: str) -> None:
+        """As `tell`, for what is looked at again and again in case it is well after all, each time with other numbers."""
+        if (kind, about) not in self._alerts:
+            self.tell(kind, about, message)
+
+    def drop(self, about: str, *kinds: Kind) -> None:
+        """Forget what was told of this policy of these kinds: it is put right."""
+        for kind in kinds:
+            self._alerts.pop((kind, about), None)
 
     def keep(self, kind: Kind, about: Container[str]) -> None:
         """Forget what was told of this kind of others than these."""
         self._alerts = {key: one for key, one in self._alerts.items() if key[0] != kind or key[1] in about}
+
+    def settle(self, served: Served) -> None:
+        """Forget what holds no longer now that this is served: of what is not wanted, or that what answers was withdrawn."""
+        answering = {row.policy_id for row in answering_rows(served)}
+        previous = {served.previous.policy_id} if served.previous is not None else set()
+        self.keep("no way back", previous)
+        self.keep("not loaded", answering | previous)
+        self.keep("replica's answers", answering | previous)
+        for policy_id in answering:
+            self.drop(policy_id, "withdrawn")
 
     def latest(self) -> list[Alert]:
         """Return what holds, oldest first."""
@@ -87,7 +103,6 @@ class Trouble:
         elif self._failed_syncs >= FAILED_SYNCS and message not in {
             one.message for one in self._alerts.latest()
         }:
-            log.error(message)
             self._alerts.tell("not in effect", _ENGINE, message)
         elif not is_starting and self.why != before:
             log.warning(message)
@@ -96,4 +111,4 @@ class Trouble:
     def end(self) -> None:
         """Take in that a sync went well."""
         self._failed_syncs, self.why = 0, ""
-        self._alerts.drop(_ENGINE)
+        self._alerts.drop(_ENGINE, "not in effect")

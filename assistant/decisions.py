@@ -12,7 +12,8 @@ from pathlib import Path
 from assistant.alerts import Kind
 from assistant.engine.adapter_gate import base_shape, check_adapter
 from assistant.engine.errors import AdapterRefused
-from assistant.quarantine import quarantine, refusals_kept
+from assistant.in_effect import answering_rows
+from assistant.quarantine import quarantine, quarantine_of, refusals_kept
 from storage import adapters, deployments, policies
 from storage.errors import Conflict, InvalidField
 from storage.people import SYSTEM
@@ -227,6 +228,12 @@ def withdraw_refused(
         base_name: what stable goes back to where the policy before cannot be served either.
     """
     served = serving(store)
+    if policy_id not in {row.policy_id for row in answering_rows(served)}:
+        if (
+            quarantine_of(store, policy_id) is None
+        ):  # it is probed at every look, with other numbers each time
+            quarantine(store, policy_id, refused[policy_id])
+        return "no way back", f"{policy_id} is no way back: {refused[policy_id]}"
     quarantine(store, policy_id, refused[policy_id])
     why = f"{policy_id} was withdrawn: {refused[policy_id]}"
     if policy_id == served.stable.policy_id:
@@ -234,10 +241,8 @@ def withdraw_refused(
         if served.previous is not None and served.previous.policy_id not in refused:
             back_to = served.previous.policy_id
         deployments.deploy(store, policy_id=back_to, role="stable", share=1.0, actor=SYSTEM, reason=why)
-    elif policy_id in {row.policy_id for row in (served.canary, served.shadow) if row is not None}:
-        retire(store, policy_id=policy_id, actor=SYSTEM, reason=why)
     else:
-        return "no way back", f"{policy_id} is no way back: {refused[policy_id]}"
+        retire(store, policy_id=policy_id, actor=SYSTEM, reason=why)
     return "withdrawn", why
 
 

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from assistant.alerts import Alerts, Kind, Trouble
+from assistant.alerts import Alerts, Trouble
 from assistant.decisions import (
     approve,
     check_approval,
@@ -39,7 +39,7 @@ from assistant.engine.errors import (
 )
 from assistant.engine.protocol import Engine
 from assistant.engine.reconcile import LoadResult, load_missing, unload_unused
-from assistant.in_effect import InEffect, note
+from assistant.in_effect import InEffect, answering_rows, note
 from assistant.quarantine import lift, refusals_kept
 from assistant.routing import assign, first_answer_by, is_drawn
 from storage import deployments
@@ -177,7 +177,7 @@ class Release:
         while (decided := await self._load_and_check(wanted)) != wanted:
             wanted = decided  # somebody decided meanwhile, or what is wanted was withdrawn
         self._flip(wanted)
-        self.told.keep("no way back", {wanted.previous.policy_id} if wanted.previous else set())
+        self.told.settle(wanted)
         for reason in (await unload_unused(self.engine, self._in_use)).values():
             raise reason
 
@@ -194,7 +194,7 @@ class Release:
         )
         self.told.keep("replica", result.at_fault)
         for policy_id, error in result.at_fault.items():
-            self._tell_once("replica", policy_id, f"{policy_id}: {error}")
+            self.told.tell_once("replica", policy_id, f"{policy_id}: {error}")
         failed = {**result.failed, **await self._probe_unchecked(wanted, result)}
         refused = {
             id: str(error) for id, error in failed.items() if isinstance(error, AdapterRefused | CorruptData)
@@ -228,7 +228,7 @@ class Release:
             EngineAbsent: the policy should answer. What is asked of it meanwhile is not its fault.
         """
         why = self._waits[policy_id]
-        self._tell_once("not loaded", policy_id, f"{policy_id} cannot answer and is tried again: {why}")
+        self.told.tell_once("not loaded", policy_id, f"{policy_id} cannot answer and is tried again: {why}")
         if policy_id in {row.policy_id for row in (served.stable, served.canary) if row is not None}:
             self._check_not_waiting(policy_id)
 
@@ -336,7 +336,7 @@ class Release:
             try:
                 await self._probe(wanted[policy_id])
             except ReplicaAtFault as error:
-                self._tell_once("replica's answers", policy_id, f"{policy_id}: {error}")
+                self.told.tell_once("replica's answers", policy_id, f"{policy_id}: {error}")
                 self._checked.add(policy_id)
             except KotaeError as error:
                 failed[policy_id] = error
@@ -348,7 +348,7 @@ class Release:
     def _pass(self, policy_id: str) -> None:
         """Remember that the engine has the policy and answers as it should; whatever was wrong with it is put right."""
         self._checked.add(policy_id)
-        self.told.drop(policy_id)
+        self.told.drop(policy_id, "not loaded", "no way back", "replica's answers")
 
     async def _probe(self, policy: Policy) -> None:
         if policy.adapter_path is not None:
@@ -357,30 +357,19 @@ class Release:
     def _withdraw(self, policy_id: str, refused: Mapping[str, str]) -> None:
         kind, why = withdraw_refused(self.store, policy_id, refused, base_name=self.engine.base_name)
         if kind == "no way back":
-            self._tell_once(kind, policy_id, why)
+            self.told.tell_once(kind, policy_id, why)
         else:
-            self.tell(why, kind=kind, about=policy_id)
-
-    def _tell_once(self, kind: Kind, policy_id: str, message: str) -> None:
-        """As `tell`, for what is looked at again and again, in case it is well after all."""
-        if message not in self.alerts:
-            self.tell(message, kind=kind, about=policy_id)
+            self.told.tell(kind, policy_id, why)
 
     @property
     def alerts(self) -> list[str]:
         """What the operators have to know now, the latest last."""
         return [alert.message for alert in self.told.latest()]
 
-    def tell(self, message: str, *, kind: Kind = "other", about: str = "") -> None:
-        """Tell the operators, see `Alerts.tell`; without a subject of its own the message is one."""
-        log.error(message)
-        self.told.tell(kind, about or message, message)
-
 
 def rows_of(served: Served) -> list[Deployment]:
     """Return all that the engine should have loaded."""
-    rows = (served.stable, served.previous, served.canary, served.shadow)
-    return [row for row in rows if row is not None]
+    return answering_rows(served) + ([served.previous] if served.previous is not None else [])
 
 
 __all__ = [

@@ -15,7 +15,7 @@ import pytest
 import app
 from assistant import release
 from assistant.alerts import FAILED_SYNCS
-from assistant.engine.errors import AdapterRefused, EngineUnavailable
+from assistant.engine.errors import AdapterRefused, EngineUnavailable, LoadFailed
 from assistant.web.pages.candidates_page import CandidatesPage
 from assistant.web.pages.frame import Frame
 from assistant.web.pages.served_page import ServedPage
@@ -230,7 +230,9 @@ def test_a_policy_that_was_put_right_is_no_alert_any_more(
         assert len(desk.release.alerts) == 2  # withdrawn, and no way back
         page = page_of(desk, ServedPage)
         assert page.refresh(asked_by(desk))[page.alerts].count("<time") == 2
-    follow(desk)  # it is the policy before: it can be loaded again
+    follow(desk)  # it is the policy before, and can be loaded again; nobody has decided on it since
+    assert ["was withdrawn" in alert for alert in desk.release.alerts] == [True]
+    approve(desk, policy)
     assert desk.release.alerts == []
 
 
@@ -253,3 +255,18 @@ def test_what_is_no_way_back_any_more_is_no_alert(
     assert [("withdrawn" in alert, "no way back" in alert) for alert in desk.release.alerts] == [
         (True, False)
     ]
+
+
+def test_a_canary_that_waits_is_no_alert_after_it_was_rolled_back(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = candidate(desk, tmp_path)
+    approve(desk, policy, canary_percent=50)
+    desk.engine.adapters.clear()
+    cut_off(desk, monkeypatch, LoadFailed(AWAY))
+    follow(desk)
+    (alert,) = desk.release.alerts
+    assert AWAY in alert
+    release.rollback(desk.world.store, actor=desk.world.admin.id, reason="enough")
+    follow(desk)
+    assert desk.release.alerts == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,24 @@ def test_a_canary_or_shadow_that_a_watch_withdrew_is_quarantined(
     record_failure(desk.world.store, policy_id=policy.id, kind="wrong_policy")
     watch(desk.world.store).look()
     assert f"another policy answered 1 questions in the {role}'s place" in reason_of(desk, policy)
+
+
+def test_a_way_back_that_keeps_failing_with_other_numbers_is_marked_and_told_once(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is probed at every look, and a refusal names what it measured: a mark each time would fill the audit log."""
+    policy, newer = candidate(desk, tmp_path, 1), candidate(desk, tmp_path, 2)
+    approve(desk, policy)
+    approve(desk, newer)
+    desk.engine.adapters.pop(policy.id)
+    logprobs = itertools.count(-9.0, -0.001)
+
+    async def drifts(policy_id: str, _: Path) -> None:
+        if policy_id == policy.id:
+            raise AdapterRefused(f"position 0: the engine gives token 5 the log-prob {next(logprobs):.4f}")
+
+    monkeypatch.setattr(desk.release.behaviour, "check", drifts)
+    for _ in range(4):
+        asyncio.run(desk.release.sync())
+    assert [action for action, _ in events_of(desk, policy)] == ["policy.quarantined"]
+    assert sum("is no way back" in record.message for record in caplog.records) == 1

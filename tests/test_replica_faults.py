@@ -206,3 +206,32 @@ def test_what_nobody_needs_is_unloaded_though_only_one_replica_has_it(pair: Pair
     pair.one.adapters["policy-0404-cccccc"] = "/left/by/an/earlier/process"
     pair.approve(policy)
     assert pair.one.adapters == pair.two.adapters == {policy.id: str(policy.adapter_path)}
+
+
+# -- what the operator hears of them ---------------------------------------------------------------------------
+
+
+def test_a_replica_that_refuses_a_load_is_an_alert_from_the_first_look_and_one_line_of_the_log(
+    pair: Pair, policy: Policy, caplog: pytest.LogCaptureFixture
+) -> None:
+    pair.two.load_status = 500
+    release.approve(pair.world.store, policy_id=policy.id, person=pair.world.admin, reason="better")
+    for _ in range(4):
+        pair.sync()
+        assert ["http://two" in alert for alert in pair.release.alerts] == [True]
+    assert sum("http://two" in record.message for record in caplog.records) == 1
+    pair.two.load_status = 200
+    pair.sync()
+    assert pair.release.alerts == []
+
+
+def test_a_replicas_answers_are_no_alert_after_the_policy_was_taken_back(pair: Pair, policy: Policy) -> None:
+    pair.two.ignores_adapters = True
+    release.approve(
+        pair.world.store, policy_id=policy.id, person=pair.world.admin, reason="better", canary_percent=50
+    )
+    pair.sync()
+    assert len(pair.release.alerts) == 1
+    release.rollback(pair.world.store, actor=pair.world.admin.id, reason="enough")
+    pair.sync()
+    assert pair.release.alerts == []
