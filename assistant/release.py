@@ -140,7 +140,6 @@ class Release:
                 canary_percent=canary_percent,
                 shadow_percent=shadow_percent,
             )
-            lift(self.store, policy_id)
         await self.try_sync()
         return deployment
 
@@ -178,6 +177,9 @@ class Release:
             wanted = decided  # somebody decided meanwhile, or what is wanted was withdrawn
         self._flip(wanted)
         self.told.settle(wanted)
+        for row in answering_rows(wanted):
+            if row.policy_id in self._checked:
+                lift(self.store, row)
         for reason in (await unload_unused(self.engine, self._in_use)).values():
             raise reason
 
@@ -342,7 +344,6 @@ class Release:
                 failed[policy_id] = error
             else:
                 self._pass(policy_id)
-                lift(self.store, policy_id)
         return failed
 
     def _pass(self, policy_id: str) -> None:

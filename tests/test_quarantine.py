@@ -15,18 +15,20 @@ from assistant import release
 from assistant.canary_watch import CanaryWatch
 from assistant.engine.errors import AdapterRefused
 from assistant.engine.protocol import ProbeResult
-from assistant.quarantine import quarantine_of
+from assistant.quarantine import quarantine, quarantine_of
 from assistant.shadow_watch import ShadowWatch
 from assistant.web.pages.candidate_view import quarantined
 from assistant.web.words import Words
 from chat_fixtures import Desk, make_real_desk
-from release_fixtures import approve, candidate
-from storage import audit
-from storage.errors import CorruptData, NotAllowed
+from release_fixtures import answered_by, approve, candidate
+from storage import audit, deployments
+from storage.errors import CorruptData, NotAllowed, StorageUnavailable
 from storage.failures import record_failure
+from storage.people import SYSTEM
 from storage.records import AuditEvent, Policy
 
 WRONG_RANK = "rank: got 999; use at most 64"
+WORSE = "canary failed: worse than stable"
 
 
 @pytest.fixture
@@ -175,3 +177,68 @@ def test_a_way_back_that_keeps_failing_with_other_numbers_is_marked_and_told_onc
         asyncio.run(desk.release.sync())
     assert [action for action, _ in events_of(desk, policy)] == ["policy.quarantined"]
     assert sum("is no way back" in record.message for record in caplog.records) == 1
+
+
+# -- only a person's decision ends a mark, and the gates after it -------------------------------------------------
+
+
+def taken_back(desk: Desk, tmp_path: Path) -> Policy:
+    """Return a policy that people's verdict took back as the canary, and that is still the way back."""
+    policy, newer = candidate(desk, tmp_path, 1), candidate(desk, tmp_path, 2)
+    approve(desk, policy)
+    approve(desk, newer)
+    decide(desk, policy, canary_percent=50)
+    asyncio.run(desk.release.sync())
+    release.retire(desk.world.store, policy_id=policy.id, actor=SYSTEM, reason=WORSE)
+    quarantine(desk.world.store, policy.id, WORSE)
+    asyncio.run(desk.release.sync())
+    assert release.serving(desk.world.store).previous is not None
+    return policy
+
+
+def test_an_engine_that_restarted_releases_no_policy(desk: Desk, tmp_path: Path) -> None:
+    """The way back is loaded and probed again then: it answers as trained, which is what people judged."""
+    policy = taken_back(desk, tmp_path)
+    desk.engine.adapters.clear()
+    asyncio.run(desk.release.sync())
+    assert policy.id in desk.engine.adapters
+    assert reason_of(desk, policy) == WORSE
+
+
+def test_an_approval_on_the_command_line_releases_what_the_server_has_checked_already(
+    desk: Desk, tmp_path: Path
+) -> None:
+    policy = taken_back(desk, tmp_path)
+    decide(desk, policy, canary_percent=50)
+    asyncio.run(desk.release.sync())
+    assert reason_of(desk, policy) == ""
+    asyncio.run(desk.release.sync())
+    assert [action for action, _ in events_of(desk, policy)] == ["policy.quarantined", "policy.released"]
+
+
+def test_a_way_back_that_the_server_takes_by_itself_releases_nothing(desk: Desk, tmp_path: Path) -> None:
+    policy = taken_back(desk, tmp_path)
+    deployments.deploy(
+        desk.world.store, policy_id=policy.id, role="stable", share=1.0, actor=SYSTEM, reason="a way back"
+    )
+    asyncio.run(desk.release.sync())
+    assert answered_by(desk) == policy.id
+    assert reason_of(desk, policy) == WORSE
+
+
+def test_an_approval_whose_release_cannot_be_written_is_no_failed_step(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = candidate(desk, tmp_path)
+    quarantine(desk.world.store, policy.id, WORSE)
+
+    def full(*_: object) -> None:
+        raise StorageUnavailable("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("assistant.release.lift", full)
+        approve(desk, policy)
+    assert answered_by(desk) == policy.id
+    assert "the disk is full" in desk.release.trouble.why
+    asyncio.run(desk.release.sync())
+    assert reason_of(desk, policy) == ""
