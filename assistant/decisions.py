@@ -71,12 +71,14 @@ def check_approval(
 
     Raises:
         NotAllowed, NotFound, Conflict, InvalidField: as `approve`.
+        AdapterRefused: another base is served.
     """
     role, share = _role_and_share(canary_percent, shadow_percent)
     policies.check_decider(store, person.id, reason)
     deployments.check_step(deployments.served(store), policy_id, role)  # nothing is decided that is not done
     if _needs_decision(store, policy_id, role):
         policies.check_decidable(store, policy_id, "approve")
+    check_base(store, store.get(Policy, policy_id))  # another --model is no fault of the policy: no mark
     return role, share
 
 
@@ -258,11 +260,16 @@ def check_files(store: Store, policy: Policy) -> None:
     """Raise unless the adapter is of the base that is served, its bytes are those evaluated, and an engine can serve it."""
     if policy.adapter_path is None or policy.adapter_sha256 is None:
         return
+    check_base(store, policy)
+    adapters.verify_adapter(Path(policy.adapter_path), policy.adapter_sha256)
+    check_adapter(Path(policy.adapter_path), base=base_shape(policy.base_path, sha256=policy.base_sha256))
+
+
+def check_base(store: Store, policy: Policy) -> None:
+    """Raise AdapterRefused unless the policy is of the base that is served."""
     base = store.get(Policy, serving(store).stable.policy_id)
     if policy.base_sha256 != base.base_sha256:
         raise AdapterRefused(
             f"{policy.id}: base_sha256: got {policy.base_sha256[:12]}…; train on the base served, {base.base_path} "
             f"({base.base_sha256[:12]}…), or serve with --model {policy.base_path}"
         )
-    adapters.verify_adapter(Path(policy.adapter_path), policy.adapter_sha256)
-    check_adapter(Path(policy.adapter_path), base=base_shape(policy.base_path, sha256=policy.base_sha256))

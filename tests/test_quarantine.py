@@ -13,7 +13,7 @@ import pytest
 import app
 from assistant import release
 from assistant.canary_watch import CanaryWatch
-from assistant.engine.errors import AdapterRefused
+from assistant.engine.errors import AdapterRefused, LoadFailed
 from assistant.engine.protocol import ProbeResult
 from assistant.quarantine import quarantine, quarantine_of
 from assistant.shadow_watch import ShadowWatch
@@ -21,11 +21,12 @@ from assistant.web.pages.candidate_view import quarantined
 from assistant.web.words import Words
 from chat_fixtures import Desk, make_real_desk
 from release_fixtures import answered_by, approve, candidate
-from storage import audit, deployments
+from storage import audit, deployments, policies
 from storage.errors import CorruptData, NotAllowed, StorageUnavailable
 from storage.failures import record_failure
 from storage.people import SYSTEM
 from storage.records import AuditEvent, Policy
+from storage_fixtures import deploy
 
 WRONG_RANK = "rank: got 999; use at most 64"
 WORSE = "canary failed: worse than stable"
@@ -50,11 +51,11 @@ def events_of(desk: Desk, policy: Policy) -> list[tuple[str, str | None]]:
     return [(event.action, event.detail.get("reason")) for event in found]
 
 
-def refusing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def refusing(desk: Desk, monkeypatch: pytest.MonkeyPatch, error: AdapterRefused | None = None) -> None:
     """Let the engine refuse every adapter."""
 
     async def refuses(**_: object) -> None:
-        raise AdapterRefused(WRONG_RANK)
+        raise error or AdapterRefused(WRONG_RANK)
 
     monkeypatch.setattr(desk.engine, "load", refuses)
 
@@ -177,6 +178,28 @@ def test_a_way_back_that_keeps_failing_with_other_numbers_is_marked_and_told_onc
         asyncio.run(desk.release.sync())
     assert [action for action, _ in events_of(desk, policy)] == ["policy.quarantined"]
     assert sum("is no way back" in record.message for record in caplog.records) == 1
+
+
+def test_an_approval_that_the_engine_has_no_memory_for_leaves_no_mark(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = candidate(desk, tmp_path)
+    refusing(desk, monkeypatch, LoadFailed("CUDA out of memory"))
+    with pytest.raises(LoadFailed):
+        approve(desk, policy)
+    assert reason_of(desk, policy) == ""
+
+
+@pytest.mark.parametrize("by", ["the server", "the command line"])
+def test_an_approval_before_another_base_leaves_no_mark(desk: Desk, tmp_path: Path, by: str) -> None:
+    """Whoever served with another --model erred, not the policy."""
+    policy = candidate(desk, tmp_path)
+    deploy(
+        desk.world, policies.register_base(desk.world.store, base_path="/models/other", base_sha256="0" * 64)
+    )
+    with pytest.raises(AdapterRefused, match="train on the base served"):
+        approve(desk, policy) if by == "the server" else decide(desk, policy)
+    assert reason_of(desk, policy) == ""
 
 
 # -- only a person's decision ends a mark, and the gates after it -------------------------------------------------
