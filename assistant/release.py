@@ -65,8 +65,8 @@ class Release:
         self.trouble = Trouble(self.told)
         self.in_flight: Counter[str] = Counter()
         self._lock = asyncio.Lock()
-        self._is_flipped = False
-        """False until this process knows that the engine has what should answer."""
+        self._sound: set[str] = set()
+        """Policies that the engine had at the last look, and that nothing speaks against; not all could be probed."""
         self._failed: dict[str, str] = {}
         """Policies that could not be loaded or checked at the last sync, and why."""
         self._waits: dict[str, str] = {}
@@ -202,6 +202,7 @@ class Release:
             id: str(error) for id, error in failed.items() if isinstance(error, AdapterRefused | CorruptData)
         }
         self._failed = {id: str(error) for id, error in failed.items()}
+        self._sound = wanted.keys() - result.failed.keys() - refused.keys()
         self._waits = {
             id: why
             for id, why in refused.items()
@@ -251,7 +252,7 @@ class Release:
 
     def _flip(self, served: Served) -> None:
         """Answer as `served` says from now on; a canary's evidence begins after that, when every draw is its own."""
-        self.served, self._is_flipped = served, True
+        self.served = served
         if served.canary is not None and served.canary.id != self._noted:
             since = deployments.note_answering(self.store, served.canary)
             self.served = replace(served, canary_since=served.canary_since or since)
@@ -294,13 +295,16 @@ class Release:
         return not self.trouble.why
 
     def in_effect(self) -> InEffect:
-        """Return what answers now, and what keeps the rest of the decided from it."""
-        rows = [self.served.stable, self.served.canary] if self._is_flipped else []
+        """Return what answers now, and what keeps the rest of the decided from it.
+
+        What is served without having passed here is what answered before this process began.
+        """
+        answering = self._checked | (self._sound - self.behaviour.passed)
         shadow = self.served.shadow
-        if shadow is not None and shadow.policy_id in self._checked:
-            rows.append(shadow)
+        if shadow is not None and shadow.policy_id not in self._checked:
+            answering.discard(shadow.policy_id)
         return InEffect(
-            deployments=tuple(row.id for row in rows if row is not None),
+            deployments=tuple(row.id for row in answering_rows(self.served) if row.policy_id in answering),
             reasons=self._failed,
             trouble=self.trouble.why,
         )

@@ -15,14 +15,16 @@ import pytest
 import app
 from assistant import release
 from assistant.alerts import FAILED_SYNCS
-from assistant.engine.errors import AdapterRefused, EngineUnavailable, LoadFailed
+from assistant.engine.errors import AdapterRefused, EngineBusy, EngineUnavailable, LoadFailed
+from assistant.engine.protocol import ProbeResult
 from assistant.web.pages.candidates_page import CandidatesPage
 from assistant.web.pages.frame import Frame
 from assistant.web.pages.served_page import ServedPage
 from assistant.web.services import Services
 from assistant.web.words import Words
-from chat_fixtures import Desk, make_real_desk
+from chat_fixtures import Desk, make_desk, make_real_desk
 from release_fixtures import answered_by, approve, candidate
+from storage.records import Policy
 from storage.runs import NextRun
 
 AWAY = "no memory for it"
@@ -141,6 +143,48 @@ def test_a_shadow_that_is_not_loaded_is_told_too(
     )
     follow(desk)  # it answers nobody, so the rest is in effect
     assert status(desk, capsys) == [{"policy": policy.id, "role": "shadow", "reason": AWAY}]
+
+
+def test_a_canary_that_a_restarted_engine_cannot_load_for_now_is_told(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = candidate(desk, tmp_path)
+    approve(desk, policy, canary_percent=50)
+    desk.engine.adapters.clear()
+    cut_off(desk, monkeypatch, LoadFailed(AWAY))
+    follow(desk)
+    assert status(desk, capsys) == [{"policy": policy.id, "role": "canary", "reason": AWAY}]
+
+
+def started_again(desk: Desk, tmp_path: Path) -> tuple[Desk, Policy]:
+    """Return the desk of a server that starts after one whose stable policy has answered, and that policy."""
+    policy = candidate(desk, tmp_path)
+    approve(desk, policy)
+    assert answered_by(desk) == policy.id
+    return make_desk(desk.world.store.data, world=desk.world), policy
+
+
+def test_what_answered_before_a_start_is_not_said_to_wait_for_its_probes(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again, policy = started_again(desk, tmp_path)
+
+    async def busy(**_: object) -> ProbeResult:
+        raise EngineBusy("full")
+
+    monkeypatch.setattr(again.engine, "probe", busy)
+    follow(again)
+    assert answered_by(again) == policy.id
+    assert status(again, capsys) == []
+
+
+def test_before_an_engine_that_is_away_a_start_claims_no_answer(
+    desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again, policy = started_again(desk, tmp_path)
+    again.engine.closed = True
+    follow(again)
+    assert [row["policy"] for row in status(again, capsys)] == [policy.id]
 
 
 # -- trouble that lasts is an alert -----------------------------------------------------------------------------
