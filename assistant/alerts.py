@@ -6,6 +6,7 @@ Kept in this process. All of it is in the log, and what was decided is in the au
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Container
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +23,10 @@ LATEST = 20
 """So many are kept."""
 FAILED_SYNCS = 10
 """After so many in a row, a second apart, an operator has to know: a full queue or a lost connection is over by then."""
+LONG_START_S = 900.0
+"""An engine that is being started for so long may never come: a boot that times out is tried again. A large model takes
+some minutes."""
+_STARTING = "the engine is being started"
 _ENGINE = "engine"
 """What an alert is about that is about no policy."""
 
@@ -89,26 +94,42 @@ class Trouble:
         self.why = ""
         """Of the last sync; "" where it went well."""
         self._alerts = alerts
+        self.lasting = ""
+        """As `why`, without what is another each second: for who keeps it."""
         self._failed_syncs = 0
-        self._was_starting = False
+        self._starting_since: float | None = None
+        """When it was first seen starting since the last sync that went well (`time.monotonic`)."""
 
     def note(self, error: KotaeError) -> None:
-        """Take in that a sync failed. An engine that boots is progress."""
-        before, self.why = self.why, str(error)
-        is_starting = isinstance(error, EngineStarting)
-        self._failed_syncs = 0 if is_starting else self._failed_syncs + 1
+        """Take in that a sync failed. An engine that boots is progress, for a while."""
+        if isinstance(error, EngineStarting):
+            self._note_start(error)
+            return
+        before, self.why, self.lasting = self.why, str(error), str(error)
+        self._failed_syncs += 1
         message = f"the engine is not yet at what should be served: {error}"
-        if is_starting and not self._was_starting:
-            log.info("waiting for the engine: %s", error)
-        elif self._failed_syncs >= FAILED_SYNCS and message not in {
+        if self._failed_syncs >= FAILED_SYNCS and message not in {
             one.message for one in self._alerts.latest()
         }:
             self._alerts.tell("not in effect", _ENGINE, message)
-        elif not is_starting and self.why != before:
+        elif self.why != before:
             log.warning(message)
-        self._was_starting = is_starting
+
+    def _note_start(self, error: EngineStarting) -> None:
+        if self.lasting != _STARTING:
+            log.info("waiting for the engine: %s", error)
+        self.why, self.lasting = str(error), _STARTING
+        self._failed_syncs = 0
+        if self._starting_since is None:
+            self._starting_since = time.monotonic()
+        if time.monotonic() - self._starting_since >= LONG_START_S:
+            minutes = LONG_START_S / 60
+            self._alerts.tell_once(
+                "not in effect", _ENGINE, f"{_STARTING} for over {minutes:.0f} minutes; see its log"
+            )
 
     def end(self) -> None:
         """Take in that a sync went well."""
-        self._failed_syncs, self.why = 0, ""
+        self.why = self.lasting = ""
+        self._failed_syncs, self._starting_since = 0, None
         self._alerts.drop(_ENGINE, "not in effect")

@@ -291,7 +291,8 @@ class Release:
         else:
             self.trouble.end()
         with suppress(KotaeError):  # it is for the command line alone
-            await asyncio.to_thread(note, self.store, self.in_effect())
+            lasting = replace(self.in_effect(), trouble=self.trouble.lasting)
+            await asyncio.to_thread(note, self.store, lasting)
         return not self.trouble.why
 
     def in_effect(self) -> InEffect:
@@ -346,6 +347,7 @@ class Release:
                 self._checked.add(policy_id)
             except KotaeError as error:
                 failed[policy_id] = error
+                self._checked.discard(policy_id)
             else:
                 self._pass(policy_id)
         return failed

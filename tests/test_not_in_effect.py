@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -15,8 +16,9 @@ import pytest
 import app
 from assistant import release
 from assistant.alerts import FAILED_SYNCS
-from assistant.engine.errors import AdapterRefused, EngineBusy, EngineUnavailable, LoadFailed
+from assistant.engine.errors import AdapterRefused, EngineBusy, EngineStarting, EngineUnavailable, LoadFailed
 from assistant.engine.protocol import ProbeResult
+from assistant.in_effect import NOTED
 from assistant.web.pages.candidates_page import CandidatesPage
 from assistant.web.pages.frame import Frame
 from assistant.web.pages.served_page import ServedPage
@@ -24,6 +26,7 @@ from assistant.web.services import Services
 from assistant.web.words import Words
 from chat_fixtures import Desk, make_desk, make_real_desk
 from release_fixtures import answered_by, approve, candidate
+from storage import settings
 from storage.records import Policy
 from storage.runs import NextRun
 
@@ -217,6 +220,43 @@ def test_another_cause_of_the_same_kind_is_logged(
             cut_off(desk, monkeypatch, EngineUnavailable(cause))
             follow(desk)
     assert [record.message.rpartition(": ")[2] for record in caplog.records] == [AWAY, "the disk is full"]
+
+
+def boots_for_ever(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the engine say that it is being started, each time a second later."""
+    seconds = itertools.count(1)
+
+    async def starting() -> frozenset[str]:
+        raise EngineStarting(f"the model is starting (weights, {next(seconds)} s); ask again in a moment")
+
+    monkeypatch.setattr(desk.engine, "loaded", starting)
+
+
+def test_an_engine_that_starts_for_long_becomes_an_alert_that_is_told_once(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A boot that times out is tried again, which is a boot again: without this nobody would ever hear of it."""
+    with monkeypatch.context() as patch:
+        boots_for_ever(desk, patch)
+        follow(desk, 2 * FAILED_SYNCS)
+        assert desk.release.alerts == []
+        patch.setattr("assistant.alerts.LONG_START_S", 0.0)
+        follow(desk, 3)
+    assert ["being started" in alert for alert in desk.release.alerts] == [True]
+    assert sum(record.levelno == logging.ERROR for record in caplog.records) == 1
+    follow(desk)
+    assert desk.release.alerts == []
+
+
+def test_an_engine_that_starts_is_noted_once_and_not_each_second(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boots_for_ever(desk, monkeypatch)
+    follow(desk)
+    noted = settings.get(desk.world.store, NOTED)
+    follow(desk, 3)
+    assert settings.get(desk.world.store, NOTED) == noted
+    assert "4 s" in desk.release.trouble.why  # the page, which asks the server, has the latest
 
 
 # -- a step that happened is no error -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 
 from assistant import release
 from assistant.chat import Chat
+from assistant.engine import vllm_replicas
 from assistant.engine.errors import AdapterRefused, EngineError, EngineUnavailable
 from chat_fixtures import add_random_candidate
 from replica_fixtures import Pair, lose_adapters
@@ -83,7 +84,9 @@ def test_a_replica_that_comes_back_is_probed_before_it_is_asked(pair: Pair, poli
     assert pair.one.asked == [policy.id]
 
 
-def test_a_replica_that_comes_back_and_fails_is_told_of_and_never_asked(pair: Pair, policy: Policy) -> None:
+def test_a_replica_that_comes_back_and_fails_is_told_of_and_never_asked(
+    pair: Pair, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The policy itself answers elsewhere, so it stays, and nothing else waits for that replica."""
     pair.approve(policy)
     pair.two.restart()
@@ -98,8 +101,43 @@ def test_a_replica_that_comes_back_and_fails_is_told_of_and_never_asked(pair: Pa
         pair.ask(policy)
     assert pair.two.asked == []
     pair.two.ignores_adapters = False  # somebody mended it
+    monkeypatch.setattr(vllm_replicas, "PROBED_AGAIN_AFTER_S", 0.0)
     pair.sync()
     assert pair.ask(policy) == str(policy.adapter_path)
+
+
+def test_a_replica_that_failed_is_probed_again_after_a_minute_or_another_load(
+    pair: Pair, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at each look: every replica answers the probes then, so the good ones would do so for ever."""
+    pair.two.ignores_adapters = True
+    release.approve(pair.world.store, policy_id=policy.id, person=pair.world.admin, reason="better")
+    pair.sync()
+    first = pair.two.probed.count(policy.id)
+    for _ in range(3):
+        pair.sync()
+    assert [twin.probed.count(policy.id) for twin in (pair.one, pair.two)] == [first, first]
+    pair.two.restart()
+    pair.sync()
+    assert pair.two.probed.count(policy.id) == 2 * first
+    monkeypatch.setattr(vllm_replicas, "PROBED_AGAIN_AFTER_S", 0.0)
+    pair.sync()
+    assert pair.two.probed.count(policy.id) == 3 * first
+
+
+def test_a_policy_that_is_left_on_a_faulty_replica_alone_is_not_said_to_answer(
+    pair: Pair, policy: Policy
+) -> None:
+    pair.two.ignores_adapters = True
+    release.approve(pair.world.store, policy_id=policy.id, person=pair.world.admin, reason="better")
+    pair.sync()
+    pair.chat(1)
+    pair.one.restart()
+    pair.one.load_status = 500
+    with pytest.raises(EngineUnavailable):
+        pair.sync()
+    waiting = pair.release.in_effect().waiting(release.serving(pair.world.store))
+    assert [row.policy for row in waiting] == [policy.id]
 
 
 def test_a_replica_that_was_too_busy_for_the_probes_is_probed_later(pair: Pair, policy: Policy) -> None:

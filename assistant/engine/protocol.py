@@ -136,7 +136,7 @@ class Engine(Protocol):
         ...
 
     def awaits_proof(self, policy_id: str) -> bool:
-        """Return whether a policy passed or failed somewhere and a server has it that did not pass, or was not asked yet."""
+        """Return whether a policy passed or failed somewhere, and a server that did not pass is to be asked now."""
         ...
 
     async def health(self) -> Health:
