@@ -75,7 +75,7 @@ async def pieces_of(release: Release, deployment: Deployment, prompt: Prompt) ->
             if reloaded:
                 raise
             reloaded = True
-            await release.sync()
+            await release.put_back(deployment.policy_id)
         except ContextTooLong as refusal:
             shorter = drop_oldest_turns(messages, refusal)
             if not prompt.may_shorten or shorter is None:

@@ -5,14 +5,18 @@ They work without a server. A running one follows them (`assistant.release`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from assistant.alerts import Kind
 from assistant.engine.adapter_gate import base_shape, check_adapter
 from assistant.engine.errors import AdapterRefused
-from assistant.quarantine import refusals_kept
+from assistant.in_effect import answering_rows
+from assistant.quarantine import quarantine, quarantine_of, refusals_kept
 from storage import adapters, deployments, policies
 from storage.errors import Conflict, InvalidField
+from storage.people import SYSTEM
 from storage.records import Deployment, DeploymentRole, Person, Policy, Served
 from storage.store import Store
 
@@ -67,12 +71,14 @@ def check_approval(
 
     Raises:
         NotAllowed, NotFound, Conflict, InvalidField: as `approve`.
+        AdapterRefused: another base is served.
     """
     role, share = _role_and_share(canary_percent, shadow_percent)
     policies.check_decider(store, person.id, reason)
     deployments.check_step(deployments.served(store), policy_id, role)  # nothing is decided that is not done
     if _needs_decision(store, policy_id, role):
         policies.check_decidable(store, policy_id, "approve")
+    check_base(store, store.get(Policy, policy_id))  # another --model is no fault of the policy: no mark
     return role, share
 
 
@@ -214,6 +220,34 @@ def retire(store: Store, *, policy_id: str, actor: str, reason: str) -> Deployme
     )
 
 
+def withdraw_refused(
+    store: Store, policy_id: str, refused: Mapping[str, str], *, base_name: str
+) -> tuple[Kind, str]:
+    """Take a policy that cannot be served out of the desired state; return what the operators have to be told.
+
+    Args:
+        refused: all that cannot be served now, and why: what stable goes back to must not be among them.
+        base_name: what stable goes back to where the policy before cannot be served either.
+    """
+    served = serving(store)
+    if policy_id not in {row.policy_id for row in answering_rows(served)}:
+        if (
+            quarantine_of(store, policy_id) is None
+        ):  # it is probed at every look, with other numbers each time
+            quarantine(store, policy_id, refused[policy_id])
+        return "no way back", f"{policy_id} is no way back: {refused[policy_id]}"
+    quarantine(store, policy_id, refused[policy_id])
+    why = f"{policy_id} was withdrawn: {refused[policy_id]}"
+    if policy_id == served.stable.policy_id:
+        back_to = base_name
+        if served.previous is not None and served.previous.policy_id not in refused:
+            back_to = served.previous.policy_id
+        deployments.deploy(store, policy_id=back_to, role="stable", share=1.0, actor=SYSTEM, reason=why)
+    else:
+        retire(store, policy_id=policy_id, actor=SYSTEM, reason=why)
+    return "withdrawn", why
+
+
 def serving(store: Store) -> Served:
     """Return what should be served; raises Conflict before the first start."""
     served = deployments.served(store)
@@ -226,11 +260,16 @@ def check_files(store: Store, policy: Policy) -> None:
     """Raise unless the adapter is of the base that is served, its bytes are those evaluated, and an engine can serve it."""
     if policy.adapter_path is None or policy.adapter_sha256 is None:
         return
+    check_base(store, policy)
+    adapters.verify_adapter(Path(policy.adapter_path), policy.adapter_sha256)
+    check_adapter(Path(policy.adapter_path), base=base_shape(policy.base_path, sha256=policy.base_sha256))
+
+
+def check_base(store: Store, policy: Policy) -> None:
+    """Raise AdapterRefused unless the policy is of the base that is served."""
     base = store.get(Policy, serving(store).stable.policy_id)
     if policy.base_sha256 != base.base_sha256:
         raise AdapterRefused(
             f"{policy.id}: base_sha256: got {policy.base_sha256[:12]}…; train on the base served, {base.base_path} "
             f"({base.base_sha256[:12]}…), or serve with --model {policy.base_path}"
         )
-    adapters.verify_adapter(Path(policy.adapter_path), policy.adapter_sha256)
-    check_adapter(Path(policy.adapter_path), base=base_shape(policy.base_path, sha256=policy.base_sha256))

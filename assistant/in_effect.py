@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 
 from storage import deployments, settings
 from storage.people import SYSTEM
-from storage.records import DeploymentRole, Json, Served, now
+from storage.records import Deployment, DeploymentRole, Json, Served, now
 from storage.store import Store
 from storage.tables import Setting
 
@@ -40,16 +40,20 @@ class InEffect:
 
     def waiting(self, wanted: Served) -> list[Waiting]:
         """Return what is decided and not in effect."""
-        rows = [row for row in (wanted.stable, wanted.canary, wanted.shadow) if row is not None]
         return [
             Waiting(
                 policy=row.policy_id,
                 role=row.role,
                 reason=self.reasons.get(row.policy_id) or self.trouble,
             )
-            for row in rows
+            for row in answering_rows(wanted)
             if row.id not in self.deployments
         ]
+
+
+def answering_rows(served: Served) -> list[Deployment]:
+    """Return the deployments that answer people, or are asked as the shadow."""
+    return [row for row in (served.stable, served.canary, served.shadow) if row is not None]
 
 
 def note(store: Store, in_effect: InEffect) -> None:

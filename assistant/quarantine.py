@@ -1,7 +1,8 @@
-"""Policies that failed: refused by a gate, or withdrawn by themselves. The mark and its reason stay until both gates pass.
+"""Policies that failed: refused by a gate, or withdrawn by themselves. The mark and its reason stay until a person
+decides for the policy again and both gates pass it.
 
 A mark and its end are events of the audit log, and nothing else. A quarantined policy may be approved again: every approval
-runs the gates, and passing them lifts the mark. Deliberately absent: a way to lift it without them.
+runs the gates, and the server that answers with it then lifts the mark. Deliberately absent: a way to lift it without them.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
-from assistant.engine.errors import AdapterRefused
+from assistant.engine.errors import PERHAPS_FOR_NOW, AdapterRefused
 from storage import policies
 from storage.chain import LONGEST_TEXT
 from storage.errors import CorruptData, KotaeError
 from storage.people import SYSTEM
-from storage.records import AuditEvent, Json
+from storage.records import AuditEvent, Deployment, Json
 from storage.store import Store
 
 BEGINS, ENDS = "policy.quarantined", "policy.released"
@@ -48,18 +49,27 @@ def quarantine(store: Store, policy_id: str, reason: str) -> None:
             changes.audit(BEGINS, policy_id, reason=reason)
 
 
-def lift(store: Store, policy_id: str) -> None:
-    """Take the mark away from a policy that passed both gates."""
-    if quarantine_of(store, policy_id) is not None:
+def lift(store: Store, deployment: Deployment) -> None:
+    """Take the mark away from a policy that passed both gates, if a person deployed it since it was marked.
+
+    The gates see whether it answers as trained. What people made of its answers they do not see.
+    """
+    found = quarantine_of(store, deployment.policy_id)
+    if found is not None and deployment.actor != SYSTEM and deployment.created_at > found.at:
         with store.transaction(SYSTEM) as changes:
-            changes.audit(ENDS, policy_id)
+            changes.audit(ENDS, deployment.policy_id)
 
 
 @contextmanager
 def refusals_kept(store: Store, policy_id: str) -> Iterator[None]:
-    """Quarantine the policy when a gate refuses it in the block; the refusal goes on to whoever asked."""
+    """Quarantine the policy when a gate refuses it in the block; the refusal goes on to whoever asked.
+
+    What may be the engine's fault, as its want of memory, leaves no mark.
+    """
     try:
         yield
+    except PERHAPS_FOR_NOW:
+        raise
     except (AdapterRefused, CorruptData) as refusal:
         with suppress(KotaeError):  # the refusal is what has to be told
             quarantine(store, policy_id, str(refusal))

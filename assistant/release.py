@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from assistant.alerts import Alerts, Kind, Trouble
+from assistant.alerts import Alerts, Trouble
 from assistant.decisions import (
     approve,
     check_approval,
@@ -27,23 +27,23 @@ from assistant.decisions import (
     rollback,
     serving,
     withdraw,
+    withdraw_refused,
 )
 from assistant.engine.behaviour_gate import BehaviourGate
 from assistant.engine.errors import (
+    PERHAPS_FOR_NOW,
     AdapterRefused,
+    EngineAbsent,
     EngineError,
-    EngineUnavailable,
-    LoadFailed,
     ReplicaAtFault,
 )
 from assistant.engine.protocol import Engine
 from assistant.engine.reconcile import LoadResult, load_missing, unload_unused
-from assistant.in_effect import InEffect, note
-from assistant.quarantine import lift, quarantine, refusals_kept
+from assistant.in_effect import InEffect, answering_rows, note
+from assistant.quarantine import lift, refusals_kept
 from assistant.routing import assign, first_answer_by, is_drawn
 from storage import deployments
 from storage.errors import CorruptData, KotaeError
-from storage.people import SYSTEM
 from storage.records import Deployment, Person, Policy, Served, Turn
 from storage.store import Store
 
@@ -65,10 +65,12 @@ class Release:
         self.trouble = Trouble(self.told)
         self.in_flight: Counter[str] = Counter()
         self._lock = asyncio.Lock()
-        self._is_flipped = False
-        """False until this process knows that the engine has what should answer."""
+        self._sound: set[str] = set()
+        """Policies that the engine had at the last look, and that nothing speaks against; not all could be probed."""
         self._failed: dict[str, str] = {}
         """Policies that could not be loaded or checked at the last sync, and why."""
+        self._waits: dict[str, str] = {}
+        """Of them those that answered before, so that it may be the engine's fault: they are tried at every look."""
         self._noted = ""
         """The canary's deployment that is known to answer."""
         self._checked: set[str] = set()
@@ -138,7 +140,6 @@ class Release:
                 canary_percent=canary_percent,
                 shadow_percent=shadow_percent,
             )
-            lift(self.store, policy_id)
         await self.try_sync()
         return deployment
 
@@ -154,14 +155,33 @@ class Release:
         """
         self._flip_if_checked()
         async with self._lock:
-            wanted = serving(self.store)
-            while (decided := await self._load_and_check(wanted)) != wanted:
-                wanted = decided  # somebody decided meanwhile, or what is wanted was withdrawn
-            self._flip(wanted)
-            self.told.keep("no way back", {wanted.previous.policy_id} if wanted.previous else set())
-            for reason in (await unload_unused(self.engine, self._in_use)).values():
-                raise reason
+            await self._follow()
             return self.served
+
+    async def put_back(self, policy_id: str) -> None:
+        """Bring back a policy that a question found gone. One that cannot be loaded for now is tried at every look anyway.
+
+        Raises:
+            EngineAbsent: it is one of those.
+            EngineError: as `sync`.
+        """
+        self._check_not_waiting(policy_id)
+        async with self._lock:
+            self._check_not_waiting(policy_id)  # by what another question's sync found meanwhile
+            await self._follow()
+
+    async def _follow(self) -> None:
+        """Do what `sync` says, behind the lock."""
+        wanted = serving(self.store)
+        while (decided := await self._load_and_check(wanted)) != wanted:
+            wanted = decided  # somebody decided meanwhile, or what is wanted was withdrawn
+        self._flip(wanted)
+        self.told.settle(wanted)
+        for row in answering_rows(wanted):
+            if row.policy_id in self._checked:
+                lift(self.store, row)
+        for reason in (await unload_unused(self.engine, self._in_use)).values():
+            raise reason
 
     async def _load_and_check(self, served: Served) -> Served:
         """Make the engine ready to answer as `served` says, and return what should be served by now.
@@ -176,17 +196,22 @@ class Release:
         )
         self.told.keep("replica", result.at_fault)
         for policy_id, error in result.at_fault.items():
-            self._tell_once("replica", policy_id, f"{policy_id}: {error}")
+            self.told.tell_once("replica", policy_id, f"{policy_id}: {error}")
         failed = {**result.failed, **await self._probe_unchecked(wanted, result)}
         refused = {
             id: str(error) for id, error in failed.items() if isinstance(error, AdapterRefused | CorruptData)
         }
         self._failed = {id: str(error) for id, error in failed.items()}
-        for_now = {id for id in refused if isinstance(failed[id], LoadFailed) and self._has_answered(id)}
-        for policy_id in refused.keys() - for_now:
+        self._sound = wanted.keys() - result.failed.keys() - refused.keys()
+        self._waits = {
+            id: why
+            for id, why in refused.items()
+            if isinstance(failed[id], PERHAPS_FOR_NOW) and self._has_answered(id)
+        }
+        for policy_id in refused.keys() - self._waits.keys():
             self._withdraw(policy_id, refused)
-        for policy_id in for_now:
-            self._wait_for(policy_id, served, refused[policy_id])
+        for policy_id in self._waits:
+            self._wait_for(policy_id, served)
         for policy_id in failed.keys() - refused.keys():
             if served.shadow is None or policy_id != served.shadow.policy_id:
                 raise failed[policy_id]
@@ -199,15 +224,21 @@ class Release:
         answers = self.store.all(Turn, "policy_id = ?", [policy_id], limit=1)
         return policy_id in self.behaviour.passed or bool(answers)
 
-    def _wait_for(self, policy_id: str, served: Served, why: str) -> None:
-        """Tell the operator of a policy that the engine cannot load for now; it is tried at every look.
+    def _wait_for(self, policy_id: str, served: Served) -> None:
+        """Tell the operator of a policy that cannot answer for now; it is tried at every look.
 
         Raises:
-            EngineUnavailable: the policy should answer.
+            EngineAbsent: the policy should answer. What is asked of it meanwhile is not its fault.
         """
-        self._tell_once("not loaded", policy_id, f"{policy_id} is not loaded and is tried again: {why}")
+        why = self._waits[policy_id]
+        self.told.tell_once("not loaded", policy_id, f"{policy_id} cannot answer and is tried again: {why}")
         if policy_id in {row.policy_id for row in (served.stable, served.canary) if row is not None}:
-            raise EngineUnavailable(f"engine: {policy_id} is not loaded for now: {why}")
+            self._check_not_waiting(policy_id)
+
+    def _check_not_waiting(self, policy_id: str) -> None:
+        """Raise EngineAbsent where the last look found that the policy cannot answer for now."""
+        if policy_id in self._waits:
+            raise EngineAbsent(f"engine: {policy_id} cannot answer for now: {self._waits[policy_id]}")
 
     def _in_use(self) -> set[str]:
         """Return the policies that are served, stand by, or still answer somebody."""
@@ -221,7 +252,7 @@ class Release:
 
     def _flip(self, served: Served) -> None:
         """Answer as `served` says from now on; a canary's evidence begins after that, when every draw is its own."""
-        self.served, self._is_flipped = served, True
+        self.served = served
         if served.canary is not None and served.canary.id != self._noted:
             since = deployments.note_answering(self.store, served.canary)
             self.served = replace(served, canary_since=served.canary_since or since)
@@ -260,17 +291,21 @@ class Release:
         else:
             self.trouble.end()
         with suppress(KotaeError):  # it is for the command line alone
-            await asyncio.to_thread(note, self.store, self.in_effect())
+            lasting = replace(self.in_effect(), trouble=self.trouble.lasting)
+            await asyncio.to_thread(note, self.store, lasting)
         return not self.trouble.why
 
     def in_effect(self) -> InEffect:
-        """Return what answers now, and what keeps the rest of the decided from it."""
-        rows = [self.served.stable, self.served.canary] if self._is_flipped else []
+        """Return what answers now, and what keeps the rest of the decided from it.
+
+        What is served without having passed here is what answered before this process began.
+        """
+        answering = self._checked | (self._sound - self.behaviour.passed)
         shadow = self.served.shadow
-        if shadow is not None and shadow.policy_id in self._checked:
-            rows.append(shadow)
+        if shadow is not None and shadow.policy_id not in self._checked:
+            answering.discard(shadow.policy_id)
         return InEffect(
-            deployments=tuple(row.id for row in rows if row is not None),
+            deployments=tuple(row.id for row in answering_rows(self.served) if row.policy_id in answering),
             reasons=self._failed,
             trouble=self.trouble.why,
         )
@@ -308,70 +343,40 @@ class Release:
             try:
                 await self._probe(wanted[policy_id])
             except ReplicaAtFault as error:
-                self._tell_once("replica's answers", policy_id, f"{policy_id}: {error}")
+                self.told.tell_once("replica's answers", policy_id, f"{policy_id}: {error}")
                 self._checked.add(policy_id)
             except KotaeError as error:
                 failed[policy_id] = error
+                self._checked.discard(policy_id)
             else:
                 self._pass(policy_id)
-                lift(self.store, policy_id)
         return failed
 
     def _pass(self, policy_id: str) -> None:
         """Remember that the engine has the policy and answers as it should; whatever was wrong with it is put right."""
         self._checked.add(policy_id)
-        self.told.drop(policy_id)
+        self.told.drop(policy_id, "not loaded", "no way back", "replica's answers")
 
     async def _probe(self, policy: Policy) -> None:
         if policy.adapter_path is not None:
             await self.behaviour.check(policy.id, Path(policy.adapter_path))
 
     def _withdraw(self, policy_id: str, refused: Mapping[str, str]) -> None:
-        """Take a policy that cannot be served out of the desired state, and tell the operator.
-
-        Args:
-            policy_id: the policy.
-            refused: all that cannot be served now, and why: what stable goes back to must not be among them.
-        """
-        served = serving(self.store)
-        quarantine(self.store, policy_id, refused[policy_id])
-        kind: Kind = "withdrawn"
-        why = f"{policy_id} was withdrawn: {refused[policy_id]}"
-        if policy_id == served.stable.policy_id:
-            back_to = self.engine.base_name
-            if served.previous is not None and served.previous.policy_id not in refused:
-                back_to = served.previous.policy_id
-            deployments.deploy(
-                self.store, policy_id=back_to, role="stable", share=1.0, actor=SYSTEM, reason=why
-            )
-        elif policy_id in {row.policy_id for row in (served.canary, served.shadow) if row is not None}:
-            retire(self.store, policy_id=policy_id, actor=SYSTEM, reason=why)
+        kind, why = withdraw_refused(self.store, policy_id, refused, base_name=self.engine.base_name)
+        if kind == "no way back":
+            self.told.tell_once(kind, policy_id, why)
         else:
-            kind, why = "no way back", f"{policy_id} is no way back: {refused[policy_id]}"
-            self._tell_once(kind, policy_id, why)
-            return
-        self.tell(why, kind=kind, about=policy_id)
-
-    def _tell_once(self, kind: Kind, policy_id: str, message: str) -> None:
-        """As `tell`, for what is looked at again and again, in case it is well after all."""
-        if message not in self.alerts:
-            self.tell(message, kind=kind, about=policy_id)
+            self.told.tell(kind, policy_id, why)
 
     @property
     def alerts(self) -> list[str]:
         """What the operators have to know now, the latest last."""
         return [alert.message for alert in self.told.latest()]
 
-    def tell(self, message: str, *, kind: Kind = "other", about: str = "") -> None:
-        """Tell the operators, see `Alerts.tell`; without a subject of its own the message is one."""
-        log.error(message)
-        self.told.tell(kind, about or message, message)
-
 
 def rows_of(served: Served) -> list[Deployment]:
     """Return all that the engine should have loaded."""
-    rows = (served.stable, served.previous, served.canary, served.shadow)
-    return [row for row in rows if row is not None]
+    return answering_rows(served) + ([served.previous] if served.previous is not None else [])
 
 
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -15,14 +16,18 @@ import pytest
 import app
 from assistant import release
 from assistant.alerts import FAILED_SYNCS
-from assistant.engine.errors import AdapterRefused, EngineUnavailable
+from assistant.engine.errors import AdapterRefused, EngineBusy, EngineStarting, EngineUnavailable, LoadFailed
+from assistant.engine.protocol import ProbeResult
+from assistant.in_effect import NOTED
 from assistant.web.pages.candidates_page import CandidatesPage
 from assistant.web.pages.frame import Frame
 from assistant.web.pages.served_page import ServedPage
 from assistant.web.services import Services
 from assistant.web.words import Words
-from chat_fixtures import Desk, make_real_desk
+from chat_fixtures import Desk, make_desk, make_real_desk
 from release_fixtures import answered_by, approve, candidate
+from storage import settings
+from storage.records import Policy
 from storage.runs import NextRun
 
 AWAY = "no memory for it"
@@ -143,6 +148,48 @@ def test_a_shadow_that_is_not_loaded_is_told_too(
     assert status(desk, capsys) == [{"policy": policy.id, "role": "shadow", "reason": AWAY}]
 
 
+def test_a_canary_that_a_restarted_engine_cannot_load_for_now_is_told(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = candidate(desk, tmp_path)
+    approve(desk, policy, canary_percent=50)
+    desk.engine.adapters.clear()
+    cut_off(desk, monkeypatch, LoadFailed(AWAY))
+    follow(desk)
+    assert status(desk, capsys) == [{"policy": policy.id, "role": "canary", "reason": AWAY}]
+
+
+def started_again(desk: Desk, tmp_path: Path) -> tuple[Desk, Policy]:
+    """Return the desk of a server that starts after one whose stable policy has answered, and that policy."""
+    policy = candidate(desk, tmp_path)
+    approve(desk, policy)
+    assert answered_by(desk) == policy.id
+    return make_desk(desk.world.store.data, world=desk.world), policy
+
+
+def test_what_answered_before_a_start_is_not_said_to_wait_for_its_probes(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again, policy = started_again(desk, tmp_path)
+
+    async def busy(**_: object) -> ProbeResult:
+        raise EngineBusy("full")
+
+    monkeypatch.setattr(again.engine, "probe", busy)
+    follow(again)
+    assert answered_by(again) == policy.id
+    assert status(again, capsys) == []
+
+
+def test_before_an_engine_that_is_away_a_start_claims_no_answer(
+    desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again, policy = started_again(desk, tmp_path)
+    again.engine.closed = True
+    follow(again)
+    assert [row["policy"] for row in status(again, capsys)] == [policy.id]
+
+
 # -- trouble that lasts is an alert -----------------------------------------------------------------------------
 
 
@@ -173,6 +220,43 @@ def test_another_cause_of_the_same_kind_is_logged(
             cut_off(desk, monkeypatch, EngineUnavailable(cause))
             follow(desk)
     assert [record.message.rpartition(": ")[2] for record in caplog.records] == [AWAY, "the disk is full"]
+
+
+def boots_for_ever(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the engine say that it is being started, each time a second later."""
+    seconds = itertools.count(1)
+
+    async def starting() -> frozenset[str]:
+        raise EngineStarting(f"the model is starting (weights, {next(seconds)} s); ask again in a moment")
+
+    monkeypatch.setattr(desk.engine, "loaded", starting)
+
+
+def test_an_engine_that_starts_for_long_becomes_an_alert_that_is_told_once(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A boot that times out is tried again, which is a boot again: without this nobody would ever hear of it."""
+    with monkeypatch.context() as patch:
+        boots_for_ever(desk, patch)
+        follow(desk, 2 * FAILED_SYNCS)
+        assert desk.release.alerts == []
+        patch.setattr("assistant.alerts.LONG_START_S", 0.0)
+        follow(desk, 3)
+    assert ["being started" in alert for alert in desk.release.alerts] == [True]
+    assert sum(record.levelno == logging.ERROR for record in caplog.records) == 1
+    follow(desk)
+    assert desk.release.alerts == []
+
+
+def test_an_engine_that_starts_is_noted_once_and_not_each_second(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boots_for_ever(desk, monkeypatch)
+    follow(desk)
+    noted = settings.get(desk.world.store, NOTED)
+    follow(desk, 3)
+    assert settings.get(desk.world.store, NOTED) == noted
+    assert "4 s" in desk.release.trouble.why  # the page, which asks the server, has the latest
 
 
 # -- a step that happened is no error -----------------------------------------------------------------------------
@@ -230,7 +314,9 @@ def test_a_policy_that_was_put_right_is_no_alert_any_more(
         assert len(desk.release.alerts) == 2  # withdrawn, and no way back
         page = page_of(desk, ServedPage)
         assert page.refresh(asked_by(desk))[page.alerts].count("<time") == 2
-    follow(desk)  # it is the policy before: it can be loaded again
+    follow(desk)  # it is the policy before, and can be loaded again; nobody has decided on it since
+    assert ["was withdrawn" in alert for alert in desk.release.alerts] == [True]
+    approve(desk, policy)
     assert desk.release.alerts == []
 
 
@@ -253,3 +339,18 @@ def test_what_is_no_way_back_any_more_is_no_alert(
     assert [("withdrawn" in alert, "no way back" in alert) for alert in desk.release.alerts] == [
         (True, False)
     ]
+
+
+def test_a_canary_that_waits_is_no_alert_after_it_was_rolled_back(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = candidate(desk, tmp_path)
+    approve(desk, policy, canary_percent=50)
+    desk.engine.adapters.clear()
+    cut_off(desk, monkeypatch, LoadFailed(AWAY))
+    follow(desk)
+    (alert,) = desk.release.alerts
+    assert AWAY in alert
+    release.rollback(desk.world.store, actor=desk.world.admin.id, reason="enough")
+    follow(desk)
+    assert desk.release.alerts == []

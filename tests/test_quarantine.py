@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,23 @@ import pytest
 import app
 from assistant import release
 from assistant.canary_watch import CanaryWatch
-from assistant.engine.errors import AdapterRefused
+from assistant.engine.errors import AdapterRefused, LoadFailed
 from assistant.engine.protocol import ProbeResult
-from assistant.quarantine import quarantine_of
+from assistant.quarantine import quarantine, quarantine_of
 from assistant.shadow_watch import ShadowWatch
 from assistant.web.pages.candidate_view import quarantined
 from assistant.web.words import Words
 from chat_fixtures import Desk, make_real_desk
-from release_fixtures import approve, candidate
-from storage import audit
-from storage.errors import CorruptData, NotAllowed
+from release_fixtures import answered_by, approve, candidate
+from storage import audit, deployments, policies
+from storage.errors import CorruptData, NotAllowed, StorageUnavailable
 from storage.failures import record_failure
+from storage.people import SYSTEM
 from storage.records import AuditEvent, Policy
+from storage_fixtures import deploy
 
 WRONG_RANK = "rank: got 999; use at most 64"
+WORSE = "canary failed: worse than stable"
 
 
 @pytest.fixture
@@ -47,11 +51,11 @@ def events_of(desk: Desk, policy: Policy) -> list[tuple[str, str | None]]:
     return [(event.action, event.detail.get("reason")) for event in found]
 
 
-def refusing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def refusing(desk: Desk, monkeypatch: pytest.MonkeyPatch, error: AdapterRefused | None = None) -> None:
     """Let the engine refuse every adapter."""
 
     async def refuses(**_: object) -> None:
-        raise AdapterRefused(WRONG_RANK)
+        raise error or AdapterRefused(WRONG_RANK)
 
     monkeypatch.setattr(desk.engine, "load", refuses)
 
@@ -153,3 +157,111 @@ def test_a_canary_or_shadow_that_a_watch_withdrew_is_quarantined(
     record_failure(desk.world.store, policy_id=policy.id, kind="wrong_policy")
     watch(desk.world.store).look()
     assert f"another policy answered 1 questions in the {role}'s place" in reason_of(desk, policy)
+
+
+def test_a_way_back_that_keeps_failing_with_other_numbers_is_marked_and_told_once(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is probed at every look, and a refusal names what it measured: a mark each time would fill the audit log."""
+    policy, newer = candidate(desk, tmp_path, 1), candidate(desk, tmp_path, 2)
+    approve(desk, policy)
+    approve(desk, newer)
+    desk.engine.adapters.pop(policy.id)
+    logprobs = itertools.count(-9.0, -0.001)
+
+    async def drifts(policy_id: str, _: Path) -> None:
+        if policy_id == policy.id:
+            raise AdapterRefused(f"position 0: the engine gives token 5 the log-prob {next(logprobs):.4f}")
+
+    monkeypatch.setattr(desk.release.behaviour, "check", drifts)
+    for _ in range(4):
+        asyncio.run(desk.release.sync())
+    assert [action for action, _ in events_of(desk, policy)] == ["policy.quarantined"]
+    assert sum("is no way back" in record.message for record in caplog.records) == 1
+
+
+def test_an_approval_that_the_engine_has_no_memory_for_leaves_no_mark(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = candidate(desk, tmp_path)
+    refusing(desk, monkeypatch, LoadFailed("CUDA out of memory"))
+    with pytest.raises(LoadFailed):
+        approve(desk, policy)
+    assert reason_of(desk, policy) == ""
+
+
+@pytest.mark.parametrize("by", ["the server", "the command line"])
+def test_an_approval_before_another_base_leaves_no_mark(desk: Desk, tmp_path: Path, by: str) -> None:
+    """Whoever served with another --model erred, not the policy."""
+    policy = candidate(desk, tmp_path)
+    deploy(
+        desk.world, policies.register_base(desk.world.store, base_path="/models/other", base_sha256="0" * 64)
+    )
+    with pytest.raises(AdapterRefused, match="train on the base served"):
+        approve(desk, policy) if by == "the server" else decide(desk, policy)
+    assert reason_of(desk, policy) == ""
+
+
+# -- only a person's decision ends a mark, and the gates after it -------------------------------------------------
+
+
+def taken_back(desk: Desk, tmp_path: Path) -> Policy:
+    """Return a policy that people's verdict took back as the canary, and that is still the way back."""
+    policy, newer = candidate(desk, tmp_path, 1), candidate(desk, tmp_path, 2)
+    approve(desk, policy)
+    approve(desk, newer)
+    decide(desk, policy, canary_percent=50)
+    asyncio.run(desk.release.sync())
+    release.retire(desk.world.store, policy_id=policy.id, actor=SYSTEM, reason=WORSE)
+    quarantine(desk.world.store, policy.id, WORSE)
+    asyncio.run(desk.release.sync())
+    assert release.serving(desk.world.store).previous is not None
+    return policy
+
+
+def test_an_engine_that_restarted_releases_no_policy(desk: Desk, tmp_path: Path) -> None:
+    """The way back is loaded and probed again then: it answers as trained, which is what people judged."""
+    policy = taken_back(desk, tmp_path)
+    desk.engine.adapters.clear()
+    asyncio.run(desk.release.sync())
+    assert policy.id in desk.engine.adapters
+    assert reason_of(desk, policy) == WORSE
+
+
+def test_an_approval_on_the_command_line_releases_what_the_server_has_checked_already(
+    desk: Desk, tmp_path: Path
+) -> None:
+    policy = taken_back(desk, tmp_path)
+    decide(desk, policy, canary_percent=50)
+    asyncio.run(desk.release.sync())
+    assert reason_of(desk, policy) == ""
+    asyncio.run(desk.release.sync())
+    assert [action for action, _ in events_of(desk, policy)] == ["policy.quarantined", "policy.released"]
+
+
+def test_a_way_back_that_the_server_takes_by_itself_releases_nothing(desk: Desk, tmp_path: Path) -> None:
+    policy = taken_back(desk, tmp_path)
+    deployments.deploy(
+        desk.world.store, policy_id=policy.id, role="stable", share=1.0, actor=SYSTEM, reason="a way back"
+    )
+    asyncio.run(desk.release.sync())
+    assert answered_by(desk) == policy.id
+    assert reason_of(desk, policy) == WORSE
+
+
+def test_an_approval_whose_release_cannot_be_written_is_no_failed_step(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = candidate(desk, tmp_path)
+    quarantine(desk.world.store, policy.id, WORSE)
+
+    def full(*_: object) -> None:
+        raise StorageUnavailable("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("assistant.release.lift", full)
+        approve(desk, policy)
+    assert answered_by(desk) == policy.id
+    assert "the disk is full" in desk.release.trouble.why
+    asyncio.run(desk.release.sync())
+    assert reason_of(desk, policy) == ""

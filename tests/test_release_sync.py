@@ -308,6 +308,6 @@ def test_a_canary_that_fails_when_it_gets_another_share_is_withdrawn_and_not_cut
 def test_alerts_are_the_latest_ones(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("assistant.alerts.LATEST", 3)
     for number in range(5):
-        desk.release.tell(f"alert {number}")
-    desk.release.tell("alert 3")
+        desk.release.told.tell("withdrawn", f"policy {number}", f"alert {number}")
+    desk.release.told.tell("withdrawn", "policy 3", "alert 3")
     assert desk.release.alerts == ["alert 2", "alert 4", "alert 3"]

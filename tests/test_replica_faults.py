@@ -3,117 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 
-import httpx
 import pytest
 
 from assistant import release
 from assistant.chat import Chat
+from assistant.engine import vllm_replicas
 from assistant.engine.errors import AdapterRefused, EngineError, EngineUnavailable
-from assistant.engine.vllm import VllmEngine
-from assistant.release import Release
-from chat_fixtures import add_random_candidate, make_real_desk
-from engine_fixtures import collect, text_of
+from chat_fixtures import add_random_candidate
+from replica_fixtures import Pair, lose_adapters
 from storage import policies
-from storage.records import Json, Policy
-from storage_fixtures import World
-
-ONE, TWO = "http://one", "http://two"
-
-
-class Twin:
-    """One of two fake vLLM servers, which loads, lists and answers as vLLM does, unless it is told to misbehave."""
-
-    def __init__(self, base: str) -> None:
-        self.base = base
-        self.adapters: dict[str, str] = {}
-        self.status = 200
-        """Of every answer."""
-        self.load_status = 200
-        self.is_full = False
-        """Turns questions and probes away."""
-        self.ignores_adapters = False
-        """Takes adapters and answers with the base all the same."""
-        self.asked: list[str] = []
-        """Which policies were asked questions, probes left out."""
-        self.probed: list[str] = []
-
-    def __call__(self, request: httpx.Request) -> httpx.Response:
-        if self.status != 200:
-            return httpx.Response(self.status, text="<html>no server is available</html>")
-        body: Json = json.loads(request.content) if request.content else {}
-        if request.url.path == "/v1/models":
-            rows = [{"id": name, "parent": self.base, "root": path} for name, path in self.adapters.items()]
-            return httpx.Response(200, json={"data": [{"id": self.base, "parent": None}, *rows]})
-        if request.url.path == "/v1/load_lora_adapter":
-            return self._load(body)
-        if request.url.path == "/v1/unload_lora_adapter":
-            self.adapters.pop(body["lora_name"], None)
-        if request.url.path == "/v1/chat/completions" and self.is_full:
-            return httpx.Response(503, json={"error": {"message": "The queue is full."}})
-        if request.url.path == "/v1/chat/completions":
-            return self._answer(body["model"], is_probe="logprobs" in body)
-        return httpx.Response(200)
-
-    def restart(self) -> None:
-        self.adapters.clear()
-
-    def _load(self, body: Json) -> httpx.Response:
-        if self.load_status != 200:
-            return httpx.Response(self.load_status, json={"error": {"message": "CUDA out of memory"}})
-        if body["lora_name"] in self.adapters:
-            return httpx.Response(400, json={"error": {"message": "has already been loaded"}})
-        self.adapters[body["lora_name"]] = body["lora_path"]
-        return httpx.Response(200)
-
-    def _answer(self, policy_id: str, *, is_probe: bool) -> httpx.Response:
-        if policy_id not in {self.base, *self.adapters}:
-            return httpx.Response(
-                404, json={"error": {"message": f"The model `{policy_id}` does not exist."}}
-            )
-        (self.probed if is_probe else self.asked).append(policy_id)
-        path = "" if self.ignores_adapters else self.adapters.get(policy_id, "")
-        choice: Json = {"token_ids": [5], "finish_reason": "stop"}
-        if is_probe:
-            logprob = -1.0 - len(path)
-            choice |= {"message": {"content": "Hi"}, "logprobs": {"content": [{"logprob": logprob}]}}
-            return httpx.Response(200, json={"model": policy_id, "choices": [choice]})
-        event = {"model": policy_id, "choices": [{**choice, "delta": {"content": path or "base"}}]}
-        event["prompt_token_ids"] = [1]
-        return httpx.Response(200, text=f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n")
-
-
-class Pair:
-    """Two servers, the engine before them, and what is decided about policies."""
-
-    def __init__(self, folder: Path) -> None:
-        self.desk = make_real_desk(folder)
-        self.world: World = self.desk.world
-        self.one, self.two = (Twin(self.world.base.id) for _ in range(2))
-        self.twins = {"one": self.one, "two": self.two}
-        self.start()
-
-    def start(self) -> None:
-        """Begin a new process before the servers as they are."""
-        self.engine = VllmEngine(
-            [ONE, TWO], base_name=self.world.base.id, transport=httpx.MockTransport(self._send)
-        )
-        self.release = Release(self.world.store, self.engine)
-
-    def _send(self, request: httpx.Request) -> httpx.Response:
-        return self.twins[str(request.url.host)](request)
-
-    def approve(self, policy: Policy) -> None:
-        asyncio.run(self.release.approve(policy_id=policy.id, person=self.world.admin, reason="better"))
-
-    def sync(self) -> None:
-        asyncio.run(self.release.sync())
-
-    def ask(self, policy: Policy) -> str:
-        """Return what `policy` says, straight from the engine."""
-        return text_of(asyncio.run(collect(self.engine, policy.id, "Hello?")))
+from storage.records import Policy
 
 
 @pytest.fixture
@@ -183,7 +84,9 @@ def test_a_replica_that_comes_back_is_probed_before_it_is_asked(pair: Pair, poli
     assert pair.one.asked == [policy.id]
 
 
-def test_a_replica_that_comes_back_and_fails_is_told_of_and_never_asked(pair: Pair, policy: Policy) -> None:
+def test_a_replica_that_comes_back_and_fails_is_told_of_and_never_asked(
+    pair: Pair, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The policy itself answers elsewhere, so it stays, and nothing else waits for that replica."""
     pair.approve(policy)
     pair.two.restart()
@@ -198,8 +101,43 @@ def test_a_replica_that_comes_back_and_fails_is_told_of_and_never_asked(pair: Pa
         pair.ask(policy)
     assert pair.two.asked == []
     pair.two.ignores_adapters = False  # somebody mended it
+    monkeypatch.setattr(vllm_replicas, "PROBED_AGAIN_AFTER_S", 0.0)
     pair.sync()
     assert pair.ask(policy) == str(policy.adapter_path)
+
+
+def test_a_replica_that_failed_is_probed_again_after_a_minute_or_another_load(
+    pair: Pair, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at each look: every replica answers the probes then, so the good ones would do so for ever."""
+    pair.two.ignores_adapters = True
+    release.approve(pair.world.store, policy_id=policy.id, person=pair.world.admin, reason="better")
+    pair.sync()
+    first = pair.two.probed.count(policy.id)
+    for _ in range(3):
+        pair.sync()
+    assert [twin.probed.count(policy.id) for twin in (pair.one, pair.two)] == [first, first]
+    pair.two.restart()
+    pair.sync()
+    assert pair.two.probed.count(policy.id) == 2 * first
+    monkeypatch.setattr(vllm_replicas, "PROBED_AGAIN_AFTER_S", 0.0)
+    pair.sync()
+    assert pair.two.probed.count(policy.id) == 3 * first
+
+
+def test_a_policy_that_is_left_on_a_faulty_replica_alone_is_not_said_to_answer(
+    pair: Pair, policy: Policy
+) -> None:
+    pair.two.ignores_adapters = True
+    release.approve(pair.world.store, policy_id=policy.id, person=pair.world.admin, reason="better")
+    pair.sync()
+    pair.chat(1)
+    pair.one.restart()
+    pair.one.load_status = 500
+    with pytest.raises(EngineUnavailable):
+        pair.sync()
+    waiting = pair.release.in_effect().waiting(release.serving(pair.world.store))
+    assert [row.policy for row in waiting] == [policy.id]
 
 
 def test_a_replica_that_was_too_busy_for_the_probes_is_probed_later(pair: Pair, policy: Policy) -> None:
@@ -226,12 +164,6 @@ def test_readiness_does_not_count_a_replica_that_did_not_pass(pair: Pair, policy
 
 
 # -- an engine that fails at loading what it has served before ------------------------------------------------
-
-
-def lose_adapters(pair: Pair, *, load_status: int) -> None:
-    for twin in (pair.one, pair.two):
-        twin.restart()
-        twin.load_status = load_status
 
 
 @pytest.mark.parametrize("status", [404, 500])
@@ -312,3 +244,32 @@ def test_what_nobody_needs_is_unloaded_though_only_one_replica_has_it(pair: Pair
     pair.one.adapters["policy-0404-cccccc"] = "/left/by/an/earlier/process"
     pair.approve(policy)
     assert pair.one.adapters == pair.two.adapters == {policy.id: str(policy.adapter_path)}
+
+
+# -- what the operator hears of them ---------------------------------------------------------------------------
+
+
+def test_a_replica_that_refuses_a_load_is_an_alert_from_the_first_look_and_one_line_of_the_log(
+    pair: Pair, policy: Policy, caplog: pytest.LogCaptureFixture
+) -> None:
+    pair.two.load_status = 500
+    release.approve(pair.world.store, policy_id=policy.id, person=pair.world.admin, reason="better")
+    for _ in range(4):
+        pair.sync()
+        assert ["http://two" in alert for alert in pair.release.alerts] == [True]
+    assert sum("http://two" in record.message for record in caplog.records) == 1
+    pair.two.load_status = 200
+    pair.sync()
+    assert pair.release.alerts == []
+
+
+def test_a_replicas_answers_are_no_alert_after_the_policy_was_taken_back(pair: Pair, policy: Policy) -> None:
+    pair.two.ignores_adapters = True
+    release.approve(
+        pair.world.store, policy_id=policy.id, person=pair.world.admin, reason="better", canary_percent=50
+    )
+    pair.sync()
+    assert len(pair.release.alerts) == 1
+    release.rollback(pair.world.store, actor=pair.world.admin.id, reason="enough")
+    pair.sync()
+    assert pair.release.alerts == []

@@ -12,7 +12,8 @@ KotaeError
     ├── StreamBroken        the answer ended without saying so
     │   └── WrongPolicy     another policy answered
     └── AdapterRefused      these files must not be served
-        └── LoadFailed      the engine failed at them, through their fault or its own
+        ├── LoadFailed      the engine failed at them, through their fault or its own
+        └── NotProven       the servers that are there fail its probes, and others are away
 """
 
 from __future__ import annotations
@@ -82,5 +83,11 @@ class LoadFailed(AdapterRefused):
     """
 
 
+class NotProven(AdapterRefused):
+    """Every server that could be asked answers otherwise than it should, and another one is away: either may be at fault."""
+
+
+PERHAPS_FOR_NOW = (LoadFailed, NotProven)
+"""What may be the engine's fault: refused at an approval it leaves no mark, and no policy that has answered is withdrawn."""
 NO_POLICYS_FAULT = (ContextTooLong, EngineBusy, EngineAbsent)
 """What speaks against no policy: the question, the load, or an engine that is away."""

@@ -130,12 +130,13 @@ class Engine(Protocol):
 
         Raises:
             ReplicaAtFault: it passed on one server and not on another.
+            NotProven: it failed on all that could be asked, and another server is away or does not have it.
             KotaeError: what `judge` raised, where it passed on none.
         """
         ...
 
     def awaits_proof(self, policy_id: str) -> bool:
-        """Return whether `prove` has looked at a policy and a server has it now that did not pass, or was not asked yet."""
+        """Return whether a policy passed or failed somewhere, and a server that did not pass is to be asked now."""
         ...
 
     async def health(self) -> Health:

@@ -84,7 +84,7 @@ class VllmEngine:
         self, *, policy_id: str, messages: list[Json], sampling: Sampling, request_id: str
     ) -> AsyncGenerator[Piece, None]:
         """Stream an answer; closing the iterator early aborts the request in vLLM. See `Engine.stream`."""
-        failure = self._replicas.nobody(policy_id)
+        failure: EngineError | None = None
         for replica in self._replicas.by_load(policy_id):
             begun = False
             try:
@@ -103,7 +103,7 @@ class VllmEngine:
                 if isinstance(error, PolicyNotLoaded):
                     replica.lacks(policy_id)
                 failure = _worse(failure, error)
-        raise failure
+        raise failure or self._replicas.nobody(policy_id)
 
     async def _stream_from(
         self, replica: Replica, policy_id: str, messages: list[Json], sampling: Sampling, request_id: str
@@ -172,7 +172,7 @@ class VllmEngine:
 
     async def probe(self, *, policy_id: str, messages: list[Json], max_tokens: int) -> ProbeResult:
         """Return a greedy answer with its log-probs, NaN where vLLM has no number. See `Engine.probe`."""
-        failure = self._replicas.nobody(policy_id)
+        failure: EngineError | None = None
         for replica in self._replicas.by_load(policy_id):
             try:
                 return await self._probe_on(
@@ -182,7 +182,7 @@ class VllmEngine:
                 if isinstance(error, WrongPolicy):
                     raise
                 failure = _worse(failure, error)
-        raise failure
+        raise failure or self._replicas.nobody(policy_id)
 
     async def _probe_on(
         self, replica: Replica, *, policy_id: str, messages: list[Json], max_tokens: int
@@ -288,8 +288,13 @@ class VllmEngine:
         await self._client.aclose()
 
 
-def _worse(first: EngineError, second: EngineError) -> EngineError:
-    """Return the error to show when every replica failed: a busy one tells most about what to do, an absent one least."""
+def _worse(first: EngineError | None, second: EngineError) -> EngineError:
+    """Return the error to show when every replica failed: a busy one tells most about what to do, an absent one least.
+
+    `first` is None before any failed.
+    """
+    if first is None:
+        return second
     is_first = isinstance(first, EngineBusy) or (
         isinstance(second, EngineAbsent) and not isinstance(first, EngineAbsent)
     )

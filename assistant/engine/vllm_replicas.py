@@ -7,6 +7,8 @@ by its health check or by what it lists: nobody needs to ask it a question first
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from assistant.engine.errors import (
     EngineBusy,
     EngineError,
     EngineUnavailable,
+    NotProven,
     PolicyNotLoaded,
     ReplicaAtFault,
     StreamBroken,
@@ -33,6 +36,9 @@ from storage.records import Json
 T = TypeVar("T")
 HEALTH_TIMEOUT_S = 4.0
 """For one replica, below what the web side waits for all: a silent one must not make the others look absent."""
+PROBED_AGAIN_AFTER_S = 60.0
+"""A replica that failed is looked at again after this: every replica answers the probes then, and each look would be enough
+to slow the good ones. Somebody who mends it waits a minute at most, and not at all where it is loaded anew."""
 AWAY = (429, 502, 503, 504)
 """To a control call vLLM has no such answer, as it queues none: a proxy says so of a server that is down."""
 
@@ -50,17 +56,35 @@ class Replica:
     """What it can serve; learnt from its model list and from what was done since."""
     proven: set[str] = field(default_factory=set)
     """Of the policies that were judged, those that passed here since they were loaded here."""
+    failed_at: dict[str, float] = field(default_factory=dict)
+    """Of the policies that were judged, when they last failed here since they were loaded here (`time.monotonic`)."""
     pace: Pace = field(default_factory=Pace)
 
     def gains(self, policy_id: str) -> None:
         """Note that it has just loaded a policy: what was proven before is not of these weights in this server."""
         self.policies.add(policy_id)
-        self.proven.discard(policy_id)
+        self._unjudge(policy_id)
 
     def lacks(self, policy_id: str) -> None:
         """Note that it does not have a policy."""
         self.policies.discard(policy_id)
+        self._unjudge(policy_id)
+
+    def judge(self, policy_id: str, *, passed: bool) -> None:
+        """Note how a policy did here just now."""
+        self._unjudge(policy_id)
+        if passed:
+            self.proven.add(policy_id)
+        else:
+            self.failed_at[policy_id] = time.monotonic()
+
+    def has_rested(self, policy_id: str) -> bool:
+        """Return whether the policy did not fail here a moment ago."""
+        return time.monotonic() - self.failed_at.get(policy_id, -math.inf) >= PROBED_AGAIN_AFTER_S
+
+    def _unjudge(self, policy_id: str) -> None:
         self.proven.discard(policy_id)
+        self.failed_at.pop(policy_id, None)
 
     def forget(self) -> None:
         """Take it for gone: whoever answers here next may be another server, with nothing loaded."""
@@ -81,7 +105,7 @@ class Replicas:
         """Remember the addresses; nothing is sent yet. `explain` as of `VllmEngine`."""
         self.all = [Replica(url.rstrip("/").removesuffix("/v1")) for url in urls]
         self.judged: set[str] = set()
-        """The policies that `prove` has looked at: only replicas where they passed are asked for them."""
+        """The policies that passed or failed somewhere: only replicas where they passed are asked for them."""
         self._base_name = base_name
         self._client = client
         self._explain = explain
@@ -114,16 +138,17 @@ class Replicas:
         having = [replica for replica in self.all if policy_id in replica.policies]
         asked = [replica for replica in having if replica.ready] or having
         verdicts = await asyncio.gather(*(judge(replica) for replica in asked), return_exceptions=True)
-        self.judged.add(policy_id)
         faults = []
         for replica, verdict in zip(asked, verdicts, strict=True):
             if verdict is None:
-                replica.proven.add(policy_id)
+                replica.judge(policy_id, passed=True)
             elif not isinstance(verdict, KotaeError):
                 raise verdict
             elif not isinstance(verdict, EngineUnavailable | EngineBusy | PolicyNotLoaded):
-                replica.proven.discard(policy_id)
+                replica.judge(policy_id, passed=False)
                 faults.append((replica, verdict))
+        if faults or None in verdicts:  # else nothing is known: what may be asked stays as it was
+            self.judged.add(policy_id)
         if any(policy_id in replica.proven for replica in self.all):
             for replica, fault in faults:
                 raise ReplicaAtFault(
@@ -133,12 +158,24 @@ class Replicas:
             return
         errors = [verdict for verdict in verdicts if verdict is not None]
         errors.sort(key=lambda error: isinstance(error, AdapterRefused))  # refused is what all refuse
-        raise errors[0] if errors else PolicyNotLoaded(policy_id)
+        error = errors[0] if errors else PolicyNotLoaded(policy_id)
+        if isinstance(error, AdapterRefused) and len(asked) < len(self.all):
+            raise NotProven(
+                f"{error}; the other replicas are away or do not have it, so either may be at fault"
+            )
+        raise error
 
     def awaits_proof(self, policy_id: str) -> bool:
-        """Return whether a replica that answers has a policy that was judged, and did not pass or was not asked yet."""
+        """Return whether a replica that answers has a policy that was judged, and did not pass or was not asked yet.
+
+        One that failed is left alone for a while as long as the policy passes elsewhere.
+        """
+        passes = any(policy_id in replica.proven for replica in self.all)
         return any(
-            replica.ready and policy_id in replica.policies and not self._may_ask(replica, policy_id)
+            replica.ready
+            and policy_id in replica.policies
+            and not self._may_ask(replica, policy_id)
+            and (replica.has_rested(policy_id) or not passes)
             for replica in self.all
         )
 
