@@ -30,7 +30,7 @@ class EngineUnavailable(EngineError):
 
 
 class EngineAbsent(EngineUnavailable):
-    """Nobody takes questions at the engine's address: whatever policy was asked has no part in it."""
+    """Nobody takes questions at the address, or none for this policy for now: what was asked of it is not its fault."""
 
 
 class EngineStarting(EngineAbsent):
