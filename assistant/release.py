@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -51,6 +52,9 @@ log = logging.getLogger("kotae.release")
 
 POLL_S = 1.0
 RECHECK_S = 5.0
+WAITED_FOR_S = 120.0
+"""An engine that cannot load what has answered before may find the memory or the volume soon. Then people get answers of the
+policy before, or of the base, rather than none."""
 
 
 class Release:
@@ -69,8 +73,8 @@ class Release:
         """Policies that the engine had at the last look, and that nothing speaks against; not all could be probed."""
         self._failed: dict[str, str] = {}
         """Policies that could not be loaded or checked at the last sync, and why."""
-        self._waits: dict[str, str] = {}
-        """Of them those that answered before, so that it may be the engine's fault: they are tried at every look."""
+        self._failing_since: dict[str, float] = {}
+        """Of them those that answered before, so that it may be the engine's fault, and since when (`time.monotonic`)."""
         self._noted = ""
         """The canary's deployment that is known to answer."""
         self._checked: set[str] = set()
@@ -125,9 +129,8 @@ class Release:
             shadow_percent=shadow_percent,
         )
         with refusals_kept(self.store, policy_id):
-            await asyncio.to_thread(
-                check_files, self.store, policy
-            )  # it reads the whole adapter: answers stream on
+            # it reads the whole adapter: answers stream on
+            await asyncio.to_thread(check_files, self.store, policy)
         async with self._lock:  # until the row is there: a sync between would unload what nobody wants yet
             with refusals_kept(self.store, policy_id):
                 await self._prepare(policy)
@@ -203,14 +206,12 @@ class Release:
         }
         self._failed = {id: str(error) for id, error in failed.items()}
         self._sound = wanted.keys() - result.failed.keys() - refused.keys()
-        self._waits = {
-            id: why
-            for id, why in refused.items()
-            if isinstance(failed[id], PERHAPS_FOR_NOW) and self._has_answered(id)
-        }
-        for policy_id in refused.keys() - self._waits.keys():
+        perhaps = {id for id in refused if isinstance(failed[id], PERHAPS_FOR_NOW) and self._has_answered(id)}
+        self._failing_since = {id: self._failing_since.get(id, time.monotonic()) for id in perhaps}
+        waits = set(filter(self._is_waited_for, perhaps))
+        for policy_id in refused.keys() - waits:
             self._withdraw(policy_id, refused)
-        for policy_id in self._waits:
+        for policy_id in waits:
             self._wait_for(policy_id, served)
         for policy_id in failed.keys() - refused.keys():
             if served.shadow is None or policy_id != served.shadow.policy_id:
@@ -218,6 +219,10 @@ class Release:
             # it answers nobody, so nothing that does may wait for it
             log.warning("the shadow %s is not loaded: %s", policy_id, failed[policy_id])
         return serving(self.store)
+
+    def _is_waited_for(self, policy_id: str) -> bool:
+        since = self._failing_since.get(policy_id)
+        return since is not None and time.monotonic() - since < WAITED_FOR_S
 
     def _has_answered(self, policy_id: str) -> bool:
         """Return whether an engine has served a policy before: what fails at it now may be the engine."""
@@ -230,15 +235,15 @@ class Release:
         Raises:
             EngineAbsent: the policy should answer. What is asked of it meanwhile is not its fault.
         """
-        why = self._waits[policy_id]
-        self.told.tell_once("not loaded", policy_id, f"{policy_id} cannot answer and is tried again: {why}")
+        why = f"{policy_id} cannot answer and is tried again: {self._failed[policy_id]}"
+        self.told.tell_once("not loaded", policy_id, why)
         if policy_id in {row.policy_id for row in (served.stable, served.canary) if row is not None}:
             self._check_not_waiting(policy_id)
 
     def _check_not_waiting(self, policy_id: str) -> None:
         """Raise EngineAbsent where the last look found that the policy cannot answer for now."""
-        if policy_id in self._waits:
-            raise EngineAbsent(f"engine: {policy_id} cannot answer for now: {self._waits[policy_id]}")
+        if self._is_waited_for(policy_id):
+            raise EngineAbsent(f"engine: {policy_id} cannot answer for now: {self._failed[policy_id]}")
 
     def _in_use(self) -> set[str]:
         """Return the policies that are served, stand by, or still answer somebody."""

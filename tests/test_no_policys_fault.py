@@ -81,6 +81,24 @@ def test_such_a_question_asks_the_engine_for_no_other_load(
     assert pair.chat(1)[0] == [policy.id]
 
 
+def test_people_get_other_answers_when_it_stays_so(
+    pair: Pair, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair.approve(policy)
+    pair.chat(1)
+    lose_adapters(pair, load_status=500)
+    assert pair.chat(1)[0] == []
+    monkeypatch.setattr(release, "WAITED_FOR_S", 0.0)
+    pair.sync()
+    assert pair.chat(1)[0] == [pair.world.base.id]
+    assert any("was withdrawn" in alert for alert in pair.release.alerts)
+    lose_adapters(pair, load_status=200)
+    pair.sync()
+    assert pair.chat(1)[0] == [pair.world.base.id], "nothing returns without a decision"
+    pair.approve(policy)
+    assert pair.chat(1)[0] == [policy.id]
+
+
 # -- the replica that answers well is away ----------------------------------------------------------------------
 
 
