@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from types import MappingProxyType
 
@@ -85,7 +86,17 @@ def pairs_to_learn(
     if told := _too_few(asked, config, "dpo.pairs_from", wanted=config.pairs_from == "ranked", least=1):
         return labels.pairs, told
     found = _best_and_worst(
-        asked, _fit_scores(base, labels, asked, reward, config, seed=seed, progress=progress, crew=crew)
+        asked,
+        _fit_scores(
+            base,
+            labels,
+            asked,
+            reward,
+            flip_rate=config.ranked_flip_rate,
+            seed=seed,
+            progress=progress,
+            crew=crew,
+        ),
     )
     told = (
         f"It learnt from {len(found)} pairs of its own answers, the best against the worst of "
@@ -124,9 +135,8 @@ def thumbs_to_learn(
     if told := _too_few(asked, config, "kto.thumbs_from", wanted=wanted, least=least):
         return labels.thumbs, told
     by_fit = config.ranked_by == "fit"
-    scores = (_fit_scores if by_fit else _reward_scores)(
-        base, labels, asked, reward, config, seed=seed, progress=progress, crew=crew
-    )
+    scored = partial(_fit_scores, flip_rate=config.ranked_flip_rate) if by_fit else _reward_scores
+    scores = scored(base, labels, asked, reward, seed=seed, progress=progress, crew=crew)
     found = [
         Thumb(
             id=f"{pair.id}-{'up' if up else 'down'}",
@@ -260,8 +270,8 @@ def _fit_scores(
     labels: Preferences,
     asked: _Asked,
     reward: RewardConfig,
-    config: FixedAnswersConfig,
     *,
+    flip_rate: float,
     seed: int,
     progress: Progress,
     crew: Crew,
@@ -269,8 +279,7 @@ def _fit_scores(
     """Return the answers' scores by one head, fitted to every label on the base's own states."""
     one = replace(reward, members=1)
     pairs = [pair for pair in labels.pairs if pair.source != "ratings"]  # their thumbs are here themselves
-    rate = config.ranked_flip_rate
-    items = make_items(base, pairs, list(labels.thumbs), one, seed=seed, flip_rate=rate)
+    items = make_items(base, pairs, list(labels.thumbs), one, seed=seed, flip_rate=flip_rate)
     trees = [
         make_tree(prompt, given)
         for prompt, given in zip(asked.questions, asked.answers, strict=True)
@@ -289,7 +298,6 @@ def _reward_scores(
     labels: Preferences,
     asked: _Asked,
     reward: RewardConfig,
-    _: FixedAnswersConfig,
     *,
     seed: int,
     progress: Progress,

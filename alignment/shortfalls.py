@@ -121,7 +121,7 @@ def too_weak(reward: RewardEvidence, config: ChoiceConfig) -> str:
 
 
 def too_doubtful(data: DataStatistics, config: ChoiceConfig) -> str:
-    """Return why the labels cannot be trusted, else "". Agreement over few double ratings counts as unknown."""
+    """Return why the labels cannot be trusted, else "". Agreement over few things counts as unknown."""
     agreement = data.agreement
     if agreement and agreement.n >= config.min_agreement_meetings:
         if agreement.low <= config.agreement_low_min:
