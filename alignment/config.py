@@ -126,8 +126,8 @@ class EvaluationConfig:
     """Answers of each side to a question."""
     max_new_tokens: int = 256
     """Longest answer in tokens; the served limit counts when it is lower."""
-    batch_tokens: int = 16384
-    """Tokens in memory while sampling; changes speed, never the answers."""
+    batch_tokens: int = 0
+    """Tokens in memory while sampling and scoring, 0: by device. Changes speed, never the answers."""
     bootstrap_resamples: int = 2000
     """Resamples of the questions behind each interval (Efron & Tibshirani 1993: 1000 or more for 95%)."""
     shown_samples: int = 20
@@ -227,7 +227,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "evaluation.prompts": (4, 10_000),
     "evaluation.samples_per_prompt": (1, 64),
     "evaluation.max_new_tokens": (1, 100_000),
-    "evaluation.batch_tokens": (64, 100_000_000),
+    "evaluation.batch_tokens": (0, 100_000_000),
     "evaluation.bootstrap_resamples": (100, 100_000),
     "evaluation.shown_samples": (0, 1000),
     "gate.kl_per_response_nats_max": (0, 100_000),

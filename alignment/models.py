@@ -268,20 +268,25 @@ def lora_targets(base: Base, spec: LoraSpec) -> tuple[str, ...]:
     Raises:
         InvalidField: the base has no linear layer of one of the names.
     """
-    paths = (
+    paths = [
         path.removesuffix(".base_layer")
         for path, part in backbone(base).named_modules()
         if isinstance(part, nn.Linear) and ".lora_" not in path
-    )
+    ]
     found = {path.rpartition(".")[2] for path in paths}
     if not found:
         raise InvalidField(
             "model", base.path, "choose a model whose layers are nn.Linear: it has none for an adapter"
         )
-    if missing := sorted(set(spec.targets) - found):
+    if missing := [target for target in spec.targets if not any(_fits(target, path) for path in paths)]:
         fix = f"the base's linear layers are {', '.join(sorted(found))}; it has no {', '.join(missing)}"
         raise InvalidField("lora.targets", spec.targets, fix)
     return spec.targets or tuple(sorted(found))
+
+
+def _fits(target: str, path: str) -> bool:
+    """Return whether PEFT's target is the layer at this path of the decoder: by its last names, or by its full name."""
+    return f".{path}".endswith(f".{target}") or target.endswith(f".{path}")
 
 
 def load_adapter(base: Base, name: str, folder: Path, *, trainable: bool) -> None:

@@ -140,7 +140,7 @@ def _norms_heads(attention: Any) -> bool:
 
 
 def _read_whole(part: Any, dtype: torch.dtype) -> bool:
-    """Return whether `_linear` reads all that this linear layer computes with: no DoRA, no bias in LoRA, no dropout."""
+    """Return whether `linear_of` reads all that this linear layer computes with: no DoRA, no bias in LoRA, no dropout."""
     if not isinstance(part, LoraLinear):
         return type(part) is nn.Linear and part.weight.dtype == dtype
     names = part.active_adapters
@@ -291,41 +291,7 @@ def _blocks(segments: Sequence[tuple[Span, Span]], spans: Sequence[Span], size: 
     return blocks
 
 
-def layer_states(
-    layer: Any,
-    x: torch.Tensor,  # (N, D)
-    read: torch.Tensor | None,  # (M,) into N; None: every token
-    mix: Callable[..., torch.Tensor],
-    config: Any,
-) -> torch.Tensor:
-    """Return (M, D) what the layer makes of the tokens `read`."""
-    own, mlp = layer.self_attn, layer.mlp
-    heads = Heads(config.num_attention_heads, config.num_key_value_heads, own.head_dim, own.scaling)
-    calm = normed_by(layer.input_layernorm, x)
-    kv = adapted(calm, [_linear(own.k_proj), _linear(own.v_proj)])
-    if read is not None:
-        x, calm = x[read], calm[read]
-    q = adapted(calm, [_linear(own.q_proj)])
-    if _norms_heads(own):
-        keys, values = kv.tensor_split([heads.keys * heads.size], dim=1)
-        q, kv = heads_normed(own.q_norm, q), torch.cat([heads_normed(own.k_norm, keys), values], dim=1)
-    x = adapted(mix(q, kv, heads=heads), [_linear(own.o_proj)], residual=x)
-    calm = normed_by(layer.post_attention_layernorm, x)
-    both = adapted(calm, [_linear(mlp.gate_proj), _linear(mlp.up_proj)])
-    return gated_down(both, _linear(mlp.down_proj), residual=x)
-
-
-def normed_by(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    """Return the norm of x (N, D)."""
-    return normed(x, norm.weight, norm.variance_epsilon)
-
-
-def heads_normed(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    """Return the norm of each head of x (N, H * E)."""
-    return normed_by(norm, x.reshape(-1, norm.weight.shape[0])).view_as(x)
-
-
-def _linear(part: Any) -> Linear:
+def linear_of(part: Any) -> Linear:
     """Read a linear layer and the adapter that is on."""
     if type(part) is nn.Linear:
         return Linear(part.weight, part.bias, None)
@@ -336,3 +302,38 @@ def _linear(part: Any) -> Linear:
     down, up = part.lora_A[name].weight, part.lora_B[name].weight
     narrow = (down.detach().to(plain.weight.dtype), up.detach().to(plain.weight.dtype))
     return Linear(plain.weight, plain.bias, Factors(down, up, part.scaling[name], narrow))
+
+
+def layer_states(
+    layer: Any,
+    x: torch.Tensor,  # (N, D)
+    read: torch.Tensor | None,  # (M,) into N; None: every token
+    mix: Callable[..., torch.Tensor],
+    config: Any,
+    linear: Callable[[Any], Linear] = linear_of,
+) -> torch.Tensor:
+    """Return (M, D) what the layer makes of the tokens `read`; `linear` reads its linear layers."""
+    own, mlp = layer.self_attn, layer.mlp
+    heads = Heads(config.num_attention_heads, config.num_key_value_heads, own.head_dim, own.scaling)
+    calm = normed_by(layer.input_layernorm, x)
+    kv = adapted(calm, [linear(own.k_proj), linear(own.v_proj)])
+    if read is not None:
+        x, calm = x[read], calm[read]
+    q = adapted(calm, [linear(own.q_proj)])
+    if _norms_heads(own):
+        keys, values = kv.tensor_split([heads.keys * heads.size], dim=1)
+        q, kv = heads_normed(own.q_norm, q), torch.cat([heads_normed(own.k_norm, keys), values], dim=1)
+    x = adapted(mix(q, kv, heads=heads), [linear(own.o_proj)], residual=x)
+    calm = normed_by(layer.post_attention_layernorm, x)
+    both = adapted(calm, [linear(mlp.gate_proj), linear(mlp.up_proj)])
+    return gated_down(both, linear(mlp.down_proj), residual=x)
+
+
+def normed_by(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return the norm of x (N, D)."""
+    return normed(x, norm.weight, norm.variance_epsilon)
+
+
+def heads_normed(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return the norm of each head of x (N, H * E)."""
+    return normed_by(norm, x.reshape(-1, norm.weight.shape[0])).view_as(x)

@@ -148,8 +148,8 @@ class PpoConfig(BaseBudget):
 
     batch_tokens: int = 0
     """Token budget of a micro-batch, 0: by device. Changes speed and memory, never the result."""
-    sample_batch_tokens: int = 16384
-    """Tokens in memory while sampling; changes speed, never the answers."""
+    sample_batch_tokens: int = 0
+    """Tokens in memory while sampling, 0: by device. Changes speed, never the answers."""
     checkpoint_every: int = 5
     """Steps between checkpoints."""
     shown_samples: int = 8
@@ -186,7 +186,7 @@ PPO_LIMITS: dict[str, tuple[float, float]] = {
     "ppo.length_ratio_min": (0, 1),
     "ppo.length_ratio_max": (1, 1000),
     "ppo.epoch_kl_cap_nats_per_token": (1e-5, 1e3),
-    "ppo.sample_batch_tokens": (64, 100_000_000),
+    "ppo.sample_batch_tokens": (0, 100_000_000),
     "ppo.shown_samples": (0, 1000),
 }
 """(least, most) of a number, by key."""

@@ -13,13 +13,25 @@ from typing import Any, Literal
 import torch
 from transformers import DynamicCache
 
+from alignment.flash_rollouts import FlashCache
+from alignment.logprobs import rows_a_chunk
+from alignment.memory import GPU_SLACK, NEEDED, available_bytes, shape_of
 from alignment.models import Base, active, backbone, head
-from alignment.packed_rollouts import PackedCache, read_prompts, read_tokens, samples_packed
+from alignment.packed import packs
+from alignment.packed_rollouts import read_prompts, read_tokens
 from alignment.progress import Progress, Silent, stop_if_asked
 from storage.errors import InvalidField
 
+CPU_SAMPLE_TOKENS = 16384
+GPU_SAMPLE_TOKENS = 131072
+"""Prompt and answer tokens of a batch, where the configuration leaves it open and memory allows it. On a GPU a step takes
+about as long for many rows as for few."""
+LIKELY_TOKENS = 64
+"""So many are looked for and sorted at each draw: among 2,048 they take a sixth of the time of all."""
 RUNNING_SHARE_TO_COMPACT = 0.8
 """The batch drops its ended rows when at most this share of it still runs: a drop copies the cache."""
+RECORDED_SHARE_TO_COMPACT = 0.25
+"""The same where steps are recorded: a drop means a new recording, and few rows take hardly less time than many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,14 +52,15 @@ class _Running:
     numbers: list[int]
     """Which prompt each row answers."""
     cache: Any
-    mask: torch.Tensor
-    """(B, T) bool, False on the left padding."""
+    mask: torch.Tensor | None
+    """(B, T) bool, False on the left padding; None: the packed passes have none."""
+    lengths: torch.Tensor
+    """(B,) int64: tokens of each row so far."""
     uniforms: torch.Tensor
     """(B, longest answer) float64 random numbers in [0, 1)."""
-    rooms: torch.Tensor
-    """(B,) int64: tokens each row may still have in all."""
-    ended: torch.Tensor
-    """(B,) bool."""
+    rooms: list[int]
+    """Tokens each row may still have in all."""
+    ended: list[bool]
 
 
 def sample(
@@ -59,14 +72,14 @@ def sample(
     top_p: float = 1.0,
     max_new_tokens: int = 128,
     seed: int = 0,
-    batch_tokens: int = 8192,
+    batch_tokens: int = 0,
     progress: Progress | None = None,
     numbers: Sequence[int] | None = None,
 ) -> list[Rollout]:
     """Answer each prompt once, in order. Temperature 0 is greedy. A prompt given twice gets two answers.
 
     Args:
-        batch_tokens: most prompt and answer tokens in one batch, padding counted.
+        batch_tokens: most prompt and answer tokens in one batch, padding counted; 0: by device.
         numbers: of the prompts among all that are answered, when others answer the rest; each names its random numbers.
 
     Raises:
@@ -76,24 +89,36 @@ def sample(
     _check(base, prompts, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
     answers: list[list[tuple[int, float]]] = [[] for _ in prompts]
     with active(base, adapter), torch.no_grad():
-        for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_tokens):
+        room = tokens_at_once(base, batch_tokens)
+        for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, room):
             streams = rows if numbers is None else [numbers[row] for row in rows]
             uniforms = torch.stack([_uniforms(seed, stream, max_new_tokens) for stream in streams])
             running, hidden = _prefill(base, prompts, rows, uniforms.to(base.device))
             for step in range(max_new_tokens):
                 stop_if_asked(progress or Silent(), "sampling")
-                logits = head(base)(hidden).float()  # (B, V)
                 tokens, logprobs = _choose(
-                    logits, running.uniforms[:, step], temperature=temperature, top_p=top_p
+                    base, hidden, running.uniforms[:, step], temperature=temperature, top_p=top_p
                 )
-                _record(answers, running, tokens, logprobs)
-                running.ended |= torch.isin(tokens, torch.tensor(sorted(base.stop_ids), device=base.device))
-                running.ended |= running.rooms <= step + 1
-                if step + 1 == max_new_tokens or bool(running.ended.all()):
+                _record(answers, running, tokens, logprobs, stop_ids=base.stop_ids, step=step)
+                if step + 1 == max_new_tokens or all(running.ended):
                     break
                 tokens = _compact(running, tokens)
                 hidden = _advance(base, running, tokens)
     return [_rollout(base, answer) for answer in answers]
+
+
+def tokens_at_once(base: Base, asked: int) -> int:
+    """Return how many tokens are sampled at once where the configuration asks for so many; 0: by device.
+
+    On a GPU their keys and values take at most half of what is free.
+    """
+    config = base.model.config
+    if asked or base.device.type == "cpu" or not all(hasattr(config, name) for name in NEEDED):
+        return asked or CPU_SAMPLE_TOKENS
+    shape = shape_of(config)
+    one = 2 * shape.layers * shape.key_width * base.dtype.itemsize
+    fitting = int(available_bytes(base.device) / 2 / GPU_SLACK / one)
+    return max(CPU_SAMPLE_TOKENS, min(GPU_SAMPLE_TOKENS, fitting))
 
 
 def _check(
@@ -132,44 +157,44 @@ def _prefill(
     base: Base, prompts: Sequence[Sequence[int]], numbers: list[int], uniforms: torch.Tensor
 ) -> tuple[_Running, torch.Tensor]:
     """Run the left-padded prompts; return the rows and the last hidden states (B, D)."""
-    width = max(len(prompts[number]) for number in numbers)
-    ids = torch.full((len(numbers), width), base.pad_id)
-    mask = torch.zeros((len(numbers), width), dtype=torch.bool)
-    for row, number in enumerate(numbers):
-        prompt = prompts[number]
-        ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
-        mask[row, width - len(prompt) :] = True
-    rooms = torch.tensor([base.max_positions - len(prompts[number]) for number in numbers])
+    own = [prompts[number] for number in numbers]
     running = _Running(
         numbers=list(numbers),
-        cache=DynamicCache(),
-        mask=mask.to(base.device),
+        cache=None,
+        mask=None,
+        lengths=torch.tensor([len(prompt) for prompt in own]).to(base.device),
         uniforms=uniforms,
-        rooms=rooms.to(base.device),
-        ended=torch.zeros(len(numbers), dtype=torch.bool, device=base.device),
+        rooms=[base.max_positions - len(prompt) for prompt in own],
+        ended=[False] * len(own),
     )
-    if samples_packed(base):
-        own = [prompts[number] for number in numbers]
+    if packs(base):
         running.cache, hidden = read_prompts(base, own, room=uniforms.shape[1])
         return running, hidden
+    width = max(map(len, own))
+    ids = torch.full((len(own), width), base.pad_id)
+    mask = torch.zeros((len(own), width), dtype=torch.bool)
+    for row, prompt in enumerate(own):
+        ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
+        mask[row, width - len(prompt) :] = True
+    running.cache, running.mask = DynamicCache(), mask.to(base.device)
     positions = (running.mask.long().cumsum(-1) - 1).clamp_(min=0)
     return running, _forward(base, running, ids.to(base.device), positions)
 
 
 def _advance(base: Base, running: _Running, tokens: torch.Tensor) -> torch.Tensor:
     """Append the chosen tokens (B,) and return the new last hidden states (B, D)."""
+    positions = running.lengths.clamp(max=base.max_positions - 1)  # of ended rows, which wait for the others
+    running.lengths = running.lengths + 1
+    if running.mask is None:
+        return read_tokens(base, running.cache, tokens, positions)
     running.mask = torch.cat([running.mask, running.mask.new_ones(len(tokens), 1)], dim=1)
-    positions = running.mask.long().sum(-1, keepdim=True) - 1
-    positions = positions.clamp(max=base.max_positions - 1)  # of ended rows, which wait for the others
-    if isinstance(running.cache, PackedCache):
-        return read_tokens(base, running.cache, tokens, positions.squeeze(1))
-    return _forward(base, running, tokens.unsqueeze(1), positions)
+    return _forward(base, running, tokens.unsqueeze(1), positions.unsqueeze(1))
 
 
 def _forward(base: Base, running: _Running, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     output = backbone(base)(
         input_ids=ids,
-        attention_mask=running.mask.long(),
+        attention_mask=None if running.mask is None else running.mask.long(),
         position_ids=positions,
         past_key_values=running.cache,
         use_cache=True,
@@ -179,43 +204,86 @@ def _forward(base: Base, running: _Running, ids: torch.Tensor, positions: torch.
 
 
 def _choose(
+    base: Base, hidden: torch.Tensor, uniforms: torch.Tensor, *, temperature: float, top_p: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pick a token for each of the hidden states (B, D); return (B,) ids and (B,) log-probs.
+
+    The logits of some rows are in memory at once.
+    """
+    layer = head(base)
+    size = rows_a_chunk(layer.weight)
+    parts = [
+        _drawn(layer(rows).float(), points, temperature=temperature, top_p=top_p)
+        for rows, points in zip(torch.split(hidden, size), torch.split(uniforms, size), strict=True)
+    ]
+    tokens, logprobs = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(logprobs)
+
+
+def _drawn(
     logits: torch.Tensor, uniforms: torch.Tensor, *, temperature: float, top_p: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pick a token for each row of `logits` (B, V) by inverse CDF; return (B,) ids and (B,) log-probs."""
     logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
-    if temperature == 0:
-        tokens = logits.argmax(dim=-1)
-    else:
-        probabilities, order = logprobs.double().exp().sort(dim=-1, descending=True)
-        cumulative = probabilities.cumsum(dim=-1)
-        kept = torch.where(
-            cumulative - probabilities < top_p, probabilities, 0.0
-        )  # the first one always stays
-        ceilings = kept.cumsum(dim=-1)
-        points = uniforms.unsqueeze(1) * ceilings[:, -1:]
-        ranks = torch.searchsorted(ceilings, points, right=True).clamp_(max=logits.shape[1] - 1)
-        tokens = order.gather(1, ranks).squeeze(1)
+    tokens = logits.argmax(dim=-1) if temperature == 0 else _inverse_cdf(logprobs, uniforms, top_p=top_p)
     return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
 
+def _inverse_cdf(logprobs: torch.Tensor, uniforms: torch.Tensor, *, top_p: float) -> torch.Tensor:
+    """Return (B,) the tokens at which the random numbers (B,) fall among the shares of all tokens, (B, V) log-probs.
+
+    The likely tokens come first, in order, then the others as they are numbered: two policies that differ little draw
+    mostly the same tokens from the same random numbers, and nothing is sorted but the few.
+    """
+    few = min(LIKELY_TOKENS, logprobs.shape[1])
+    values, order = logprobs.topk(few, dim=-1)
+    if top_p < 1 and bool((values.double().exp().sum(dim=-1) < top_p).any()):
+        values, order = logprobs.sort(dim=-1, descending=True)
+    shares = values.double().exp()
+    if top_p < 1:
+        before = shares.cumsum(dim=-1) - shares
+        shares = torch.where(before < top_p, shares, 0.0)  # the first one always stays
+    else:
+        shares = torch.cat([shares, logprobs.double().exp().scatter_(1, order, 0.0)], dim=1)
+    ceilings = shares.cumsum(dim=-1)
+    points = uniforms.unsqueeze(1) * ceilings[:, -1:]
+    ranks = torch.searchsorted(ceilings, points, right=True).clamp_(max=ceilings.shape[1] - 1)
+    likely = order.gather(1, ranks.clamp(max=order.shape[1] - 1))
+    return torch.where(ranks < order.shape[1], likely, ranks - order.shape[1]).squeeze(1)
+
+
 def _record(
-    answers: list[list[tuple[int, float]]], running: _Running, tokens: torch.Tensor, logprobs: torch.Tensor
+    answers: list[list[tuple[int, float]]],
+    running: _Running,
+    tokens: torch.Tensor,
+    logprobs: torch.Tensor,
+    *,
+    stop_ids: frozenset[int],
+    step: int,
 ) -> None:
-    rows = zip(running.numbers, running.ended.tolist(), tokens.tolist(), logprobs.tolist(), strict=True)
-    for number, ended, token, logprob in rows:
-        if not ended:
-            answers[number].append((token, logprob))
+    """Append what was chosen to the answers, and note which rows have ended with it."""
+    # In one transfer: float64 holds every token id.
+    chosen = torch.stack([tokens.double(), logprobs.double()]).tolist()
+    for row, (token, logprob) in enumerate(zip(*chosen, strict=True)):
+        if not running.ended[row]:
+            answers[running.numbers[row]].append((int(token), logprob))
+            running.ended[row] = int(token) in stop_ids or running.rooms[row] <= step + 1
 
 
 def _compact(running: _Running, tokens: torch.Tensor) -> torch.Tensor:
     """Drop the ended rows once enough of them have ended."""
-    going = (~running.ended).nonzero().squeeze(1)
-    if len(going) > RUNNING_SHARE_TO_COMPACT * len(running.numbers):
+    rows = [row for row, ended in enumerate(running.ended) if not ended]
+    recorded = isinstance(running.cache, FlashCache)
+    most = RECORDED_SHARE_TO_COMPACT if recorded else RUNNING_SHARE_TO_COMPACT
+    if len(rows) > most * len(running.numbers):
         return tokens
-    running.numbers = [running.numbers[row] for row in going.tolist()]
+    going = torch.tensor(rows, device=tokens.device)
+    running.numbers = [running.numbers[row] for row in rows]
+    running.rooms = [running.rooms[row] for row in rows]
+    running.ended = [False] * len(rows)
     running.cache.batch_select_indices(going)
-    running.mask, running.uniforms = running.mask[going], running.uniforms[going]
-    running.rooms, running.ended = running.rooms[going], running.ended[going]
+    running.mask = None if running.mask is None else running.mask[going]
+    running.lengths, running.uniforms = running.lengths[going], running.uniforms[going]
     return tokens[going]
 
 

@@ -212,7 +212,7 @@ def alone(two: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         if two.name == "cut":
-            for name in ("logprobs.packs", "rollouts.samples_packed"):
+            for name in ("logprobs.packs", "rollouts.packs"):
                 patch.setattr(f"alignment.{name}", lambda base: False)
         do_jobs(model, out, Crew(), wide=two.name == "whole")
     return out

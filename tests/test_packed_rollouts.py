@@ -9,8 +9,9 @@ import torch
 
 from alignment import rollouts
 from alignment.models import Base, active, backbone, load_base
+from alignment.packed import packs
 from alignment.packed_layers import FEW_ROWS
-from alignment.packed_rollouts import read_prompts, read_tokens, samples_packed
+from alignment.packed_rollouts import read_prompts, read_tokens
 from alignment.rollouts import sample
 from test_packed import EXACT, MODELS, make_model, wide_base
 
@@ -34,7 +35,7 @@ def models_own(base: Base, ids: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("adapter", ["policy", "narrow", None])
 def test_prompts_and_tokens_give_the_models_own_states(base: Base, adapter: str | None) -> None:
-    assert samples_packed(base)
+    assert packs(base)
     rows = [list(prompt) for prompt in PROMPTS]
     with torch.no_grad(), active(base, adapter):
         cache, states = read_prompts(base, rows, room=len(NEXT))
@@ -54,7 +55,7 @@ def test_answers_are_those_of_the_models_own_pass(tmp_path: Path, monkeypatch: p
     base = load_base(str(make_model(tmp_path, "qwen2", num_key_value_heads=2)), device="cpu")
     rollouts_of = {}
     for packed in (True, False):
-        monkeypatch.setattr(rollouts, "samples_packed", lambda base, packed=packed: packed)
+        monkeypatch.setattr(rollouts, "packs", lambda base, packed=packed: packed)
         rollouts_of[packed] = sample(
             base, PROMPTS * 2, adapter=None, temperature=1.0, max_new_tokens=20, seed=3
         )

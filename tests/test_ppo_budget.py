@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,23 +94,23 @@ def test_a_policy_at_its_limit_from_the_base_is_steered_like_one_at_its_target(
     assert seen[0] > began / 2
 
 
-def outwards(learner: Learner, *_: Any, **__: Any) -> tuple[dict[str, float], None]:
+def outwards(learner: Learner, *_: Any, times: float = 1.05, **__: Any) -> tuple[dict[str, float], None]:
     """Learn nothing but to be farther from the base: B of W + BA grows."""
     with torch.no_grad():
         for name, weight in learner.policy_parameters.items():
             if "lora_B" in name:
-                weight.mul_(1.05)
+                weight.mul_(times)
     return {}, None
 
 
 def test_a_round_that_leads_outwards_from_beyond_the_budget_leaves_the_policy_as_it_is(
     model: Path, served: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # where a training leads hangs on every sampled token: of three seeds one led back to the base
-    monkeypatch.setattr(ppo, "minibatch_epochs", outwards)
+    # So far outwards that a sixteenth of the way shows among 16 sampled answers: with B a tenth larger their KL often falls.
+    monkeypatch.setattr(ppo, "minibatch_epochs", partial(outwards, times=5))
     base, taste = later_round(model, served)
     before = copy_weights(adapter_parameters(base, "policy"))
-    config = replace(LATER, kl_base_budget_nats=0.01)
+    config = replace(LATER, kl_base_budget_nats=0.01, kl_cap_nats=1e4)
     result = train_ppo(base, prompts(), taste, config, seed=3, progress=Recorder())
     after = adapter_parameters(base, "policy")
     assert result.stopped_because is None

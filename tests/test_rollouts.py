@@ -121,6 +121,22 @@ def test_sampling_follows_the_models_distribution(base: Base) -> None:
         assert abs(draws.count(token) / 4000 - p) < 4 * (p * (1 - p) / 4000) ** 0.5
 
 
+@pytest.mark.parametrize("spread", [0.1, 3.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("top_p", [1.0, 0.7, 0.01])
+def test_each_token_gets_its_share_of_the_random_numbers(spread: float, top_p: float) -> None:
+    logprobs = (
+        spread * torch.randn(3 * rollouts.LIKELY_TOKENS, generator=torch.Generator().manual_seed(0))
+    ).log_softmax(-1)
+    shares, order = logprobs.double().exp().sort(descending=True)
+    kept = torch.zeros(len(shares), dtype=torch.float64)
+    kept[order] = torch.where(shares.cumsum(0) - shares < top_p, shares, 0.0)
+    count = 20_000
+    uniforms = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    drawn = rollouts._inverse_cdf(logprobs.expand(count, -1), uniforms, top_p=top_p)
+    found = torch.bincount(drawn, minlength=len(shares)) / count
+    torch.testing.assert_close(found.double(), kept / kept.sum(), rtol=0, atol=1.5 / count)
+
+
 def test_top_p_keeps_the_most_likely_tokens_that_reach_it(base: Base) -> None:
     prompt = prompts()[2]
     drawn = sample(base, [prompt] * 500, adapter="policy", temperature=1.0, top_p=0.5, max_new_tokens=1)
@@ -144,7 +160,7 @@ def test_each_answer_of_a_batch_ends_where_its_own_context_does(
     asked: list[int] = []
     forward = rollouts._forward
     monkeypatch.setattr(base, "stop_ids", frozenset())
-    monkeypatch.setattr(rollouts, "samples_packed", lambda base: False)
+    monkeypatch.setattr(rollouts, "packs", lambda base: False)
 
     def watched(base: Base, running: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         asked.append(int(positions.max()))

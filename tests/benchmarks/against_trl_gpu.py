@@ -34,6 +34,8 @@ RATIOS = {"1:3": (256, 768), "3:1": (768, 256), "5:1": (853, 171)}
 """Prompt tokens to answer tokens, medians: 1,024 together."""
 BATCH = 16
 RANK = 16
+PPO = {"prompts_per_step": 16, "answers_per_prompt": 2, "epochs": 2}
+"""Of a PPO step; its answers are as long as the ratio's median."""
 
 
 def main() -> int:
@@ -49,7 +51,7 @@ def main() -> int:
 def arguments() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description="Kotae's training cost on a GPU beside TRL's")
-    parser.add_argument("--methods", nargs="+", choices=["dpo", "kto", "reward"], default=["dpo"])
+    parser.add_argument("--methods", nargs="+", choices=["dpo", "kto", "reward", "ppo"], default=["dpo"])
     parser.add_argument("--ratios", nargs="+", choices=RATIOS, default=list(RATIOS))
     parser.add_argument("--size", choices=["tiny", "small", "qwen-0.5b", "qwen-7b"], default="qwen-0.5b")
     parser.add_argument("--device", default="cuda")
@@ -108,6 +110,18 @@ def make_job(asked: argparse.Namespace, case: Case, folder: Path) -> Job:
     adapter = material.make_adapter(folder / "adapter", model, LoraSpec(rank=RANK, alpha=32))
     prompt, answer = (max(1, tokens // asked.shorter) for tokens in RATIOS[ratio])
     lengths = material.Lengths(prompt=prompt, answer=answer)
+    if method == "ppo":
+        count = PPO["prompts_per_step"] * asked.steps
+        prompts = material.make_pairs(count, lengths, vocabulary=size.vocabulary)
+        plain = material.make_ppo_job(
+            [{"prompt": item["prompt"]} for item in prompts],
+            model=model,
+            adapter=adapter,
+            steps=asked.steps,
+            max_new_tokens=answer,
+            **PPO,
+        )
+        return replace(plain, device=asked.device, dtype=asked.dtype)
     make = material.make_thumbs if method == "kto" else material.make_pairs
     return material.make_job(
         method,
@@ -123,7 +137,20 @@ def make_job(asked: argparse.Namespace, case: Case, folder: Path) -> Job:
 
 
 def search(asked: argparse.Namespace, made: dict[Case, Job], folder: Path) -> dict[Case, Json]:
-    """Return TRL's quickest settings of each case, tried on the first steps, all in one process."""
+    """Return TRL's quickest settings of each case, tried on the first steps, all in one process.
+
+    PPO's are not looked for: all answers of a step at once.
+    """
+    ppo = {
+        case: dict.fromkeys(
+            ("micro_batch", "rollout_batch"), PPO["prompts_per_step"] * PPO["answers_per_prompt"]
+        )
+        for case in made
+        if case[0] == "ppo"
+    }
+    made = {case: job for case, job in made.items() if case[0] != "ppo"}
+    if not made:
+        return ppo
     groups: dict[str, list[Json]] = {
         "micro": [{"micro_batch": size} for size in asked.micro_batches],
         "checkpointing": [{"micro_batch": BATCH, "checkpointing": True}],
@@ -141,22 +168,24 @@ def search(asked: argparse.Namespace, made: dict[Case, Job], folder: Path) -> di
     found = run("trl", short, folder)
     for case, result in zip(made, found, strict=True):
         say(f"{' '.join(case)}: TRL is quickest with {result['peer']} of {result['tried']}")
-    return {case: result["peer"] for case, result in zip(made, found, strict=True)}
+    return ppo | {case: result["peer"] for case, result in zip(made, found, strict=True)}
 
 
 def run(side: Side, work: Sequence[Job], folder: Path) -> list[Json]:
     """Carry out the jobs in one process, after a step of each that is not measured; return what the side measured."""
-    warm = [
-        replace(job, items=[job.items[i] for i in job.order[0]], order=[list(range(BATCH))]) for job in work
-    ]
-    warm = [replace(job, rates=job.rates[:1], peer=without_choices(job.peer)) for job in warm]
+    warm = [first_step(job) for job in work]
     every = [*warm, *work]
     paths = [jobs.write_job(job, folder / f"{side}-{number}.json") for number, job in enumerate(every)]
     return jobs.run(side, paths, method=work[0].method, threads=os.cpu_count() or 1)[len(warm) :]
 
 
-def without_choices(peer: Json) -> Json:
-    return {name: value for name, value in peer.items() if name != "choices"}
+def first_step(job: Job) -> Job:
+    """Return the job's first step alone, without settings to choose from."""
+    if job.method == "ppo":
+        return replace(job, settings={**job.settings, "steps": 1})
+    peer = {name: value for name, value in job.peer.items() if name != "choices"}
+    items = [job.items[number] for number in job.order[0]]
+    return replace(job, items=items, order=[list(range(BATCH))], rates=job.rates[:1], peer=peer)
 
 
 def training_flops(job: Job, size: str) -> float:
@@ -166,7 +195,7 @@ def training_flops(job: Job, size: str) -> float:
     of all query heads a layer, and a answer tokens with a head of V x D: 2 n t + 4 Q p + 2 V D a for a forward pass of the
     frozen model, which the reference needs; with the adapter 2 l t more; backward as much again, as the frozen weights
     have no gradient, and 2 l t for the adapter's. A reward model has neither reference nor such a head. The scores that
-    attention computes again are not counted.
+    attention computes again are not counted. Of PPO nothing is counted.
     """
     from transformers import AutoConfig
 

@@ -8,7 +8,11 @@ from pathlib import Path
 
 def tell(found: dict[str, object], out: Path | None) -> None:
     """Print the figures as JSON, and write them where asked."""
-    text = json.dumps(found, indent=1)
-    print(text)
+    print(json.dumps(found, indent=1))
     if out:
-        out.write_text(text + "\n", encoding="utf-8")
+        write(found, out)
+
+
+def write(found: dict[str, object], out: Path) -> None:
+    """Write the figures as JSON."""
+    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

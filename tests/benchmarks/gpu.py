@@ -1,6 +1,7 @@
 """Everything that docs/gpu.md reports of a GPU, part by part, each in a process of its own with a limit of its own.
 
-Usage: python tests/benchmarks/gpu.py FOLDER [--only tests numerics memory profile trl others large learning swaps serving].
+Usage: python tests/benchmarks/gpu.py FOLDER [--only tests numerics sampling memory profile trl others ppo large learning
+       swaps serving]
 Tables are printed, and written to the folder as JSON. A part that fails is told, and the next one goes on. TRL is taken from
 the folder in KOTAE_TRL_FOLDER; swaps and serving need vLLM.
 """
@@ -21,14 +22,23 @@ TRL_FOLDER = "KOTAE_TRL_FOLDER"
 """Environment variable: TRL's packages, and what else the tests need that is not installed."""
 PARTS: dict[str, tuple[int, str]] = {
     # name: (limit in seconds, arguments of Python); {out} is the folder
-    "tests": (90, "-m pytest -q --noconftest -c /dev/null tests/test_packed_flash.py -k 'gpu or kernel'"),
+    "tests": (
+        90,
+        "-m pytest -q --noconftest -c /dev/null tests/test_packed_flash.py tests/test_flash_rollouts.py "
+        "-k 'gpu or kernel or recorded'",
+    ),
     "numerics": (90, "tests/benchmarks/gpu_numerics.py --out {out}"),
+    "sampling": (90, "tests/benchmarks/gpu_sampling.py --out {out}"),
     "memory": (90, "tests/benchmarks/gpu_memory.py --out {out}"),
     "profile": (60, "tests/benchmarks/gpu_profile.py --out {out}"),
     "trl": (300, "tests/benchmarks/against_trl_gpu.py --out {out}"),
     "others": (
         240,
         "tests/benchmarks/against_trl_gpu.py --methods reward kto --ratios 3:1 --steps 4 --out {out}/others",
+    ),
+    "ppo": (
+        200,
+        "tests/benchmarks/against_trl_gpu.py --methods ppo --ratios 3:1 --steps 2 --rounds 1 --out {out}/ppo",
     ),
     "large": (
         240,
@@ -48,10 +58,12 @@ ON_A_CPU = {
     # what else makes a part small enough for one: every line runs, but for the kernel
     "tests": "",
     "numerics": "--device cpu --size tiny --tokens 20 --steps 4",
+    "sampling": "--device cpu --size tiny --rows 4 --prompt 20 --answer 8",
     "memory": "--device cpu --tiny",
     "profile": "--device cpu --size tiny --shorter 16",
     "trl": SHORT,
     "others": SHORT,
+    "ppo": SHORT,
     "large": SHORT,
     "learning": "--device cpu --methods dpo --labels 200 --fresh 20",
     "swaps": "--shape tiny --swaps 4 --streams 2",

@@ -1,7 +1,7 @@
 """What Kotae adds to the engine it stands before, on real vLLM: throughput, time to the first token, memory over time.
 
-Usage: python tests/benchmarks/serving.py [--people 16] [--seconds 20] [--rounds 3] [--soak-min 30]
-           [--shape qwen-0.5b] [--out FILE.json]
+Usage: python tests/benchmarks/serving.py [--people 16] [--seconds 20] [--rounds 3] [--probes 200] [--ways engine api page]
+           [--soak-min 30] [--shape qwen-0.5b] [--out FILE.json]
 
 The same questions go to vLLM directly and through our API, alternating in one run; people on the page press Enter through
 Gradio's own protocol, as a browser does. Ratios and differences are what counts: engine and gateway share the processors.
@@ -31,7 +31,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from figures import tell
+from figures import tell, write
 from shaped_models import make_shaped_model
 
 from alignment.starter.customers import questions
@@ -41,8 +41,7 @@ from storage import people as staff
 from storage.store import Store
 
 MAX_TOKENS = 64
-PROBES = 200
-"""Questions one after the other, for the time that the gateway adds."""
+WAYS = ("engine", "api", "page")
 ANSWER = {
     "temperature": 0,
     "max_tokens": MAX_TOKENS,
@@ -223,15 +222,23 @@ async def tabs(server: Server, people: int) -> AsyncIterator[list[Tab]]:
 
 
 async def measure(
-    server: Server, *, people: int, seconds: float, rounds: int, chunk_tokens: int
+    server: Server,
+    *,
+    people: int,
+    seconds: float,
+    rounds: int,
+    chunk_tokens: int,
+    probes: int,
+    names: list[str],
+    out: Path | None,
 ) -> dict[str, object]:
-    """Run the comparisons, each way in turn."""
+    """Run the comparisons, each way in turn; what there is after a round is written at once."""
     texts = [question.text for question in questions(400, seed=7)]
     alone = {"engine": Seen(), "api": Seen()}
     busy = {"engine": Seen(), "api": Seen(), "page": Seen()}
     async with ways(server, chunk_tokens=chunk_tokens) as (engine, api), tabs(server, people) as opened:
         by_name = {"engine": engine, "api": api}
-        for number in range(PROBES):  # one after the other, by turns; the first ones warm up
+        for number in range(probes):  # one after the other, by turns; the first ones warm up
             for name in ("engine", "api") if number % 2 else ("api", "engine"):
                 await by_name[name].ask(texts[number], Seen() if number < 8 else alone[name])
         free = asyncio.Queue[Tab]()
@@ -244,11 +251,20 @@ async def measure(
             free.put_nowait(tab)
 
         asks = {"engine": engine.ask, "api": api.ask, "page": on_the_page}
+        asks = {name: ask for name, ask in asks.items() if name in names}
         for number in range(rounds):
             for name, ask in asks.items() if number % 2 == 0 else reversed(asks.items()):
                 await crowd(ask, busy[name], people=people, seconds=seconds, texts=texts)
                 print(f"  round {number + 1} of {rounds}: {name}", flush=True)
-    return {**report(alone, busy), "people": people, "rounds": rounds, "seconds": seconds}
+            found = {
+                **report(alone, busy),
+                "people": people,
+                "rounds": number + 1,
+                "seconds": seconds,
+            }
+            if out:
+                write(found, out)
+    return found
 
 
 def report(alone: dict[str, Seen], busy: dict[str, Seen]) -> dict[str, object]:
@@ -305,6 +321,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="of each way in a round (20)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="that people take at once (all)"
+    )
+    parser.add_argument(
+        "--probes", type=int, default=200, help="questions one by one, for what the gateway adds (200)"
+    )
+    parser.add_argument(
         "--chunk-tokens", type=int, default=1, help="tokens a chunk that the engine itself is asked for (1)"
     )
     parser.add_argument(
@@ -324,6 +346,9 @@ def main() -> None:
                     seconds=options.seconds,
                     rounds=options.rounds,
                     chunk_tokens=options.chunk_tokens,
+                    probes=options.probes,
+                    names=options.ways,
+                    out=options.out,
                 )
             )
             if options.soak_min:

@@ -154,8 +154,10 @@ async def restart_s(server: VllmProcess) -> float:
     return time.monotonic() - started
 
 
-async def measure(folder: Path, *, swaps: int, streams: int, shape: str | None) -> dict[str, object]:
-    """Run the whole comparison in `folder` and return its figures."""
+async def measure(
+    folder: Path, *, swaps: int, streams: int, shape: str | None, out: Path | None
+) -> dict[str, object]:
+    """Run the whole comparison in `folder` and return its figures; those before the restart are told at once."""
     model = make_shaped_model(folder / "shaped", shape) if shape else None
     world = make_real_desk(folder, model=model).world
     template = folder / "template"
@@ -178,12 +180,9 @@ async def measure(folder: Path, *, swaps: int, streams: int, shape: str | None) 
         ended = time.monotonic()
         stop.set()
         await asyncio.gather(*people)
-        return {
-            **figures(seen, taken, began=began, ended=ended),
-            "swaps": swaps,
-            "streams": streams,
-            "restart_s": await restart_s(server),
-        }
+        found = {**figures(seen, taken, began=began, ended=ended), "swaps": swaps, "streams": streams}
+        tell(found, out)  # the restart takes minutes on a GPU
+        return {**found, "restart_s": await restart_s(server)}
     finally:
         await engine.close()
         await server.stop()
@@ -244,8 +243,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        asked = {"swaps": options.swaps, "streams": options.streams, "shape": options.shape}
-        found = asyncio.run(measure(Path(folder), **asked))
+        found = asyncio.run(
+            measure(
+                Path(folder),
+                swaps=options.swaps,
+                streams=options.streams,
+                shape=options.shape,
+                out=options.out,
+            )
+        )
     tell(found, options.out)
 
 

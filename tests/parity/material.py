@@ -149,7 +149,7 @@ def _write_adapter(folder: Path, model: Path, spec: LoraSpec, *, seed: int) -> N
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,
-        target_modules=list(spec.targets),
+        target_modules=list(spec.targets) or "all-linear",
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(model),
     )

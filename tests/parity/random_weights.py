@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 
 def has_weights(folder: str) -> bool:
@@ -21,3 +22,14 @@ def drawn(folder: str, *, dtype: torch.dtype, device: str) -> Any:
         return AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(folder), dtype=dtype, attn_implementation="sdpa"
         )
+
+
+def classifier(model: Any) -> Any:
+    """Return the causal LM's layers under a scalar head in place of its own."""
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    with torch.device("meta"):
+        made = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
+    made.model, weight = model.model, made.score.weight
+    made.score = torch.nn.Linear(weight.shape[1], 1, bias=False, device=model.device, dtype=model.dtype)
+    return made

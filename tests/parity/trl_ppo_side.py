@@ -6,6 +6,7 @@ their own, as TRL needs them; the reference is the policy with its adapter off; 
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from parity.jobs import Job, write_result
+from parity.random_weights import classifier, drawn, has_weights
 from parity.usage import Meter
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -40,14 +42,21 @@ def lora(job: Job, **more: Any) -> LoraConfig:
 def load(job: Job) -> dict[str, Any]:
     """Return policy, critic and reward model."""
 
+    dtype = getattr(torch, job.dtype)
+
     def scorer() -> Any:
-        return AutoModelForSequenceClassification.from_pretrained(
-            job.model, num_labels=1, dtype=torch.float32
-        )
+        if not has_weights(job.model):
+            return classifier(drawn(job.model, dtype=dtype, device=job.device))
+        return AutoModelForSequenceClassification.from_pretrained(job.model, num_labels=1, dtype=dtype)
+
+    def policy() -> Any:
+        if not has_weights(job.model):
+            return drawn(job.model, dtype=dtype, device=job.device)
+        return AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
 
     critic = get_peft_model(scorer(), lora(job, task_type="SEQ_CLS", modules_to_save=["score"]))
     return {
-        "model": AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32),
+        "model": policy(),
         "value_model": critic,
         "reward_model": scorer().requires_grad_(False),
     }
@@ -73,8 +82,8 @@ def arguments(job: Job, folder: str) -> PPOConfig:
         missing_eos_penalty=None,
         num_sample_generations=0,
         gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
+        bf16=job.dtype == "bfloat16",
+        use_cpu=job.device == "cpu",
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -85,6 +94,8 @@ def carry_out(path: Path) -> None:
     """Read a job, train, and write what it cost."""
     job = Job(**json.loads(path.read_text()))
     torch.set_num_threads(job.threads)
+    gc.collect()
+    torch.cuda.empty_cache()  # of the job before
     tokenizer = AutoTokenizer.from_pretrained(job.model, padding_side="left")
     rows = [
         {"input_ids": item["prompt"]} for item in job.items for _ in range(job.settings["answers_per_prompt"])

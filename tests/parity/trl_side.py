@@ -8,7 +8,6 @@ learning-rate schedule (the job's), and it listens to the loss of each micro-bat
 
 from __future__ import annotations
 
-import copy
 import gc
 import json
 import math
@@ -27,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
 from parity.jobs import Job, output, write_result
-from parity.random_weights import drawn, has_weights
+from parity.random_weights import classifier, drawn, has_weights
 from parity.usage import Meter
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -118,17 +117,6 @@ def load(job: Job) -> Any:
     if job.method == "reward":
         return AutoModelForSequenceClassification.from_pretrained(job.model, num_labels=1, dtype=dtype)
     return AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
-
-
-def classifier(model: Any) -> Any:
-    """Return the causal LM's layers under a scalar head in place of its own."""
-    config = copy.deepcopy(model.config)
-    config.num_labels = 1
-    with torch.device("meta"):
-        made = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
-    made.model, weight = model.model, made.score.weight
-    made.score = torch.nn.Linear(weight.shape[1], 1, bias=False, device=model.device, dtype=model.dtype)
-    return made
 
 
 def data_set(rows: list[dict[str, Any]]) -> Dataset:
