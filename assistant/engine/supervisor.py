@@ -25,8 +25,9 @@ from typing import Literal
 import httpx
 import psutil
 
-from assistant.engine import process_group
+from assistant.engine import heartbeat, process_group
 from assistant.engine.errors import EngineUnavailable
+from assistant.engine.heartbeat import Heartbeat
 from assistant.engine.vllm_launch import (
     VllmOptions,
     choose_engine,
@@ -289,16 +290,27 @@ class VllmProcess:
 
     async def _end_of_service(self) -> str:
         """Wait until the server has ended or hangs, and return which."""
-        heard_at = looked_at = time.monotonic()
         async with httpx.AsyncClient(trust_env=False, timeout=LOOK_S) as client:
-            while self._process is not None and self._process.poll() is None:
-                if time.monotonic() - looked_at >= LOOK_S:
-                    looked_at = time.monotonic()
-                    heard_at = time.monotonic() if await self._is_ready(client) else heard_at
-                if time.monotonic() - heard_at > SILENT_S:
-                    return f"it did not answer for {SILENT_S:.0f} s"
-                await asyncio.sleep(POLL_S)
-        return self._how_it_ended()
+            beat = Heartbeat(self.url, self.options.base_name)
+            try:
+                return await self._hung(client, beat) or self._how_it_ended()
+            finally:
+                await beat.stop()
+
+    async def _hung(self, client: httpx.AsyncClient, beat: Heartbeat) -> str:
+        """Return how the server hangs, "" once it has ended."""
+        heard_at = looked_at = time.monotonic()
+        while self._process is not None and self._process.poll() is None:
+            if time.monotonic() - looked_at >= LOOK_S:
+                looked_at = time.monotonic()
+                heard_at = time.monotonic() if await self._is_ready(client) else heard_at
+                await beat.look(client)
+            if time.monotonic() - heard_at > SILENT_S:
+                return f"it did not answer for {SILENT_S:.0f} s"
+            if beat.stuck:
+                return f"its engine gave no token for {heartbeat.STUCK_S:.0f} s, though it was asked for one"
+            await asyncio.sleep(POLL_S)
+        return ""
 
     def _died_too_often(self) -> bool:
         now = time.monotonic()
