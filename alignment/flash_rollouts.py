@@ -45,7 +45,8 @@ class _Recorded:
         """Record `read`; nothing is computed yet."""
         self._tokens, self._positions = tokens.clone(), positions.clone()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Of this thread alone: with several processes NCCL's watches the GPU from another.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._hidden = read(self._tokens, self._positions)
 
     def __call__(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -263,7 +263,7 @@ def _check_sampling(needed: float, sample_tokens: int, room: int) -> None:
     if needed > room:
         raise DoesNotFit(
             f"memory: sampling answers with {sample_tokens} tokens at once needs {needed / GIB:.2f} GiB beside the "
-            f"model, {room / GIB:.2f} GiB are available; lower ppo.sample_batch_tokens, or free memory"
+            f"model, {room / GIB:.2f} GiB are available; set a lower ppo.sample_batch_tokens, or free memory"
         )
 
 

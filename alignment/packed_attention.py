@@ -7,6 +7,7 @@ triangle at the end of a block. Letters: N tokens, M query tokens, H heads, G ke
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -52,12 +53,17 @@ def _seen(x: torch.Tensor, block: Block) -> torch.Tensor:
     return own if block.prompt.start == block.prompt.stop else torch.cat([x[:, block.prompt], own], dim=1)
 
 
-def _shares(queries: torch.Tensor, keys: torch.Tensor, block: Block, heads: Heads) -> torch.Tensor:
-    """Return the block's softmax(q k^T * scale) (G, H / G * M, L) of queries (G, H / G, M, E), M those of the block."""
+@cache
+def _future(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return (count, count): -inf where a key comes after the query; of one size in every layer of every batch."""
+    return torch.full((count, count), -torch.inf, dtype=dtype).triu_(1)
+
+
+def _shares(queries: torch.Tensor, keys: torch.Tensor, block: Block) -> torch.Tensor:
+    """Return the block's softmax(q k^T) (G, H / G * M, L) of scaled queries (G, H / G, M, E), M those of the block."""
     groups, repeats, count, size = queries.shape
-    scores = torch.bmm(queries.reshape(groups, -1, size), _seen(keys, block).mT).mul_(heads.scale)
-    future = torch.full((count, count), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)
-    scores.view(groups, repeats, count, -1)[..., -count:].add_(future)
+    scores = torch.bmm(queries.reshape(groups, -1, size), _seen(keys, block).mT)
+    scores.view(groups, repeats, count, -1)[..., -count:].add_(_future(count, scores.dtype))
     return scores.softmax(dim=-1)
 
 
@@ -76,7 +82,9 @@ class _TreeAttention(torch.autograd.Function):
         """Return (M, H * E)."""
         groups, size = heads.keys, heads.size
         repeats, many = heads.queries // groups, q.shape[0]
-        queries = rotated(q, turns[0], heads.queries).view(groups, repeats, many, size)
+        # Queries are scaled as they are rotated: there are fewer of them than of scores.
+        asking = (turns[0][0] * heads.scale, turns[0][1] * heads.scale)
+        queries = rotated(q, asking, heads.queries).view(groups, repeats, many, size)
         keys = rotated(kv[:, : groups * size], turns[1], groups)
         values = kv[:, groups * size :].view(len(kv), groups, size).transpose(0, 1).contiguous()
         result = torch.empty_like(q)
@@ -84,29 +92,29 @@ class _TreeAttention(torch.autograd.Function):
         kept: list[torch.Tensor | None] = []
         for block in blocks:
             own = queries[:, :, block.queries]
-            share = _shares(own, keys, block, heads)
+            share = _shares(own, keys, block)
             shaped[:, :, block.queries] = torch.bmm(share, _seen(values, block)).view_as(own)
             kept.append(share if share.shape[-1] <= KEPT_KEYS else None)
         ctx.save_for_backward(queries, keys, values, *kept)
-        ctx.about = turns, blocks, heads
+        ctx.about = (asking, turns[1]), blocks
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         """Return the gradients of q and kv."""
         queries, keys, values, *kept = ctx.saved_tensors
-        turns, blocks, heads = ctx.about
+        turns, blocks = ctx.about
         groups, repeats, many, size = queries.shape
         grad = grads[0].view(many, groups, repeats, size).permute(1, 2, 0, 3)
         to_queries = torch.empty_like(queries)
         to_keys, to_values = torch.zeros_like(keys), torch.zeros_like(values)
         for block, share in zip(blocks, kept, strict=True):
             asked = queries[:, :, block.queries]
-            share = _shares(asked, keys, block, heads) if share is None else share
+            share = _shares(asked, keys, block) if share is None else share
             own = grad[:, :, block.queries].reshape(groups, -1, size)
             seen = block.prompt.stop - block.prompt.start
             through = torch.bmm(own, _seen(values, block).mT)
-            scores = torch._softmax_backward_data(through, share, -1, share.dtype).mul_(heads.scale)
+            scores = torch._softmax_backward_data(through, share, -1, share.dtype)
             to_queries[:, :, block.queries] = torch.bmm(scores, _seen(keys, block)).view_as(asked)
             for target, found in (
                 (to_keys, torch.bmm(scores.mT, asked.reshape(groups, -1, size))),

@@ -26,6 +26,7 @@ from assistant.shadow import Shadow
 from storage import conversations, feedback, settings
 from storage.errors import InvalidField, KotaeError, NotFound
 from storage.failures import record_failure
+from storage.flusher import Flusher
 from storage.records import (
     Comparison,
     Conversation,
@@ -106,6 +107,7 @@ class Chat:
         self.shadow = Shadow(store, release, self.admission)
         self.recording = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recording")
         """One thread, as only one can write at a time: several would wait for each other and read pages anew."""
+        self.flusher = Flusher(store.flush)
         self._is_stopped = False
 
     async def stop(self) -> None:
@@ -113,6 +115,7 @@ class Chat:
         await self.shadow.stop()
         self._is_stopped = True
         await asyncio.to_thread(self.recording.shutdown)
+        await asyncio.to_thread(self.flusher.stop)
 
     # -- asking ---------------------------------------------------------------------------------------
 
@@ -288,7 +291,8 @@ class Chat:
             total_s=total_s,
             created_at=now(),
         )
-        conversations.record_turn(self.store, turn, begins=ask.begins)
+        conversations.record_turn(self.store, turn, begins=ask.begins, durable=False)
+        self.flusher.soon()
         return turn
 
     async def reply_pair(self, ask: Ask) -> Pair:

@@ -123,11 +123,14 @@ def delete_conversation(store: Store, id: str, *, actor: str) -> None:
         changes.audit("conversation.deleted", id, shadow_answers=removed)
 
 
-def record_turn(store: Store, turn: Turn, *, begins: Conversation | None = None) -> None:
+def record_turn(
+    store: Store, turn: Turn, *, begins: Conversation | None = None, durable: bool = True
+) -> None:
     """Keep an answer, show it as the head of its conversation and bring the conversation to the top.
 
     Args:
         begins: the conversation, kept now unless an earlier try at its first answer has kept it.
+        durable: whether to wait for the disk (`Store.transaction`).
 
     Raises:
         InvalidField: it refers to something that does not exist or does not belong together.
@@ -135,7 +138,7 @@ def record_turn(store: Store, turn: Turn, *, begins: Conversation | None = None)
         Conflict: a turn of this id exists.
     """
     question = _question(turn)
-    with store.transaction(turn.person_id) as changes:
+    with store.transaction(turn.person_id, durable=durable) as changes:
         if begins is not None and not store.rows("SELECT 1 FROM conversations WHERE id = ?", [begins.id]):
             _keep(changes, begins)
         conversation = _existing(store, turn.conversation_id)
