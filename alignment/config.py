@@ -127,7 +127,7 @@ class EvaluationConfig:
     max_new_tokens: int = 256
     """Longest answer in tokens; the served limit counts when it is lower."""
     batch_tokens: int = 0
-    """Tokens in memory while sampling and scoring, 0: by device. Changes speed, never the answers."""
+    """Tokens in memory while sampling and scoring, 0: by device. Changes speed; answers to rounding at most."""
     bootstrap_resamples: int = 2000
     """Resamples of the questions behind each interval (Efron & Tibshirani 1993: 1000 or more for 95%)."""
     shown_samples: int = 20

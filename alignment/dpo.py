@@ -24,7 +24,7 @@ from alignment.preferences import Pair
 from alignment.progress import Progress
 from alignment.reference_cache import ReferenceCache, reference_logprobs
 from alignment.training import epoch_batches
-from alignment.training_config import DpoConfig
+from alignment.training_config import DpoConfig, deciding
 from storage.digests import sha256_of
 from storage.errors import InvalidField
 
@@ -83,7 +83,7 @@ def train_dpo(
         batches=epoch_batches(len(pairs), size=config.batch_pairs, epochs=config.epochs, seed=seed),
         kl_prompts=kl_prompts,
         accuracy_says="of pairs ranked as people did",
-        fingerprint=sha256_of([asdict(config), seed, [asdict(pair) for pair in pairs], kl_prompts]),
+        fingerprint=sha256_of([deciding(config), seed, [asdict(pair) for pair in pairs], kl_prompts]),
         before_step=lambda step: _refresh(base, data, config, step, progress=progress, crew=crew),
         changing={"reference": data.reference},
     )

@@ -37,9 +37,9 @@ def explain(error: BaseException, data: Path) -> str:
         return f"another process of this run has ended; what it printed says why ({told})"
     if any(_no_memory(one) for one in chain):
         return (
-            f"{told}. There is too little memory: lower dpo.batch_tokens, kto.batch_tokens, reward.batch_tokens and "
-            "evaluation.batch_tokens (0 leaves them to the device) or data.max_tokens, end other programs, cut the "
-            "model over several devices (launcher, shard_base), or serve a smaller model."
+            f"{told}. There is too little memory: lower dpo.batch_tokens, kto.batch_tokens and reward.batch_tokens (0 "
+            "leaves them to the device) or data.max_tokens, set evaluation.batch_tokens and ppo.sample_batch_tokens to "
+            "4096, end other programs, cut the model over several devices (launcher, shard_base), or serve a smaller model."
         )
     return told
 

@@ -38,6 +38,11 @@ def flash_row(
     return found[0]
 
 
+def records(tokens: torch.Tensor) -> bool:
+    """Return whether steps can be recorded where the tokens lie."""
+    return tokens.is_cuda
+
+
 class _Recorded:
     """A step as a CUDA graph; what it reads and writes stays where it is."""
 
@@ -45,8 +50,15 @@ class _Recorded:
         """Record `read`; nothing is computed yet."""
         self._tokens, self._positions = tokens.clone(), positions.clone()
         self._graph = torch.cuda.CUDAGraph()
-        # Of this thread alone: with several processes NCCL's watches the GPU from another.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        place = tokens.device  # which need not be the current one, on which torch would record
+        with (
+            torch.cuda.device(place),
+            torch.cuda.graph(
+                self._graph,
+                stream=torch.cuda.Stream(place),  # type: ignore[no-untyped-call]
+                capture_error_mode="thread_local",  # with several processes NCCL watches the GPU from another thread
+            ),
+        ):
             self._hidden = read(self._tokens, self._positions)
 
     def __call__(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -98,7 +110,7 @@ class FlashCache:
 
     def read(self, read: Read, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return what `read` makes of one more token a row; as a graph from the batch's third token on."""
-        if self._recorded is None and self._steps and tokens.is_cuda:
+        if self._recorded is None and self._steps and records(tokens):
             self._recorded = _Recorded(read, tokens, positions)
         self._steps += 1
         return (self._recorded or read)(tokens, positions)

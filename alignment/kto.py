@@ -41,7 +41,7 @@ from alignment.packed import packs
 from alignment.policy_training import Method, PolicyResult, train_policy
 from alignment.progress import Progress
 from alignment.reference_cache import ReferenceCache, reference_logprobs
-from alignment.training_config import KtoConfig
+from alignment.training_config import KtoConfig, deciding
 from storage.digests import sha256_of
 from storage.errors import InvalidField
 
@@ -114,7 +114,9 @@ def train_kto(
         batches=batches,
         kl_prompts=kl_prompts,
         accuracy_says="of answers on their thumb's side",
-        fingerprint=sha256_of(["kto", asdict(config), seed, [asdict(thumb) for thumb in thumbs], kl_prompts]),
+        fingerprint=sha256_of(
+            ["kto", deciding(config), seed, [asdict(thumb) for thumb in thumbs], kl_prompts]
+        ),
     )
     return train_policy(base, method, config, progress=progress, checkpoint=checkpoint, crew=crew)
 

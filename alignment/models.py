@@ -268,9 +268,11 @@ def lora_targets(base: Base, spec: LoraSpec) -> tuple[str, ...]:
     Raises:
         InvalidField: the base has no linear layer of one of the names.
     """
+    decoder = backbone(base)
+    (within,) = (path for path, part in _causal_lm(base).named_modules() if part is decoder)
     paths = [
-        path.removesuffix(".base_layer")
-        for path, part in backbone(base).named_modules()
+        f"{within}.{path.removesuffix('.base_layer')}"
+        for path, part in decoder.named_modules()
         if isinstance(part, nn.Linear) and ".lora_" not in path
     ]
     found = {path.rpartition(".")[2] for path in paths}
@@ -285,8 +287,8 @@ def lora_targets(base: Base, spec: LoraSpec) -> tuple[str, ...]:
 
 
 def _fits(target: str, path: str) -> bool:
-    """Return whether PEFT's target is the layer at this path of the decoder: by its last names, or by its full name."""
-    return f".{path}".endswith(f".{target}") or target.endswith(f".{path}")
+    """Return whether PEFT puts an adapter for the target on the layer of this name."""
+    return f".{path}".endswith(f".{target}")
 
 
 def load_adapter(base: Base, name: str, folder: Path, *, trainable: bool) -> None:

@@ -96,14 +96,18 @@ class _TreeAttention(torch.autograd.Function):
             shaped[:, :, block.queries] = torch.bmm(share, _seen(values, block)).view_as(own)
             kept.append(share if share.shape[-1] <= KEPT_KEYS else None)
         ctx.save_for_backward(queries, keys, values, *kept)
-        ctx.about = (asking, turns[1]), blocks
+        ctx.about = turns, blocks, heads.scale
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         """Return the gradients of q and kv."""
         queries, keys, values, *kept = ctx.saved_tensors
-        turns, blocks = ctx.about
+        (asked_at, seen_at), blocks, scale = ctx.about
+        turns = (
+            (asked_at[0] * scale, asked_at[1] * scale),
+            seen_at,
+        )  # kept, they would be kept by every layer
         groups, repeats, many, size = queries.shape
         grad = grads[0].view(many, groups, repeats, size).permute(1, 2, 0, 3)
         to_queries = torch.empty_like(queries)

@@ -149,7 +149,7 @@ class PpoConfig(BaseBudget):
     batch_tokens: int = 0
     """Token budget of a micro-batch, 0: by device. Changes speed and memory, never the result."""
     sample_batch_tokens: int = 0
-    """Tokens in memory while sampling, 0: by device. Changes speed, never the answers."""
+    """Tokens in memory while sampling, 0: by device. Changes speed; answers to rounding at most."""
     checkpoint_every: int = 5
     """Steps between checkpoints."""
     shown_samples: int = 8

@@ -31,6 +31,7 @@ from alignment.training import (
     restore_weights,
     write_checkpoint,
 )
+from alignment.training_config import deciding
 from storage.digests import sha256_of
 
 
@@ -92,7 +93,7 @@ def ppo_fingerprint(
     """Name everything a checkpoint depends on besides base and starting adapter."""
     heads: list[object] = scorer.heads.double().cpu().tolist()
     asked = [[list(prompt) for prompt in some] for some in (prompts, unseen)]
-    return sha256_of([asdict(config), seed, asked, heads])
+    return sha256_of([deciding(config), seed, asked, heads])
 
 
 def start_training(

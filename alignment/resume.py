@@ -20,6 +20,7 @@ from alignment.policy_training import PolicyResult
 from alignment.ppo import PpoResult, Sample
 from alignment.preferences import Pair, Preferences, Thumb
 from alignment.training import Weights, read_checkpoint, write_checkpoint
+from alignment.training_config import deciding
 from alignment.training_data import Parts, prompts_in
 from alignment.whole_files import remove
 from storage.digests import sha256_of
@@ -89,7 +90,7 @@ def kept_by(
     methods = {"dpo": config.dpo, "kto": config.kto, "ppo": config.ppo}
     inputs = [
         [incumbent.base_sha256, incumbent.adapter_sha256, method, config.seed],
-        [asdict(methods[method]), asdict(config.reward)],
+        [deciding(methods[method]), deciding(config.reward)],
         _named(parts.policy),  # all of them: those of the other kind may rank the answers that it learns from
         list(prompts_in(parts.judge)),  # where its KL is measured
         _named(parts.held_out) if method == "ppo" else [],  # what says whether its reward model is good

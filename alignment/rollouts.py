@@ -6,8 +6,9 @@ Letters: B rows still running, T tokens so far, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from transformers import DynamicCache
 
 from alignment.flash_rollouts import FlashCache
 from alignment.logprobs import rows_a_chunk
-from alignment.memory import GPU_SLACK, NEEDED, available_bytes, shape_of
+from alignment.memory import GPU_SLACK, available_bytes, shape_of
 from alignment.models import Base, active, backbone, head
 from alignment.packed import packs
 from alignment.packed_rollouts import read_prompts, read_tokens
@@ -88,36 +89,51 @@ def sample(
     """
     _check(base, prompts, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
     answers: list[list[tuple[int, float]]] = [[] for _ in prompts]
+    room = tokens_at_once(base, batch_tokens)
+    longest = [min(max_new_tokens, base.max_positions - len(prompt)) for prompt in prompts]
     with active(base, adapter), torch.no_grad():
-        room = tokens_at_once(base, batch_tokens)
-        for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, room):
+        for rows in _batches([len(prompt) for prompt in prompts], longest, room):
             streams = rows if numbers is None else [numbers[row] for row in rows]
             uniforms = torch.stack([_uniforms(seed, stream, max_new_tokens) for stream in streams])
-            running, hidden = _prefill(base, prompts, rows, uniforms.to(base.device))
-            for step in range(max_new_tokens):
-                stop_if_asked(progress or Silent(), "sampling")
-                tokens, logprobs = _choose(
-                    base, hidden, running.uniforms[:, step], temperature=temperature, top_p=top_p
-                )
-                _record(answers, running, tokens, logprobs, stop_ids=base.stop_ids, step=step)
-                if step + 1 == max_new_tokens or all(running.ended):
-                    break
-                tokens = _compact(running, tokens)
-                hidden = _advance(base, running, tokens)
+            uniforms = uniforms[:, : max(longest[row] for row in rows)].to(base.device)
+            draw = partial(_choose, base, temperature=temperature, top_p=top_p)
+            _answer(base, prompts, rows, uniforms, answers=answers, draw=draw, progress=progress or Silent())
     return [_rollout(base, answer) for answer in answers]
+
+
+def _answer(
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    rows: list[int],
+    uniforms: torch.Tensor,
+    *,
+    answers: list[list[tuple[int, float]]],
+    draw: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    progress: Progress,
+) -> None:
+    """Answer a batch; its cache is gone before the next one's is made."""
+    running, hidden = _prefill(base, prompts, rows, uniforms)
+    for step in range(uniforms.shape[1]):
+        stop_if_asked(progress, "sampling")
+        tokens, logprobs = draw(hidden, running.uniforms[:, step])
+        _record(answers, running, tokens, logprobs, stop_ids=base.stop_ids, step=step)
+        if step + 1 == uniforms.shape[1] or all(running.ended):
+            return
+        tokens = _compact(running, tokens)
+        hidden = _advance(base, running, tokens)
 
 
 def tokens_at_once(base: Base, asked: int) -> int:
     """Return how many tokens are sampled at once where the configuration asks for so many; 0: by device.
 
-    On a GPU their keys and values take at most half of what is free.
+    On a GPU the packed passes take at most half of what is free: keys and values, and while the prompts are read, all of
+    them together, what a layer holds of each token.
     """
-    config = base.model.config
-    if asked or base.device.type == "cpu" or not all(hasattr(config, name) for name in NEEDED):
+    if asked or base.device.type != "cuda" or not packs(base):
         return asked or CPU_SAMPLE_TOKENS
-    shape = shape_of(config)
-    one = 2 * shape.layers * shape.key_width * base.dtype.itemsize
-    fitting = int(available_bytes(base.device) / 2 / GPU_SLACK / one)
+    shape = shape_of(base.model.config)
+    one = 2 * shape.layers * shape.key_width + 6 * shape.ffn + 8 * shape.hidden
+    fitting = int(available_bytes(base.device) / 2 / GPU_SLACK / (one * base.dtype.itemsize))
     return max(CPU_SAMPLE_TOKENS, min(GPU_SAMPLE_TOKENS, fitting))
 
 
@@ -135,14 +151,15 @@ def _check(
             raise InvalidField("prompt length", len(prompt), f"use 1 to {base.max_positions - 1} tokens")
 
 
-def _batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> list[list[int]]:
-    """Group prompts of similar length, longest first."""
+def _batches(lengths: Sequence[int], longest: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Group prompts of similar length, longest first; `longest` are the answers that they may get."""
     batches: list[list[int]] = []
-    widest = 0
+    widest = room = 0
     for number in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not batches or (len(batches[-1]) + 1) * widest > batch_tokens:
+        room = max(room, longest[number])
+        if not batches or (len(batches[-1]) + 1) * (widest + room) > batch_tokens:
             batches.append([])
-            widest = lengths[number] + max_new_tokens
+            widest, room = lengths[number], longest[number]
         batches[-1].append(number)
     return batches
 
@@ -212,6 +229,8 @@ def _choose(
     """
     layer = head(base)
     size = rows_a_chunk(layer.weight)
+    if layer.weight.is_cuda:  # a draw holds some eight times what the logits take in float32
+        size = max(1, size // 8)
     parts = [
         _drawn(layer(rows).float(), points, temperature=temperature, top_p=top_p)
         for rows, points in zip(torch.split(hidden, size), torch.split(uniforms, size), strict=True)

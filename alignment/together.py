@@ -41,7 +41,7 @@ from alignment.ranked_answers import pairs_to_learn, thumbs_to_learn
 from alignment.reference_cache import ReferenceCache
 from alignment.resume import Kept, Trained, same_to_learn
 from alignment.reward_model import RewardConfig, TrainedReward, load_reward_model, train_reward_model
-from alignment.rollouts import tokens_at_once
+from alignment.rollouts import CPU_SAMPLE_TOKENS
 from alignment.training import Weights, all_finite, restore_weights
 from alignment.training_config import LoraSpec
 from storage.errors import CorruptData
@@ -198,7 +198,7 @@ def plan_together(place: Place, row_tokens: int, ppo: PpoConfig | None = None) -
         longest=row_tokens,
         rank=int(base.model.peft_config["policy"].r),
         learning=2 if ppo else 1,
-        sample_tokens=tokens_at_once(base, ppo.sample_batch_tokens) if ppo else 0,
+        sample_tokens=ppo.sample_batch_tokens or CPU_SAMPLE_TOKENS if ppo else 0,
     )
     plans = place.crew.united({place.crew.rank: (base.most_tokens, base.checkpointing)}).values()
     base.most_tokens = min(tokens for tokens, _ in plans)

@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 DpoLoss = Literal["dpo", "cdpo", "robust", "ipo"]
 LearnFrom = Literal["auto", "labels", "ranked"]
@@ -193,3 +193,11 @@ class KtoConfig(FixedAnswersConfig):
     where it is good (choice.fit_accuracy_low_min)."""
     batch_thumbs: int = 16
     """Thumbs an optimiser step, at least 2: z0 needs answers to other prompts (arXiv 2402.01306 uses 32)."""
+
+
+def deciding(config: Any) -> dict[str, Any]:
+    """Return the settings of a method that decide what its training makes.
+
+    Those of speed and memory are none: after them a run that was interrupted goes on.
+    """
+    return {name: value for name, value in asdict(config).items() if not name.endswith("batch_tokens")}

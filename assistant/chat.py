@@ -291,7 +291,7 @@ class Chat:
             total_s=total_s,
             created_at=now(),
         )
-        conversations.record_turn(self.store, turn, begins=ask.begins, durable=False)
+        conversations.record_turn(self.store, turn, begins=ask.begins, durable=self._is_stopped)
         self.flusher.soon()
         return turn
 

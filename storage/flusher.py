@@ -27,8 +27,9 @@ class Flusher:
         with self._changed:
             self._wanted = True
             if self._thread is None and not self._stopped:
-                self._thread = threading.Thread(target=self._run, name="flushing", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="flushing", daemon=True)
+                thread.start()
+                self._thread = thread
             self._changed.notify()
 
     def stop(self) -> None:

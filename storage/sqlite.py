@@ -1,6 +1,7 @@
 """Opening SQLite the way Kotae needs it, and translating its errors into ours.
 
-Every connection is made here, so none can miss foreign keys, the write-ahead log or the full sync.
+Every connection is made here, so none can miss foreign keys, the write-ahead log or the full sync, which
+a transaction may put off (`Store.transaction`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ WAIT_S = 0.01
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open the database with foreign keys, write-ahead log and a full sync at each commit.
+    """Open the database with foreign keys, write-ahead log and, unless a transaction asks for less, full syncs.
 
     Raises:
         CorruptData: the file is not a database.

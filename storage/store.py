@@ -258,15 +258,13 @@ class Store:
         """
         # SQLite locks no part of its log, so that closing another descriptor of it gives no lock away.
         try:
-            log = os.open(f"{self._path}-wal", os.O_RDONLY)
-        except FileNotFoundError:  # no connection is open, and the last one to close wrote everything
-            return
-        try:
-            os.fdatasync(log)
+            log = os.open(f"{os.path.realpath(self._path)}-wal", os.O_RDONLY)
+            try:
+                os.fdatasync(log)
+            finally:
+                os.close(log)
         except OSError as error:
             raise StorageUnavailable(f"--data: cannot write to {self.data}: {error.strerror}") from error
-        finally:
-            os.close(log)
 
     def data_version(self) -> int:
         """Return a number that changes whenever any thread or process committed a change."""

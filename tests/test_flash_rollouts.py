@@ -81,21 +81,54 @@ def test_prompts_and_tokens_give_the_models_own_states(base: Base, adapter: str 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
 def test_answers_are_those_of_the_cpus_cache(
-    tmp_path: Path, top_p: float, request: pytest.FixtureRequest
+    tmp_path: Path, top_p: float, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = load_base(str(make_model(tmp_path, "qwen2", num_key_value_heads=2)), device="cpu")
     base.stop_ids = frozenset(range(0, 1000, 20))
 
     def answers() -> list[rollouts.Rollout]:
         return sample(
-            base, PROMPTS * 6, adapter=None, temperature=1.0, top_p=top_p, max_new_tokens=20, seed=3
+            base, PROMPTS * 6, adapter=None, temperature=1.0, top_p=top_p, max_new_tokens=60, seed=3
         )
 
     expected = answers()
     request.getfixturevalue("stand_in")
+    kept: list[int] = []
+    select = FlashCache.batch_select_indices
+    monkeypatch.setattr(
+        FlashCache,
+        "batch_select_indices",
+        lambda cache, rows: (kept.append(len(rows)), select(cache, rows))[1],
+    )
     ours = answers()
     assert [one.token_ids for one in ours] == [other.token_ids for other in expected]
-    assert len({len(one.token_ids) for one in ours}) > 1  # rows ended, and the batch was made smaller
+    assert kept  # the batch was made smaller
+    assert kept[0] < len(ours) / 2
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_the_second_step_is_recorded_and_again_after_rows_were_dropped(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[int] = []
+
+    def record(read: flash_rollouts.Read, tokens: torch.Tensor, _: torch.Tensor) -> flash_rollouts.Read:
+        recorded.append(len(tokens))
+        return read
+
+    monkeypatch.setattr(flash_rollouts, "_Recorded", record)
+    monkeypatch.setattr(flash_rollouts, "records", lambda tokens: True)
+    with torch.no_grad(), active(base, None):
+        cache, _ = read_prompts(base, [[5, 6], [7, 8, 9]], room=9)
+        seen = []
+        for step in range(6):
+            if step == 3:
+                cache.batch_select_indices(torch.tensor([1]))
+            count = 1 if step >= 3 else 2
+            positions = torch.tensor([2, 3])[-count:] + step
+            read_tokens(base, cache, torch.full((count,), 10), positions)
+            seen.append(list(recorded))
+    assert seen == [[], [2], [2], [2], [2, 1], [2, 1]]
 
 
 @needs_gpu
@@ -139,8 +172,10 @@ def test_a_gpu_samples_as_much_at_once_as_half_of_what_is_free_holds(
     base = load_base(str(make_model(tmp_path, "qwen2", num_key_value_heads=2)), device="cpu")
     assert tokens_at_once(base, 0) == rollouts.CPU_SAMPLE_TOKENS
     base.device = GPU
+    assert tokens_at_once(base, 0) == rollouts.CPU_SAMPLE_TOKENS  # transformers' own pass: float32
+    monkeypatch.setattr(rollouts, "packs", lambda base: True)
     shape = shape_of(base.model.config)
-    token = 2 * shape.layers * shape.key_width * base.dtype.itemsize
+    token = (2 * shape.layers * shape.key_width + 6 * shape.ffn + 8 * shape.hidden) * base.dtype.itemsize
     for free, expected in ((10**12, 131_072), (2 * 1.1 * token * 50_000 + token, 50_000), (0, 16_384)):
         monkeypatch.setattr(rollouts, "available_bytes", lambda device, free=free: free)
         assert tokens_at_once(base, 0) == expected

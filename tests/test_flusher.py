@@ -8,6 +8,7 @@ import os
 import threading
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,6 +99,16 @@ def test_a_flush_syncs_the_log_of_the_data(world: World, monkeypatch: pytest.Mon
     assert [Path(path).name for path in synced] == ["kotae.db-wal"]
 
 
+def test_a_flush_finds_the_log_beside_the_file_that_a_link_names(tmp_path: Path) -> None:
+    store = make_world(tmp_path / "first").store
+    store.close()
+    linked = tmp_path / "second"
+    linked.mkdir()
+    (linked / "kotae.db").symlink_to(tmp_path / "first" / "kotae.db")
+    with closing(Store(linked)) as again:
+        again.flush()
+
+
 def test_a_disk_that_refuses_is_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -105,6 +116,29 @@ def test_a_disk_that_refuses_is_named(world: World, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "fdatasync", refuse)
     with pytest.raises(StorageUnavailable, match=r"^--data: cannot write to .*: No space left on device"):
         world.store.flush()
+
+
+def test_an_answer_that_ends_after_the_stop_waits_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk, waited = make_desk(tmp_path), []
+    record = conversations.record_turn
+
+    def seen(*arguments: Any, durable: bool, **named: Any) -> None:
+        waited.append(durable)
+        record(*arguments, durable=durable, **named)
+
+    monkeypatch.setattr(conversations, "record_turn", seen)
+
+    async def scenario() -> None:
+        for _ in range(2):
+            await desk.chat.complete(desk.chat.ask(desk.world.staff, desk.conversation, "Hello?"))
+            await desk.chat.stop()
+
+    for _ in range(2):
+        desk.engine.enqueue(["A."])
+    asyncio.run(scenario())
+    assert waited == [False, True]
 
 
 def test_an_answer_is_told_before_it_is_on_the_disk_and_there_before_the_end(
@@ -115,12 +149,14 @@ def test_an_answer_is_told_before_it_is_on_the_disk_and_there_before_the_end(
     desk = make_desk(tmp_path)
 
     async def scenario() -> None:
-        for question in ("One?", "Two?", "Three?"):
+        for number, question in enumerate(("One?", "Two?", "Three?")):
             ask = desk.chat.ask(desk.world.staff, desk.conversation, question)
             turn = await asyncio.wait_for(desk.chat.complete(ask), timeout=10)
             # Another connection sees it, as a process that starts after this one was killed would.
             with closing(Store(desk.world.store.data)) as other:
                 assert conversations.get_turn(other, turn.id) == turn
+            if number == 0:
+                assert await asyncio.to_thread(disk.begun.acquire, timeout=10)
         assert disk.count == 0
         ending = asyncio.create_task(desk.chat.stop())
         await asyncio.sleep(0.1)

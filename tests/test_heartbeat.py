@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from assistant.engine import heartbeat, supervisor
-from assistant.engine.heartbeat import Heartbeat, tokens_counted
+from assistant.engine.heartbeat import Heartbeat, signs_of_life
 from assistant.engine.supervisor import VllmOptions, VllmProcess
 from assistant.engine.vllm import VllmEngine
 from engine_fixtures import BASE, collect, make_world
@@ -64,9 +64,10 @@ async def watched(server: Stuck, *, seconds: float, written_a_look: float) -> bo
     return found
 
 
-def test_tokens_read_and_written_are_counted() -> None:
-    assert tokens_counted(METRICS.format(written=2.5e3)) == 2512
-    assert tokens_counted('vllm:num_requests_running{engine="0"} 1.0') is None
+def test_tokens_read_and_written_and_memory_in_use_are_signs() -> None:
+    memory = 'vllm:kv_cache_usage_perc{engine="0"} 0.25'
+    assert signs_of_life(METRICS.format(written=2.5e3) + memory) == ("12.0", "2500.0", "0.25")
+    assert signs_of_life('vllm:num_requests_running{engine="0"} 1.0') == ()
 
 
 def test_one_that_owes_a_token_and_counts_none_is_stuck() -> None:
@@ -95,6 +96,54 @@ def test_one_that_counts_is_busy_however_long_the_token_takes() -> None:
 
     assert not asyncio.run(scenario())
     assert server.asked >= 1
+
+
+@pytest.mark.parametrize("answer", [httpx.ReadError("lost"), httpx.Response(401), httpx.Response(200)])
+def test_one_that_answers_or_whose_question_was_lost_owes_nothing(answer: httpx.Response | Exception) -> None:
+    asked: list[float] = []
+
+    def reply(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/metrics":
+            return httpx.Response(200, text=METRICS.format(written=1))
+        asked.append(time.monotonic())
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def scenario() -> bool:
+        beat, stuck = Heartbeat("http://engine", BASE), False
+        async with httpx.AsyncClient(transport=httpx.MockTransport(reply)) as client:
+            for _ in range(30):
+                await beat.look(client)
+                stuck = stuck or beat.stuck
+                await asyncio.sleep(0.05)
+            await beat.stop()
+        return stuck
+
+    assert not asyncio.run(scenario())
+    assert len(asked) > 2  # it is asked again
+
+
+def test_whoever_is_cancelled_while_a_question_is_given_up_is_cancelled() -> None:
+    async def slow_to_leave(_: httpx.Request) -> httpx.Response:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.3)
+        return httpx.Response(200)
+
+    async def scenario() -> None:
+        beat = Heartbeat("http://engine", BASE)
+        async with httpx.AsyncClient(transport=httpx.MockTransport(slow_to_leave)) as client:
+            beat._asking = asyncio.create_task(beat._ask(client))
+            await asyncio.sleep(0.05)
+            stopping = asyncio.create_task(beat.stop())
+            await asyncio.sleep(0.05)
+            stopping.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await stopping
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.vllm

@@ -266,6 +266,17 @@ def test_a_name_that_no_layer_has_is_refused_with_those_that_there_are(tmp_path:
         add_adapter(base, "policy", LoraSpec(targets=("q_proj", "o_proj")), seed=0)
 
 
+def test_a_layer_may_be_named_in_full_as_peft_names_it(tmp_path: Path) -> None:
+    base = load_base(str(make_phi3(tmp_path)))
+    full = "model.layers.0.self_attn.o_proj"
+    add_adapter(base, "policy", LoraSpec(rank=2, targets=(full, "mlp.down_proj")), seed=0)
+    names = {name.split(".lora_")[0] for name in adapter_parameters(base, "policy")}
+    assert len([name for name in names if name.endswith("self_attn.o_proj")]) == 1
+    assert len([name for name in names if name.endswith("mlp.down_proj")]) == len(names) - 1 > 0
+    with pytest.raises(InvalidField, match=f"it has no base_model.{full}"):
+        add_adapter(base, "second", LoraSpec(rank=2, targets=(f"base_model.{full}", "down_proj")), seed=0)
+
+
 def test_what_is_no_chat_model_is_refused_with_its_path(model: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidField, match="nowhere"):
         load_base(str(tmp_path / "nowhere"))

@@ -14,8 +14,10 @@ import pytest
 from alignment import preparation, ranked_answers, stages, together
 from alignment.config import AlignmentConfig, config_of
 from alignment.pipeline import Outcome, align
+from alignment.ppo_config import PpoConfig
 from alignment.reward_model import TrainedReward
 from alignment.run_progress import RunProgress
+from alignment.training_config import DpoConfig, deciding
 from alignment_fixtures import (
     CURT,
     KIND,
@@ -258,3 +260,10 @@ def test_ppo_takes_no_reward_model_again_that_learnt_from_something_else(
     assert outcome.status == "passed", outcome.message
     assert len(loaded) == 1
     assert steps_of(labelled, outcome, "ppo")[0] == 1
+
+
+def test_a_run_goes_on_after_a_change_of_what_only_costs_time_and_memory() -> None:
+    asked = {"batch_tokens": 64}
+    assert deciding(DpoConfig(**asked)) == deciding(DpoConfig())
+    assert deciding(PpoConfig(sample_batch_tokens=64, **asked)) == deciding(PpoConfig())
+    assert deciding(DpoConfig(beta=0.2)) != deciding(DpoConfig())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from typing import Any
 
 import pytest
@@ -190,3 +191,20 @@ def test_no_prompts_give_no_rollouts_and_sampling_can_be_interrupted(base: Base)
     assert sample(base, [], adapter="policy") == []
     with pytest.raises(Interrupted):
         sample(base, prompts(), adapter="policy", progress=StopAfter("", 0))
+
+
+def test_a_batch_is_answered_with_the_memory_of_the_one_before_it_given_back(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    read = rollouts.read_prompts
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        assert [one() for one in made] == [None] * len(made)
+        cache, hidden = read(*arguments, **named)
+        made.extend(weakref.ref(keys) for keys in cache.keys)
+        return cache, hidden
+
+    monkeypatch.setattr(rollouts, "read_prompts", watched)
+    sample(base, prompts(), adapter="policy", max_new_tokens=4, batch_tokens=64)
+    assert len(made) > 2 * base.model.config.num_hidden_layers  # several batches

@@ -1,6 +1,6 @@
 """What Kotae adds to the engine it stands before, on real vLLM: throughput, time to the first token, memory over time.
 
-Usage: python tests/benchmarks/serving.py [--people 16] [--seconds 20] [--rounds 3] [--probes 200] [--ways engine api page]
+Usage: python tests/benchmarks/serving.py [--people 16] [--seconds 20] [--rounds 3] [--probes 200] [--without-page]
            [--soak-min 30] [--shape qwen-0.5b] [--out FILE.json]
 
 The same questions go to vLLM directly and through our API, alternating in one run; people on the page press Enter through
@@ -240,7 +240,7 @@ async def measure(
         by_name = {"engine": engine, "api": api}
         for number in range(probes):  # one after the other, by turns; the first ones warm up
             for name in ("engine", "api") if number % 2 else ("api", "engine"):
-                await by_name[name].ask(texts[number], Seen() if number < 8 else alone[name])
+                await by_name[name].ask(texts[number % len(texts)], Seen() if number < 8 else alone[name])
         free = asyncio.Queue[Tab]()
         for tab in opened:
             free.put_nowait(tab)
@@ -320,9 +320,7 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=16, help="who ask at once (16)")
     parser.add_argument("--seconds", type=float, default=20, help="of each way in a round (20)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="that people take at once (all)"
-    )
+    parser.add_argument("--without-page", action="store_true", help="engine and API alone")
     parser.add_argument(
         "--probes", type=int, default=200, help="questions one by one, for what the gateway adds (200)"
     )
@@ -347,7 +345,7 @@ def main() -> None:
                     rounds=options.rounds,
                     chunk_tokens=options.chunk_tokens,
                     probes=options.probes,
-                    names=options.ways,
+                    names=["engine", "api"] if options.without_page else list(WAYS),
                     out=options.out,
                 )
             )
