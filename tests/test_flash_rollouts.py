@@ -16,8 +16,8 @@ from alignment.packed_flash import has_flash
 from alignment.packed_rollouts import read_prompts, read_tokens
 from alignment.rollouts import sample, tokens_at_once
 from learning_fixtures import randomise
-from test_packed import ADAPTERS, EXACT, MODELS, make_model, wide_base
-from test_packed_rollouts import NEXT, PROMPTS, models_own
+from test_packed import ADAPTERS, MODELS, make_model, wide_base
+from test_packed_rollouts import PROMPTS, read_as_the_model_does
 
 GPU = torch.device("cuda")
 needs_gpu = pytest.mark.skipif(not has_flash(GPU, 64), reason="needs a GPU with flash attention")
@@ -63,20 +63,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.usefixtures("stand_in")
 @pytest.mark.parametrize("adapter", ["policy", None])
 def test_prompts_and_tokens_give_the_models_own_states(base: Base, adapter: str | None) -> None:
-    rows = [list(prompt) for prompt in PROMPTS]
-    with torch.no_grad(), active(base, adapter):
-        cache, states = read_prompts(base, rows, room=len(NEXT))
-        assert isinstance(cache, FlashCache)
-        torch.testing.assert_close(states, torch.stack([models_own(base, row) for row in rows]), **EXACT)
-        for step, tokens in enumerate(NEXT):
-            if step == 2:  # the second and the longest row have ended
-                left = torch.tensor([0, 2, 4])
-                cache.batch_select_indices(left)
-                rows, tokens = [rows[row] for row in left.tolist()], tokens[left]
-            positions = torch.tensor([len(row) for row in rows])
-            rows = [[*row, token] for row, token in zip(rows, tokens.tolist(), strict=True)]
-            states = read_tokens(base, cache, tokens, positions)
-            torch.testing.assert_close(states, torch.stack([models_own(base, row) for row in rows]), **EXACT)
+    assert isinstance(read_as_the_model_does(base, adapter), FlashCache)
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8])

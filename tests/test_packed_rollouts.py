@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from alignment import rollouts
+from alignment.flash_rollouts import FlashCache
 from alignment.models import Base, active, backbone, load_base
 from alignment.packed import packs
 from alignment.packed_layers import FEW_ROWS
-from alignment.packed_rollouts import read_prompts, read_tokens
+from alignment.packed_rollouts import PackedCache, read_prompts, read_tokens
 from alignment.rollouts import sample
 from test_packed import EXACT, MODELS, make_model, wide_base
 
@@ -36,6 +37,11 @@ def models_own(base: Base, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("adapter", ["policy", "narrow", None])
 def test_prompts_and_tokens_give_the_models_own_states(base: Base, adapter: str | None) -> None:
     assert packs(base)
+    assert isinstance(read_as_the_model_does(base, adapter), PackedCache)
+
+
+def read_as_the_model_does(base: Base, adapter: str | None) -> PackedCache | FlashCache:
+    """Read prompts and tokens, hold each state to the model's own pass, and return the cache."""
     rows = [list(prompt) for prompt in PROMPTS]
     with torch.no_grad(), active(base, adapter):
         cache, states = read_prompts(base, rows, room=len(NEXT))
@@ -49,6 +55,7 @@ def test_prompts_and_tokens_give_the_models_own_states(base: Base, adapter: str 
             rows = [[*row, token] for row, token in zip(rows, tokens.tolist(), strict=True)]
             states = read_tokens(base, cache, tokens, positions)
             torch.testing.assert_close(states, torch.stack([models_own(base, row) for row in rows]), **EXACT)
+    return cache
 
 
 def test_answers_are_those_of_the_models_own_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
