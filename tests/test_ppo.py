@@ -48,7 +48,8 @@ def curve(recorder: Recorder, name: str) -> list[float]:
 # -- what it learns ------------------------------------------------------------------------------------
 
 
-def test_the_score_doubles_and_the_kl_stays_in_its_band(model: Path) -> None:
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_the_score_doubles_and_the_kl_stays_in_its_band(model: Path, seed: int) -> None:
     config = replace(
         CONFIG,
         steps=20,
@@ -58,13 +59,13 @@ def test_the_score_doubles_and_the_kl_stays_in_its_band(model: Path) -> None:
         kl_target_nats=2.0,
     )
     curves = Recorder()
-    result, _ = trained(model, config, progress=curves, seed=1)
+    result, _ = trained(model, config, progress=curves, seed=seed)
     scores, kl = curve(curves, "objective/score"), curve(curves, "objective/kl_per_response_nats")
     betas = curve(curves, "ppo/beta")
     assert result.stopped_because is None
     assert result.steps == 20
     assert len(scores) == 21  # the last batch is only looked at
-    assert np.mean(scores[-4:]) > 2 * np.mean(scores[:2])  # seeds 2 to 8: 2.3 to 3.3 times
+    assert np.mean(scores[-4:]) > 2 * np.mean(scores[:2])
     assert kl[0] == pytest.approx(0, abs=1e-6)
     assert 1 < np.mean(kl[-4:]) < 3
     assert max(kl) < 3  # half as far again as the target
