@@ -56,6 +56,17 @@ class Batch:
     """(C,) int64: tokens of each completion."""
 
     @property
+    def places(self) -> torch.Tensor:
+        """(N,) int64 into B*T: the completions' own tokens, on the CPU, in the order of `targets`."""
+        width = self.input_ids.shape[1]
+        spans = [
+            torch.arange(row * width + start, row * width + stop)
+            for row, ends in enumerate(self.bounds)
+            for start, stop in pairwise(ends)
+        ]
+        return torch.cat(spans)
+
+    @property
     def mask(self) -> torch.Tensor | None:
         """(B, 1, T, T) bool, True = may attend, for tree rows; None: causal. Padding on the right is never seen."""
         return None if self.positions is None else _tree_mask(self.segments)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 from alignment.config import AlignmentConfig, ChoiceConfig, WantedMethod
 from alignment.data_statistics import DataStatistics, RewardEvidence, reward_evidence, statistics_of
@@ -29,6 +29,7 @@ from alignment.shortfalls import (
     why_ranked_by_fit,
     why_reward_ranked,
 )
+from alignment.training_config import DpoConfig, KtoConfig
 from storage.errors import InvalidField
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "statistics_of",
 ]
 Method = Literal["dpo", "ppo", "kto"]
+Fixed = TypeVar("Fixed", DpoConfig, KtoConfig)
 LOUD_SHARE = 0.5
 """Of the weight, that of one of few raters that is worth a warning; of ten or more it is twice what one was to have."""
 LOSSES_WITH_FLIPS = ("cdpo", "robust")
@@ -104,12 +106,18 @@ def settled(config: AlignmentConfig, choice: Choice, data: DataStatistics | None
         data: None: nothing was measured.
     """
     turned = _turned_share(data) if data and data.pairs >= config.choice.min_pairs else 0.0
-    dpo = replace(
-        config.dpo,
-        flip_rate=_flip_rate(config, data),
-        ranked_flip_rate=config.dpo.ranked_flip_rate or turned,
-    )
-    kto, ppo = replace(config.kto, ranked_flip_rate=config.kto.ranked_flip_rate or turned), config.ppo
+    pull = data.fit_pull if data else 0.0
+
+    def told(part: Fixed) -> Fixed:
+        """Tell the fit that ranks answers what was measured, where nobody set it."""
+        return replace(
+            part,
+            ranked_flip_rate=part.ranked_flip_rate or turned,
+            ranked_pull=part.ranked_pull or pull,
+        )
+
+    dpo = replace(told(config.dpo), flip_rate=_flip_rate(config, data))
+    kto, ppo = told(config.kto), config.ppo
     if dpo.pairs_from == "auto" and not choice.ranked_because:
         dpo = replace(dpo, pairs_from="labels")
     if choice.corrections_only:

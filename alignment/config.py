@@ -258,6 +258,7 @@ SHARED_LIMITS: dict[str, tuple[float, float]] = {
     "flip_rate": (0, 0.45),
     "ranked_answers": (2, 64),
     "ranked_flip_rate": (0, 0.45),
+    "ranked_pull": (0, 1000),
     "ranked_temperature": (0.05, 5),
     "ranked_prompts": (2, 1_000_000),
     "displacement_window": (1, 1000),

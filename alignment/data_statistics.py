@@ -56,6 +56,8 @@ class DataStatistics:
     """Share of the thumbs that it gives as people did, mean of those up and those down; None unless there are both."""
     turned_thumb_share: Estimate | None = None
     """Share of the thumbs turned round, as it tells; None without thumbs."""
+    fit_pull: float = 0.0
+    """How strongly such a fit is pulled to zero (`linear_fit.PULLS`), as the labels choose; 0 when not measured."""
     repeats_alike: Estimate | None = None
     """How often people said the same when they judged something again; None when nobody did."""
 
@@ -129,6 +131,7 @@ def statistics_of(
         fit_accuracy=notes.get("fit_accuracy"),
         thumb_fit_accuracy=notes.get("thumb_fit_accuracy"),
         turned_thumb_share=notes.get("turned_thumb_share"),
+        fit_pull=notes.get("fit_pull", 0.0),
         repeats_alike=notes.get("repeats_alike"),
     )
 

@@ -2,8 +2,9 @@
 
 The served policy answers each question several times, and its best answer is put against its worst, as in RSO (arXiv
 2309.06657) and in iterative DPO (arXiv 2405.07863). These are farther apart than two answers that people happened to see,
-and every question gives some, also one that nobody labelled. What ranks them is a fit to all labels, one linear head on the
-base's states. Where it is good, what it ranks wins as much or more than the labels and loses fewer right answers.
+and every question gives some, also one that nobody labelled. What ranks them is a fit to all labels (`linear_fit`), one
+head on what the base makes of an answer. Where it is good, what it ranks wins as much or more than the labels and loses
+fewer right answers.
 
 It is for noisy labels too: one that is wrong teaches its opposite, and a training that repeats the labels learns it by
 heart and spends its KL on that. A linear head cannot: it is more often right about the labelled pairs than such labels are.
@@ -25,12 +26,12 @@ from types import MappingProxyType
 
 from alignment.batching import make_tree
 from alignment.distributed import ALONE, Crew
+from alignment.linear_fit import answer_features, fitted_head
 from alignment.models import Base, remove_adapter
 from alignment.preferences import Pair, Preferences, Thumb
 from alignment.progress import Progress
 from alignment.reward_items import make_items
 from alignment.reward_model import train_reward_model
-from alignment.reward_training import fitted_head, last_states
 from alignment.rollouts import Rollout, sample
 from alignment.training_config import DpoConfig, FixedAnswersConfig, KtoConfig, RewardConfig
 from alignment.training_data import longest_answer, prompts_in
@@ -93,6 +94,7 @@ def pairs_to_learn(
             asked,
             reward,
             flip_rate=config.ranked_flip_rate,
+            pull=config.ranked_pull,
             seed=seed,
             progress=progress,
             crew=crew,
@@ -135,7 +137,8 @@ def thumbs_to_learn(
     if told := _too_few(asked, config, "kto.thumbs_from", wanted=wanted, least=least):
         return labels.thumbs, told
     by_fit = config.ranked_by == "fit"
-    scored = partial(_fit_scores, flip_rate=config.ranked_flip_rate) if by_fit else _reward_scores
+    by_labels = partial(_fit_scores, flip_rate=config.ranked_flip_rate, pull=config.ranked_pull)
+    scored = by_labels if by_fit else _reward_scores
     scores = scored(base, labels, asked, reward, seed=seed, progress=progress, crew=crew)
     found = [
         Thumb(
@@ -272,11 +275,12 @@ def _fit_scores(
     reward: RewardConfig,
     *,
     flip_rate: float,
+    pull: float,
     seed: int,
     progress: Progress,
     crew: Crew,
 ) -> list[list[float]]:
-    """Return the answers' scores by one head, fitted to every label on the base's own states."""
+    """Return the answers' scores by one head, fitted to every label on what the bare base makes of an answer."""
     one = replace(reward, members=1)
     pairs = [pair for pair in labels.pairs if pair.source != "ratings"]  # their thumbs are here themselves
     items = make_items(base, pairs, list(labels.thumbs), one, seed=seed, flip_rate=flip_rate)
@@ -285,12 +289,12 @@ def _fit_scores(
         for prompt, given in zip(asked.questions, asked.answers, strict=True)
         if given
     ]
-    states = last_states(
-        base, None, [*items.trees, *trees], batch_tokens=reward.batch_tokens, progress=progress, crew=crew
+    features = answer_features(
+        base, [*items.trees, *trees], batch_tokens=reward.batch_tokens, progress=progress, crew=crew
     )
     labelled = sum(len(tree.completions) for tree in items.trees)
-    head = fitted_head(base, states[:labelled], items, one)["heads"][0]
-    return _by_question((states[labelled:] @ head).tolist(), asked)
+    head = fitted_head(base, features[:labelled], items, one, pull=pull)["heads"][0]
+    return _by_question((features[labelled:] @ head).tolist(), asked)
 
 
 def _reward_scores(

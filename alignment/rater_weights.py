@@ -141,6 +141,8 @@ class Calibration:
     """On the log-odds, so that they are neither too sure nor too soft."""
     turned: Estimate
     """Share of the labels that were turned round, with its 95% profile-likelihood interval."""
+    fits: float
+    """Log-likelihood of the labels at the likeliest share and factor, in nats: of two models the better one has more."""
 
 
 def calibration(leads: Floats) -> Calibration:
@@ -153,14 +155,14 @@ def calibration(leads: Floats) -> Calibration:
         leads: log-odds of each label by a model that did not see it.
     """
     if not len(leads):
-        return Calibration(1.0, Estimate(value=0.0, low=0.0, high=float(FLIP_RATES[-1]), n=0))
+        return Calibration(1.0, Estimate(value=0.0, low=0.0, high=float(FLIP_RATES[-1]), n=0), 0.0)
     chance = sigmoid(leads[None, :] / TEMPERATURES[:, None])  # (T, N)
     fits = np.stack([np.log(e + (1 - 2 * e) * chance).sum(axis=1) for e in FLIP_RATES])  # (E, T)
     best = fits.max(axis=1)
     likely = np.flatnonzero(best >= best.max() - PROFILE_95)
     least, most, value = (float(FLIP_RATES[at]) for at in (likely[0], likely[-1], best.argmax()))
     factor = 1.0 / float(TEMPERATURES[int(fits[likely[0]].argmax())])
-    return Calibration(factor, Estimate(value=value, low=least, high=most, n=len(leads)))
+    return Calibration(factor, Estimate(value=value, low=least, high=most, n=len(leads)), float(best.max()))
 
 
 def _table(votes: Sequence[Vote]) -> _Votes:

@@ -105,7 +105,10 @@ def _ranked_for_ppo(config: AlignmentConfig) -> list[float]:
     dpo = config.dpo
     if config.ppo.reward_from == "labels":
         return []
-    return [dpo.ranked_answers, dpo.ranked_temperature, dpo.ranked_prompts, dpo.ranked_flip_rate]
+    return [
+        *(dpo.ranked_answers, dpo.ranked_temperature, dpo.ranked_prompts),
+        *(dpo.ranked_flip_rate, dpo.ranked_pull),
+    ]
 
 
 def _named(labels: Preferences) -> list[Json]:

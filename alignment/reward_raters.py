@@ -1,8 +1,8 @@
 """What quick fits to some of the labels say about the others: how right each rater is, and how new raters are predicted.
 
-Only the convex fit of one head to the base's own states is repeated, which costs seconds; the adapter, which would have
-to be trained anew for each group, is absent. So read a figure beside that of the same fit with everybody in it.
-Letters: C answers, D hidden size, P pairs.
+Only the convex fit of one head is repeated (`linear_fit`), which costs seconds; the adapter, which would have to be trained
+anew for each group, is absent. So read a figure beside that of the same fit with everybody in it.
+Letters: C answers, F features, P pairs.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,13 +19,13 @@ from numpy.typing import NDArray
 
 from alignment.batching import Tree, make_tree
 from alignment.intervals import Estimate, Floats, mean_of
+from alignment.linear_fit import PULLS, answer_features, fitted_head
 from alignment.models import Base
 from alignment.preferences import Pair, Preferences, Thumb, weighted
 from alignment.progress import Progress, stop_if_asked
 from alignment.rater_weights import FEWEST_RATERS, Calibration, calibration, sigmoid
 from alignment.reward_items import make_items
 from alignment.reward_metrics import new_rater_metrics, share_right
-from alignment.reward_training import fitted_head, last_states
 from alignment.training_config import RewardConfig
 
 PROMPT_FOLDS, RATER_FOLDS = 3, 5
@@ -44,38 +45,50 @@ def weighed_by_others(
     People hardly ever judge the same answers; the fit carries what the others said to the answers that one alone judged.
     With fewer than three raters there are no others to ask, and nobody's weight comes from a fit. The notes say how often
     a fit is right about pairs and thumbs of prompts that it did not see (`fit_accuracy`, `thumb_fit_accuracy`) and how many
-    are turned (`turned_share`, `turned_thumb_share`).
+    are turned (`turned_share`, `turned_thumb_share`), and how strongly the fit was pulled to zero (`fit_pull`): as strongly
+    as it tells most about labels that it did not see.
 
     Raises:
         Interrupted: `progress` asked to stop.
     """
     found = weighted(labels)
     pairs = [pair for pair in labels.pairs if pair.source != "ratings"]  # their thumbs are here themselves
-    states = last_states(
-        base, None, _trees(pairs, labels.thumbs), batch_tokens=config.batch_tokens, progress=progress
+    features = answer_features(
+        base, _trees(pairs, labels.thumbs), batch_tokens=config.batch_tokens, progress=progress
     )
     fits = _Fits(
         base=base,
         pairs=pairs,
         thumbs=labels.thumbs,
-        states=states,
+        features=features,
         config=config,
         seed=seed,
         progress=progress,
     )
     enough = len(found.notes["rater_weights"]) >= FEWEST_RATERS
+    pulls: Sequence[float] = PULLS
     for _ in range(ROUNDS if enough else 1):
         weights = {label.id: label.weight for label in found.labels}
-        leads, about_fit = _out_of_fold_leads(fits, sorted(found.notes["rater_weights"]), weights)
-        found = weighted(labels, leads if enough else None)
-    return replace(found, notes={**found.notes, **about_fit})
+        everybody = sorted(found.notes["rater_weights"])
+        tried = [_out_of_fold_leads(replace(fits, pull=pull), everybody, weights) for pull in pulls]
+        best = max(tried, key=lambda one: one.fits)  # the first of equals
+        pulls = [best.notes["fit_pull"]]
+        found = weighted(labels, best.leads if enough else None)
+    return replace(found, notes={**found.notes, **best.notes})
 
 
-def _out_of_fold_leads(
-    fits: _Fits, everybody: Sequence[str], weights: Mapping[str, float]
-) -> tuple[dict[str, float], dict[str, Estimate]]:
-    """Return by id the log-odds that a label is right, from a fit to others' labels of other prompts, calibrated; and
-    the notes on the fit.
+class _Leads(NamedTuple):
+    """What fits say about labels that they did not see."""
+
+    leads: dict[str, float]
+    """By id the log-odds that a label is right."""
+    notes: dict[str, Any]
+    fits: float
+    """Log-likelihood of the labels."""
+
+
+def _out_of_fold_leads(fits: _Fits, everybody: Sequence[str], weights: Mapping[str, float]) -> _Leads:
+    """Return what fits to others' labels of other prompts say, calibrated, and the notes on them.
 
     A thumb is compared with its rater's own leniency (`_Fits.leads`): somebody who likes nearly everything is not wrong each
     time, nor right for it.
@@ -117,7 +130,8 @@ def _out_of_fold_leads(
         found.append(calibration(np.array(known)))
         leads[part] *= found[-1].factor
     by_id = {label.id: float(lead) for label, lead in zip(labels, leads, strict=True)}
-    return by_id, _about_fit(fits, by_id, weights, found)
+    notes = {**_about_fit(fits, by_id, weights, found), "fit_pull": fits.pull}
+    return _Leads(by_id, notes, sum(one.fits for one in found))
 
 
 def _about_fit(
@@ -174,12 +188,18 @@ def left_out_rater_metrics(
     if not folds:
         return {}
     trees = _trees(pairs, thumbs) + _trees(held_out, [])
-    states = last_states(base, None, trees, batch_tokens=config.batch_tokens, progress=progress)
-    asked = states[-2 * len(held_out) :]
-    apart = asked[0::2] - asked[1::2]  # (P, D)
+    features = answer_features(base, trees, batch_tokens=config.batch_tokens, progress=progress)
+    asked = features[-2 * len(held_out) :]
+    apart = asked[0::2] - asked[1::2]  # (P, F)
 
     fits = _Fits(
-        base=base, pairs=pairs, thumbs=thumbs, states=states, config=config, seed=seed, progress=progress
+        base=base,
+        pairs=pairs,
+        thumbs=thumbs,
+        features=features,
+        config=config,
+        seed=seed,
+        progress=progress,
     )
     raters = [pair.rater for pair in pairs] + [thumb.rater for thumb in thumbs]
     everybody = fits.fit(range(len(raters)))
@@ -202,16 +222,17 @@ class _Fits:
     base: Base
     pairs: Sequence[Pair]
     thumbs: Sequence[Thumb]
-    states: torch.Tensor
-    """(C, D) of the pairs' answers, then of the thumbs'; more may follow."""
+    features: torch.Tensor
+    """(C, F) of the pairs' answers, then of the thumbs'; more may follow."""
     config: RewardConfig
     seed: int
     progress: Progress
+    pull: float = PULLS[0]
 
     def fit(
         self, numbers: Sequence[int], weights: Mapping[str, float] | None = None
     ) -> tuple[torch.Tensor, float] | None:
-        """Return a fit to the labels `numbers`, with other `weights` than their own if given: the head (D,) and the
+        """Return a fit to the labels `numbers`, with other `weights` than their own if given: the head (F,) and the
         slope that makes log-odds of a thumb's score; None when there are no labels."""
         stop_if_asked(self.progress, "the reward model")
         if not numbers:
@@ -221,7 +242,7 @@ class _Fits:
             pairs = [replace(pair, weight=weights[pair.id]) for pair in pairs]
             thumbs = [replace(thumb, weight=weights[thumb.id]) for thumb in thumbs]
         items = make_items(self.base, pairs, thumbs, replace(self.config, members=1), seed=self.seed)
-        own = fitted_head(self.base, self.states[self._rows(numbers)], items, self.config)
+        own = fitted_head(self.base, self.features[self._rows(numbers)], items, self.config, pull=self.pull)
         return own["heads"][0], float(F.softplus(own["slopes"][0]))
 
     def leads(
@@ -240,8 +261,8 @@ class _Fits:
         count = len(self.pairs)
         pairs = [number for number in numbers if number < count]
         asked = [number - count for number in numbers if number >= count]
-        compared = _floats(self.states[self._rows(pairs)] @ head)
-        scores = slope * _floats(self.states[2 * count : 2 * count + len(self.thumbs)] @ head)
+        compared = _floats(self.features[self._rows(pairs)] @ head)
+        scores = slope * _floats(self.features[2 * count : 2 * count + len(self.thumbs)] @ head)
         ups = np.array([thumb.up for thumb in self.thumbs], dtype=bool)
         pull = 2 * self.config.rater_bias_penalty  # the slope of b^2 in the fit of the raters' biases
 

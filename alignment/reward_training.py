@@ -8,12 +8,11 @@ Letters: C answers, D hidden size, M members, I items.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 
 import torch
 
-from alignment.batching import Tree, collate, micro_batches
+from alignment.batching import Batch, Tree, collate, micro_batches
 from alignment.distributed import ALONE, Crew
 from alignment.logprobs import shares, states_at
 from alignment.models import Base, active, adapter_parameters
@@ -74,11 +73,33 @@ def last_states(
     crew: Crew = ALONE,
 ) -> torch.Tensor:
     """Return (C, D) float32 hidden states of each answer's last token, tree by tree."""
+
+    def last(base: Base, batch: Batch) -> torch.Tensor:
+        return states_at(base, batch, batch.lasts).float()
+
+    return of_answers(
+        base, name, trees, last, parts=1, batch_tokens=batch_tokens, progress=progress, crew=crew
+    )
+
+
+def of_answers(
+    base: Base,
+    name: str | None,
+    trees: Sequence[Tree],
+    read: Callable[[Base, Batch], torch.Tensor],
+    *,
+    parts: int,
+    batch_tokens: int,
+    progress: Progress,
+    crew: Crew,
+) -> torch.Tensor:
+    """Return (C, parts * D) float32 what `read` makes of each answer in a micro-batch, tree by tree."""
     share = shares(base, trees)
     starts = [0]
     for tree in trees:
         starts.append(starts[-1] + len(tree.completions))
-    result = torch.zeros(starts[-1], int(base.model.config.hidden_size), device=base.device)
+    width = parts * int(base.model.config.hidden_size)
+    result = torch.zeros(starts[-1], width, device=base.device)
     plans = micro_batches(trees, budget_tokens=base.budget(batch_tokens), share=share)
     watch = crew.begin(progress, "scoring answers")
     with active(base, name), torch.no_grad():
@@ -86,8 +107,8 @@ def last_states(
             stop_if_asked(watch, "scoring answers")
             batch = collate([trees[i] for i in plan], share=share, pad_id=base.pad_id, device=base.device)
             owners = [number for i in plan for number in range(starts[i], starts[i + 1])]
-            result[owners] = states_at(base, batch, batch.lasts).float()
-    crew.sum(result)  # exact: every state is one process's, and zero in the others
+            result[owners] = read(base, batch)
+    crew.sum(result)  # exact: every row is one process's, and zero in the others
     return result
 
 
@@ -173,19 +194,6 @@ def train_member_heads(
             optimiser.step()
             progress.step(step + 1, f"loss {loss:.3f}", **{"reward/loss": loss, "reward/gradient_norm": norm})
     return own["heads"].detach(), None
-
-
-def fitted_head(
-    base: Base, states: torch.Tensor, items: Items, config: RewardConfig
-) -> dict[str, torch.Tensor]:
-    """Return one head fitted to the items' `states` (C, D) alone, with its slope and biases: `fit_heads`, no ensemble.
-
-    It is pulled to zero, as a member's random start would be nothing but an error here.
-    """
-    one = replace(config, members=1)
-    own = new_parameters(base, items, one, seed=0)
-    fit_heads(states, own, items, one)
-    return {name: value.detach() for name, value in own.items()}
 
 
 def add_gradients(

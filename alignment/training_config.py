@@ -43,7 +43,7 @@ class RewardConfig:
     head_penalty: float = 0.3
     """Weight of the squared distance from the random start in the fit of the heads, in units of the
     features' standard deviations and of the mean loss. A fit of one head alone, which weighs raters and ranks answers, is
-    pulled to zero."""
+    pulled to zero, by `ranked_pull`."""
     epochs: int = 2
     """Of the adapter's training after the fit; 0 leaves the heads on the base's own states."""
     batch_pairs: int = 32
@@ -120,6 +120,9 @@ class FixedAnswersConfig(BaseBudget):
     """Share of the labelled pairs that the fit which ranks them takes to be turned round, at most 0.45. 0: as a fit to the
     other labels tells, from `choice.min_pairs` pairs on, as it cannot tell of few. It is asked of pairs only: of thumbs it
     ranks better under one taste and worse under two (docs/robustness.md)."""
+    ranked_pull: float = 0.0
+    """Weight of the squared size of that fit's head, in units of the features' standard deviations and of the mean loss.
+    0: the one of 0.3, 1 and 3 by which fits tell most about labels that they did not see (docs/robustness.md)."""
     nll_weight: float = 1.0
     """Weight of -log pi(preferred) / |y| (arXiv 2404.19733: 1); the displacement watch may raise it. Without it the starter
     gave a right answer 13 points less often at temperature 0.7, with it 5 (DPO, made-up taste "hurried")."""
@@ -189,8 +192,8 @@ class KtoConfig(FixedAnswersConfig):
     """labels: the thumbs that people gave. ranked: one up for the best and one down for the worst of the served policy's own
     answers to a question (`alignment.ranked_answers`). auto: ranked where enough answers differ."""
     ranked_by: RankedBy = "auto"
-    """fit: one linear head on the base's states. reward_model: one that is trained for it, adapter and all. auto: the fit
-    where it is good (choice.fit_accuracy_low_min)."""
+    """fit: one linear head on what the base makes of an answer. reward_model: one that is trained for it, adapter and all.
+    auto: the fit where it is good (choice.fit_accuracy_low_min)."""
     batch_thumbs: int = 16
     """Thumbs an optimiser step, at least 2: z0 needs answers to other prompts (arXiv 2402.01306 uses 32)."""
 

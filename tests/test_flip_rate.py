@@ -15,10 +15,10 @@ import torch
 from alignment.choose import Choice, DataStatistics, flip_rate_says, settled
 from alignment.config import config_of
 from alignment.intervals import Estimate, wilson
+from alignment.linear_fit import fitted_head
 from alignment.models import load_base
 from alignment.pipeline import align, run_folder
 from alignment.reward_items import make_items
-from alignment.reward_training import fitted_head
 from alignment.training_config import RewardConfig
 from alignment_fixtures import OPEN_GATE, PAIRS, SMALL, Filled, add_comparisons
 from learning_fixtures import make_pairs
@@ -72,7 +72,7 @@ def test_the_fit_that_ranks_answers_takes_as_many_pairs_for_turned_as_other_labe
 
 def test_a_fit_that_knows_the_share_of_turned_pairs_follows_them_less(tmp_path: Path) -> None:
     """A linear taste over 1,000 pairs, three in ten of them turned round, and a weak pull; ten times."""
-    base, config = load_base(str(make_tiny_model(tmp_path))), RewardConfig(members=1, head_penalty=0.03)
+    base, config = load_base(str(make_tiny_model(tmp_path))), RewardConfig(members=1)
     pairs = [replace(pair, margin=0.0, weight=1.0) for pair in make_pairs(1000)]
     items = {rate: make_items(base, pairs, [], config, seed=0, flip_rate=rate) for rate in (0.0, 0.3)}
     generator, rows, likeness = torch.Generator().manual_seed(0), torch.arange(1000), []
@@ -81,7 +81,7 @@ def test_a_fit_that_knows_the_share_of_turned_pairs_follows_them_less(tmp_path: 
         states = torch.randn(1000, 2, 64, generator=generator)
         liked = (states @ taste).argmax(dim=1) ^ (torch.rand(1000, generator=generator) < 0.3).long()
         given = torch.stack([states[rows, liked], states[rows, 1 - liked]], dim=1).flatten(0, 1)
-        heads = [fitted_head(base, given, items[rate], config)["heads"][0] for rate in (0.0, 0.3)]
+        heads = [fitted_head(base, given, items[rate], config, pull=0.03)["heads"][0] for rate in (0.0, 0.3)]
         likeness.append([float(torch.cosine_similarity(head, taste, dim=0)) for head in heads])
     plain, told = (np.array(column) for column in zip(*likeness, strict=True))
     gains = told - plain

@@ -55,7 +55,7 @@ def notes_of(
             )
         )
     monkeypatch.setattr(
-        reward_raters, "last_states", lambda *_, **__: torch.tensor(states, dtype=torch.float32)
+        reward_raters, "answer_features", lambda *_, **__: torch.tensor(states, dtype=torch.float32)
     )
     labels = Preferences(pairs=(), thumbs=tuple(thumbs))
     return weighed_by_others(base, labels, RewardConfig(), seed=1, progress=Silent()).notes

@@ -15,13 +15,13 @@ import torch
 
 from alignment import ranked_answers
 from alignment.batching import make_tree
+from alignment.linear_fit import answer_features, fitted_head
 from alignment.models import Base, add_policy, load_base, prompt_ids
 from alignment.preferences import Pair, Preferences
 from alignment.progress import Interrupted, Silent
 from alignment.ranked_answers import pairs_to_learn, thumbs_to_learn
 from alignment.reward_items import Items, make_items
 from alignment.reward_model import train_reward_model
-from alignment.reward_training import fitted_head, last_states
 from alignment.rollouts import sample
 from alignment.starter.customers import questions
 from alignment.training_config import DpoConfig, KtoConfig, LoraSpec, RewardConfig
@@ -73,7 +73,7 @@ def test_each_pair_is_the_best_against_the_worst_of_the_reference_by_the_fit(bas
     one = replace(REWARD, members=1)
     items = make_items(base, list(given.pairs), list(given.thumbs), one, seed=3)
     trees = [*items.trees, *(make_tree(p.prompt_ids, (p.chosen_ids, p.rejected_ids)) for p in made)]
-    states = last_states(base, None, trees, batch_tokens=0, progress=Silent())
+    states = answer_features(base, trees, batch_tokens=0, progress=Silent())
     start = sum(len(tree.completions) for tree in items.trees)
     scores = states[start:] @ fitted_head(base, states[:start], items, one)["heads"][0]
     gaps = (scores[0::2] - scores[1::2]).tolist()
@@ -82,23 +82,23 @@ def test_each_pair_is_the_best_against_the_worst_of_the_reference_by_the_fit(bas
         assert pair.weight / next_pair.weight == pytest.approx(gap / other, rel=1e-4)
 
 
-def test_the_fit_that_ranks_takes_the_share_of_the_pairs_for_turned_that_it_is_told(
+def test_the_fit_that_ranks_takes_the_share_of_turned_pairs_and_the_pull_that_it_is_told(
     base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates: list[float] = []
+    used: list[tuple[float, float]] = []
 
     def spied(
-        base: Base, states: torch.Tensor, items: Items, config: RewardConfig
+        base: Base, features: torch.Tensor, items: Items, config: RewardConfig, *, pull: float
     ) -> dict[str, torch.Tensor]:
-        rates.append(items.flip_rate)
-        return fitted_head(base, states, items, config)
+        used.append((items.flip_rate, pull))
+        return fitted_head(base, features, items, config, pull=pull)
 
     monkeypatch.setattr(ranked_answers, "fitted_head", spied)
-    _, told = learnt(base, labels(), pairs_from="ranked", ranked_flip_rate=0.3)
+    _, told = learnt(base, labels(), pairs_from="ranked", ranked_flip_rate=0.3, ranked_pull=3.0)
     assert "by a fit to all labels, which takes 30% of the pairs for turned round." in told
     _, told = learnt(base, labels(), pairs_from="ranked")
     assert "by a fit to all labels." in told
-    assert rates == [0.3, 0.0]
+    assert used == [(0.3, 3.0), (0.0, 0.0)]
 
 
 def test_the_same_seed_makes_the_same_pairs_and_another_seed_others(base: Base) -> None:

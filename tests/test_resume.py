@@ -179,7 +179,7 @@ def test_training_goes_on_although_the_reward_model_is_not_made_again_to_the_bit
     monkeypatch.setattr(
         ranked_answers,
         "fitted_head",
-        lambda *args: {name: value * (1 + 1e-6) for name, value in fit(*args).items()},
+        lambda *args, **options: {name: value * (1 + 1e-6) for name, value in fit(*args, **options).items()},
     )
     resumed = align(labelled.store, config(method))
     assert resumed.status == "passed", resumed.message

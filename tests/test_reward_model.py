@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from alignment import reward_training
+from alignment.linear_fit import fitted_head
 from alignment.models import Base, LoraSpec, active, adapter_parameters, add_adapter, load_base
 from alignment.preferences import Pair, Preferences, Thumb
 from alignment.progress import Interrupted, Silent
@@ -21,7 +22,6 @@ from alignment.reward_raters import rater_folds
 from alignment.reward_training import (
     add_gradients,
     fit_heads,
-    fitted_head,
     last_states,
     new_parameters,
     random_heads,

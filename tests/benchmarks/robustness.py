@@ -42,12 +42,12 @@ from alignment.config import AlignmentConfig
 from alignment.dpo import train_dpo
 from alignment.intervals import Estimate, mean_with_error
 from alignment.kto import train_kto
+from alignment.linear_fit import answer_features, fitted_head
 from alignment.models import Base, add_policy, load_base
 from alignment.preferences import Pair, Preferences, Thumb
 from alignment.progress import Silent
 from alignment.reward_items import make_items
 from alignment.reward_raters import weighed_by_others
-from alignment.reward_training import fitted_head, last_states
 from alignment.rollouts import sample
 from alignment.starter.customers import questions
 from alignment.training_config import RewardConfig
@@ -180,7 +180,7 @@ class Study:
             better = {pair.id: pair.chosen_ids for pair in self.labels.pairs}
             pairs = [pair for pair in weighed.pairs if not pair.tie]
             right = [pair.chosen_ids == better[pair.id] for pair in pairs]
-            leads = _leads_of_fit(base, weighed, pairs, reward, seed=seed, flip_rate=turned.value)
+            leads = _leads_of_fit(base, weighed, pairs, reward, seed=seed)
             by_fit = [(lead > 0) is one for lead, one in zip(leads, right, strict=True)]
             ranked = f"{sum(by_fit) / len(by_fit):.0%}"
         return (
@@ -198,15 +198,15 @@ def _leads_of_fit(
     reward: RewardConfig,
     *,
     seed: int,
-    flip_rate: float,
 ) -> list[float]:
     """Return by how much the fit to all labels, that which ranks answers, scores each pair's chosen answer higher."""
     one = replace(reward, members=1)
+    flip_rate = labels.notes["turned_share"].value
     items = make_items(base, list(labels.pairs), [], one, seed=seed, flip_rate=flip_rate)
     trees = [make_tree(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
-    states = last_states(base, None, [*items.trees, *trees], batch_tokens=0, progress=Silent())
-    labelled = 2 * len(labels.pairs)
-    scores = states[labelled:] @ fitted_head(base, states[:labelled], items, one)["heads"][0]
+    features = answer_features(base, [*items.trees, *trees], batch_tokens=0, progress=Silent())
+    labelled, pull = 2 * len(labels.pairs), labels.notes["fit_pull"]
+    scores = features[labelled:] @ fitted_head(base, features[:labelled], items, one, pull=pull)["heads"][0]
     leads: list[float] = (scores[0::2] - scores[1::2]).tolist()
     return leads
 
