@@ -12,6 +12,8 @@ from alignment.data_statistics import DataStatistics, RewardEvidence
 from alignment.intervals import Estimate
 from alignment.rater_weights import RATERS_FOR_CAP, RaterShare
 
+BY_CHANCE = 0.5
+"""What a fit that knows nothing is right about."""
 ROUNDING = 1e-6
 
 
@@ -187,7 +189,7 @@ def too_noisy(data: DataStatistics, config: ChoiceConfig) -> str:
     """Return what says that many labels are turned round, else ""."""
     if corrections_only(data, config):
         return ""
-    if turned := _turned(data.turned_share, "pairs", config):
+    if turned := _turned(data.turned_share, data.fit_accuracy, "pairs", config):
         return turned
     if data.flip_rate >= config.noisy_flip_rate_min:
         return f"People choose alike so seldom that {data.flip_rate:.0%} of their choices must be wrong."
@@ -196,13 +198,24 @@ def too_noisy(data: DataStatistics, config: ChoiceConfig) -> str:
 
 def too_noisy_thumbs(data: DataStatistics, config: ChoiceConfig) -> str:
     """Return what says that many thumbs are turned round, else ""."""
-    return _turned(data.turned_thumb_share, "thumbs", config)
+    return _turned(data.turned_thumb_share, data.thumb_fit_accuracy, "thumbs", config)
 
 
-def _turned(share: Estimate | None, what: str, config: ChoiceConfig) -> str:
-    """Return what says that many labels of a kind contradict where the fit is surest, else ""."""
-    if not share or share.high < config.turned_share_high_min or share.value < config.turned_share_min:
+def _turned(share: Estimate | None, fit: Estimate | None, what: str, config: ChoiceConfig) -> str:
+    """Return what says that many labels of a kind contradict where the fit is surest, else "".
+
+    A fit that is right no more often than a coin rules out nothing; one that is may see nothing but turned labels or
+    a taste that is hard to see, and to take the first for the second costs more.
+    """
+    if not share or share.high < config.turned_share_high_min:
         return ""
+    if share.value < config.turned_share_min:
+        if not fit or not BY_CHANCE < fit.low < config.fit_accuracy_low_min:
+            return ""
+        return (
+            f"A fit to the other labels is right about no more than {fit.value:.0%} of the {what}, and up to "
+            f"{share.high:.0%} of them may be turned round."
+        )
     return (
         f"As a fit to the other labels tells, {share.value:.0%} of the {what} are turned round ({share.low:.0%} to "
         f"{share.high:.0%})."

@@ -12,6 +12,7 @@ from alignment.choose import Choice, DataStatistics, Method, RewardEvidence, cho
 from alignment.config import ChoiceConfig
 from alignment.intervals import Estimate, wilson
 from alignment.rater_weights import RaterShare
+from alignment.shortfalls import too_noisy_thumbs
 from storage.errors import InvalidField
 
 RULES = ChoiceConfig()
@@ -137,7 +138,7 @@ def test_people_who_seldom_choose_alike_make_noisy_labels() -> None:
     ("likeliest", "high", "noisy"),
     [
         (0.3, 0.4, True),
-        (0.12, 0.2, False),  # one malicious rater of ten
+        (0.12, 0.19, False),  # one malicious rater of ten
         (0.0, 0.02, False),
         (0.0, 0.45, False),  # a fit that knows nothing
     ],
@@ -189,6 +190,27 @@ def test_turned_thumbs_are_ranked_by_a_fit_too() -> None:
     assert choice.ranked_because in choice.warnings
     right = replace(noisy, turned_thumb_share=Estimate(value=0.0, low=0.0, high=0.06, n=600))
     assert not choose_method(right, RULES, wanted="kto", available=ALL).ranked_because
+
+
+@pytest.mark.parametrize(
+    ("right", "high", "noisy"),
+    [
+        (390, 0.24, True),  # right about 65%: a hard taste, or turned labels
+        (390, 0.15, False),
+        (300, 0.45, False),  # a coin
+        (560, 0.24, False),  # right about 93%: few are turned, whatever the interval says
+    ],
+)
+def test_labels_that_may_be_turned_count_as_turned_where_the_fit_knows_something(
+    right: int, high: float, noisy: bool
+) -> None:
+    turned = Estimate(value=0.0, low=0.0, high=high, n=600)
+    found = too_noisy_thumbs(
+        replace(THUMBS, thumb_fit_accuracy=wilson(right, 600), turned_thumb_share=turned), RULES
+    )
+    assert bool(found) is noisy
+    if noisy:
+        assert "right about no more than 65% of the thumbs, and up to 24% of them may be turned" in found
 
 
 def test_noise_is_what_is_told_where_a_fit_is_good_too() -> None:
