@@ -194,8 +194,8 @@ class KtoConfig(FixedAnswersConfig):
     ranked_by: RankedBy = "auto"
     """fit: one linear head on what the base makes of an answer. reward_model: one that is trained for it, adapter and all.
     auto: the fit where it is good (choice.fit_accuracy_low_min)."""
-    batch_thumbs: int = 16
-    """Thumbs an optimiser step, at least 2: z0 needs answers to other prompts (arXiv 2402.01306 uses 32)."""
+    batch_thumbs: int = 32
+    """Thumbs an optimiser step (arXiv 2402.01306: 32), at least 2: z0 needs answers to other prompts."""
 
 
 def deciding(config: Any) -> dict[str, Any]:
