@@ -65,11 +65,11 @@ class ChoiceConfig:
     """Rate of wrong choices, as people's agreement tells it, from which DPO learns from ranked answers (rule 2)."""
     turned_share_high_min: float = 0.2
     """The same for the share of pairs that are turned round, as a fit to the other labels tells, and for thumbs: the upper
-    end of its 95% interval; KTO then learns from what the fit ranks. Under five tastes at most 0.08 for right
+    end of its 95% interval; KTO then learns from what the fit ranks. Under five tastes at most 0.07 for right
     labels, and 0.24 or more with 30% turned (docs/robustness.md)."""
     turned_share_min: float = 0.05
-    """And the likeliest share must be this much, or the fit right more often than a coin: one that knows nothing rules out
-    nothing, and ranks no answers."""
+    """And the likeliest share must be this much: a fit that knows nothing rules out nothing, and ranks no answers. For what
+    ranks KTO's answers it is enough that the fit is right more often than a coin, from `min_thumbs` on."""
     fit_accuracy_low_min: float = 0.8
     """DPO learns from ranked answers also where such a fit ranks this share of the pairs as people did, and KTO from answers
     that the fit ranks where it gives this share of the thumbs as people did, up and down counting alike: the lower end of

@@ -50,10 +50,8 @@ def answer_features(
 
 
 def _features(base: Base, batch: Batch) -> torch.Tensor:
-    places = batch.places
-    states = states_at(base, batch, places).float()  # (N, D)
-    embeddings = base.model.get_input_embeddings().weight
-    said = embeddings[batch.input_ids.flatten()[places.to(base.device)]].float()
+    states = states_at(base, batch, batch.places).float()  # (N, D)
+    said = base.model.get_input_embeddings().weight[batch.targets].float()
     means = torch.segment_reduce(torch.cat([states, said], dim=1), "mean", lengths=batch.lengths, axis=0)
     return torch.cat([states[batch.lengths.cumsum(0) - 1], means], dim=1)
 

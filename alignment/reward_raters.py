@@ -33,6 +33,8 @@ PROMPT_FOLDS, RATER_FOLDS = 3, 5
 whoever answers questions of their own kind would be judged by themselves."""
 ROUNDS = 2
 """Fits to everybody's labels, then without those who were found to contradict the others."""
+NEAR_NATS = 0.01
+"""Log-likelihoods this near are equal, and the weakest pull is taken: rounding does not choose."""
 MOST_APART, BISECTIONS = 20.0, 60
 """How far beyond all scores a threshold is looked for, in log-odds, and in how many halvings: to 1e-15 of that."""
 
@@ -71,7 +73,8 @@ def weighed_by_others(
         weights = {label.id: label.weight for label in found.labels}
         everybody = sorted(found.notes["rater_weights"])
         tried = [_out_of_fold_leads(replace(fits, pull=pull), everybody, weights) for pull in pulls]
-        best = max(tried, key=lambda one: one.fits)  # the first of equals
+        most = max(one.fits for one in tried)
+        best = next(one for one in tried if one.fits >= most - NEAR_NATS)
         pulls = [best.notes["fit_pull"]]
         found = weighted(labels, best.leads if enough else None)
     return replace(found, notes={**found.notes, **best.notes})
@@ -174,7 +177,8 @@ def left_out_rater_metrics(
 ) -> dict[str, float]:
     """Return `reward/left_out_rater_...` and `reward/left_in_rater_accuracy`; nothing with too few raters.
 
-    Each group's held-out pairs are ranked by a fit to the other groups' labels: prompts and raters are both new.
+    Each group's held-out pairs are ranked by a fit to the other groups' labels: prompts and raters are both new. All fits
+    are pulled as right labels choose.
 
     Args:
         pairs: training pairs.

@@ -118,11 +118,11 @@ def fit_heads(states: torch.Tensor, own: Parameters, items: Items, config: Rewar
     The penalty pulls each head to its random start, measured in standard deviations of the states' features:
     where the labels say nothing the members keep differing (anchored ensembles, arXiv 1810.05546).
     """
-    states = (
-        states.double()
-    )  # so that the optimum, which is unique without a flip rate, does not depend on the batches
-    scale = states.std(dim=0, correction=0) + 1e-4
-    scaled, anchor = states / scale, own["heads"].detach() * scale
+    # wide, so that the optimum, which is unique without a flip rate, does not depend on the batches
+    scaled = states.to(torch.float64, copy=True)
+    scale = scaled.std(dim=0, correction=0) + 1e-4
+    scaled /= scale
+    anchor = own["heads"].detach() * scale
     fitted = {name: value.detach().double().requires_grad_() for name, value in own.items()}
     fitted["heads"] = anchor.clone().requires_grad_()
     optimiser = torch.optim.LBFGS(

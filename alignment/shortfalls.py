@@ -168,12 +168,23 @@ def why_ranked(data: DataStatistics, config: ChoiceConfig) -> str:
 
 
 def why_ranked_by_fit(data: DataStatistics, config: ChoiceConfig) -> str:
-    """Return why a fit to all labels may rank what KTO learns from; "" where a reward model should."""
+    """Return why a fit to all labels may rank what KTO learns from; "" where a reward model should.
+
+    Where the fit knows something, many thumbs may be turned round or the taste be hard to see. A reward model, which learns
+    turned thumbs by heart, loses more in the first case than the fit does in the second.
+    """
     if noisy := too_noisy_thumbs(data, config):
         return noisy
-    fit = data.thumb_fit_accuracy
-    if fit is None or fit.low < config.fit_accuracy_low_min:
+    fit, share = data.thumb_fit_accuracy, data.turned_thumb_share
+    if fit is None or fit.low <= BY_CHANCE:
         return ""
+    if fit.low < config.fit_accuracy_low_min:
+        if not share or share.n < config.min_thumbs or share.high < config.turned_share_high_min:
+            return ""
+        return (
+            f"A fit to the other labels gives no more than {fit.value:.0%} of the thumbs as people did, up and down "
+            f"counting alike, and up to {share.high:.0%} of them may be turned round."
+        )
     return (
         f"A fit to the other labels gives {fit.value:.0%} of the thumbs as people did, up and down counting alike "
         f"({fit.low:.0%} to {fit.high:.0%})."
@@ -189,7 +200,7 @@ def too_noisy(data: DataStatistics, config: ChoiceConfig) -> str:
     """Return what says that many labels are turned round, else ""."""
     if corrections_only(data, config):
         return ""
-    if turned := _turned(data.turned_share, data.fit_accuracy, "pairs", config):
+    if turned := _turned(data.turned_share, "pairs", config):
         return turned
     if data.flip_rate >= config.noisy_flip_rate_min:
         return f"People choose alike so seldom that {data.flip_rate:.0%} of their choices must be wrong."
@@ -198,24 +209,13 @@ def too_noisy(data: DataStatistics, config: ChoiceConfig) -> str:
 
 def too_noisy_thumbs(data: DataStatistics, config: ChoiceConfig) -> str:
     """Return what says that many thumbs are turned round, else ""."""
-    return _turned(data.turned_thumb_share, data.thumb_fit_accuracy, "thumbs", config)
+    return _turned(data.turned_thumb_share, "thumbs", config)
 
 
-def _turned(share: Estimate | None, fit: Estimate | None, what: str, config: ChoiceConfig) -> str:
-    """Return what says that many labels of a kind contradict where the fit is surest, else "".
-
-    A fit that is right no more often than a coin rules out nothing; one that is may see nothing but turned labels or
-    a taste that is hard to see, and to take the first for the second costs more.
-    """
-    if not share or share.high < config.turned_share_high_min:
+def _turned(share: Estimate | None, what: str, config: ChoiceConfig) -> str:
+    """Return what says that many labels of a kind contradict where the fit is surest, else ""."""
+    if not share or share.high < config.turned_share_high_min or share.value < config.turned_share_min:
         return ""
-    if share.value < config.turned_share_min:
-        if not fit or not BY_CHANCE < fit.low < config.fit_accuracy_low_min:
-            return ""
-        return (
-            f"A fit to the other labels is right about no more than {fit.value:.0%} of the {what}, and up to "
-            f"{share.high:.0%} of them may be turned round."
-        )
     return (
         f"As a fit to the other labels tells, {share.value:.0%} of the {what} are turned round ({share.low:.0%} to "
         f"{share.high:.0%})."

@@ -43,7 +43,7 @@ class RewardConfig:
     head_penalty: float = 0.3
     """Weight of the squared distance from the random start in the fit of the heads, in units of the
     features' standard deviations and of the mean loss. A fit of one head alone, which weighs raters and ranks answers, is
-    pulled to zero, by `ranked_pull`."""
+    pulled to zero as strongly as the labels choose (`ranked_pull`)."""
     epochs: int = 2
     """Of the adapter's training after the fit; 0 leaves the heads on the base's own states."""
     batch_pairs: int = 32

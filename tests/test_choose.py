@@ -12,7 +12,6 @@ from alignment.choose import Choice, DataStatistics, Method, RewardEvidence, cho
 from alignment.config import ChoiceConfig
 from alignment.intervals import Estimate, wilson
 from alignment.rater_weights import RaterShare
-from alignment.shortfalls import too_noisy_thumbs
 from storage.errors import InvalidField
 
 RULES = ChoiceConfig()
@@ -193,24 +192,28 @@ def test_turned_thumbs_are_ranked_by_a_fit_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("right", "high", "noisy"),
+    ("right", "high", "count", "by_fit"),
     [
-        (390, 0.24, True),  # right about 65%: a hard taste, or turned labels
-        (390, 0.15, False),
-        (300, 0.45, False),  # a coin
-        (560, 0.24, False),  # right about 93%: few are turned, whatever the interval says
+        (0.65, 0.24, 600, True),  # a hard taste, or turned thumbs
+        (0.65, 0.15, 600, False),
+        (0.65, 0.24, 399, False),  # of few every interval is wide
+        (0.5, 0.45, 600, False),  # a coin
     ],
 )
-def test_labels_that_may_be_turned_count_as_turned_where_the_fit_knows_something(
-    right: int, high: float, noisy: bool
+def test_thumbs_that_may_be_turned_are_ranked_by_a_fit_that_knows_something(
+    right: float, high: float, count: int, by_fit: bool
 ) -> None:
-    turned = Estimate(value=0.0, low=0.0, high=high, n=600)
-    found = too_noisy_thumbs(
-        replace(THUMBS, thumb_fit_accuracy=wilson(right, 600), turned_thumb_share=turned), RULES
+    fit = wilson(round(right * count), count)
+    turned = Estimate(value=0.0, low=0.0, high=high, n=count)
+    doubtful = replace(THUMBS, thumb_fit_accuracy=fit, turned_thumb_share=turned)
+    found = choose_method(doubtful, RULES, wanted="kto", available=ALL)
+    assert bool(found.ranked_because) is by_fit
+    assert found.ranked_because not in found.warnings  # nobody says that they are turned
+    alike = replace(
+        SHIFTED, fit_accuracy=fit, thumb_fit_accuracy=fit, turned_thumb_share=turned, turned_share=turned
     )
-    assert bool(found) is noisy
-    if noisy:
-        assert "right about no more than 65% of the thumbs, and up to 24% of them may be turned" in found
+    for method in ("dpo", "ppo"):
+        assert not choose_method(alike, RULES, wanted=method, available=ALL).ranked_because
 
 
 def test_noise_is_what_is_told_where_a_fit_is_good_too() -> None:

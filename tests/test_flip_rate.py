@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from alignment.choose import Choice, DataStatistics, flip_rate_says, settled
+from alignment.choose import Choice, DataStatistics, flip_rate_says, settled, statistics_of
 from alignment.config import config_of
 from alignment.intervals import Estimate, wilson
 from alignment.linear_fit import fitted_head
 from alignment.models import load_base
 from alignment.pipeline import align, run_folder
+from alignment.preferences import Preferences, weighted
 from alignment.reward_items import make_items
 from alignment.training_config import RewardConfig
 from alignment_fixtures import OPEN_GATE, PAIRS, SMALL, Filled, add_comparisons
@@ -27,6 +28,7 @@ from storage.people import SYSTEM
 from tiny_models import make_tiny_model
 
 DPO = Choice(method="dpo", rule="", reason="")
+NOTHING = Preferences(pairs=(), thumbs=())
 QUIET = DataStatistics(
     pairs=600,
     effective_pairs=600.0,
@@ -68,6 +70,19 @@ def test_the_fit_that_ranks_answers_takes_as_many_pairs_for_turned_as_other_labe
     assert rates(None) == rates(AGREED) == (0.0, 0.0)
     assert rates(replace(turned, pairs=199)) == (0.0, 0.0)  # of few it cannot tell
     assert rates(turned, dpo={"ranked_flip_rate": 0.3}, kto={"ranked_flip_rate": 0.2}) == (0.3, 0.2)
+
+
+def test_the_fit_that_ranks_answers_is_pulled_as_the_labels_chose() -> None:
+    def pulls(data: DataStatistics | None, **tables: Any) -> tuple[float, float]:
+        config = settled(config_of(tables), DPO, data)
+        return config.dpo.ranked_pull, config.kto.ranked_pull
+
+    assert pulls(None) == pulls(QUIET) == (0.0, 0.0)
+    chosen = replace(QUIET, fit_pull=3.0)
+    assert pulls(chosen) == (3.0, 3.0)
+    assert pulls(chosen, dpo={"ranked_pull": 0.5}) == (0.5, 3.0)
+    measured = Preferences(pairs=(), thumbs=(), notes={**weighted(NOTHING).notes, "fit_pull": 1.0})
+    assert statistics_of(measured, corrections=0, on_policy_share=1.0).fit_pull == 1.0
 
 
 def test_a_fit_that_knows_the_share_of_turned_pairs_follows_them_less(tmp_path: Path) -> None:

@@ -98,7 +98,9 @@ def test_the_fit_that_ranks_takes_the_share_of_turned_pairs_and_the_pull_that_it
     assert "by a fit to all labels, which takes 30% of the pairs for turned round." in told
     _, told = learnt(base, labels(), pairs_from="ranked")
     assert "by a fit to all labels." in told
-    assert used == [(0.3, 3.0), (0.0, 0.0)]
+    kto = replace(KTO, ranked_by="fit", ranked_pull=1.0)
+    thumbs_to_learn(base, labels(thumbs=12), kto, REWARD, seed=3, progress=Silent())
+    assert used == [(0.3, 3.0), (0.0, 0.0), (0.0, 1.0)]
 
 
 def test_the_same_seed_makes_the_same_pairs_and_another_seed_others(base: Base) -> None:

@@ -28,7 +28,7 @@ from alignment.preferences import Preferences
 from alignment.progress import Silent
 from alignment.reward_items import make_items
 from alignment.reward_raters import weighed_by_others
-from alignment.rollouts import Rollout, sample
+from alignment.rollouts import sample
 from alignment.training_data import prompts_in
 
 ANSWERS = 4
@@ -53,11 +53,7 @@ class Asked:
             for prompt, answers in zip(prompts, given, strict=True)
         ]
         self.features = answer_features(base, self.trees, batch_tokens=0, progress=Silent())
-        self.liking = [self._liked(base, setting, answers) for answers in given]
-
-    @staticmethod
-    def _liked(base: Base, setting: Setting, answers: Sequence[Rollout]) -> list[float]:
-        return [setting.taste(text) for text in texts(base, answers)]
+        self.liking = [[setting.taste(text) for text in texts(base, answers)] for answers in given]
 
     def right(self, head: torch.Tensor) -> float:
         """Return how often the taste likes the head's best answer more than its worst, where it likes one more."""
