@@ -64,12 +64,11 @@ class ChoiceConfig:
     noisy_flip_rate_min: float = 0.2
     """Rate of wrong choices, as people's agreement tells it, from which DPO learns from ranked answers (rule 2)."""
     turned_share_high_min: float = 0.2
-    """The same for the share of pairs that are turned round, as a fit to the other labels tells, and for thumbs: the upper
-    end of its 95% interval; KTO then learns from what the fit ranks. Under five tastes at most 0.07 for right
-    labels, and 0.24 or more with 30% turned (docs/robustness.md)."""
+    """The same for the share of labels turned round, as a fit to the others tells: the upper end of its 95% interval; KTO then
+    learns from what the fit ranks. Under five tastes at most 0.07 for right ones, 0.24 or more with 30% turned."""
     turned_share_min: float = 0.05
-    """And the likeliest share must be this much: a fit that knows nothing rules out nothing, and ranks no answers. For what
-    ranks KTO's answers it is enough that the fit is right more often than a coin, from `min_thumbs` on."""
+    """And the likeliest share must be this much, as a fit that knows nothing rules out nothing; to rank KTO's answers it is
+    enough that the fit is right more often than a coin, from `min_thumbs` on."""
     fit_accuracy_low_min: float = 0.8
     """DPO learns from ranked answers also where such a fit ranks this share of the pairs as people did, and KTO from answers
     that the fit ranks where it gives this share of the thumbs as people did, up and down counting alike: the lower end of
@@ -102,8 +101,7 @@ class ChoiceConfig:
     full_thumbs: int = 1000
     """Thumbs from which rule 3 holds as published; below, a run trains and its report carries a warning."""
     thumbs_minority_share_min: float = 0.1
-    """Share that the rarer of up and down must have (rule 3; KTO balances the classes down to about 10%: arXiv
-    2402.01306, section 4.3)."""
+    """Share that the rarer of up and down must have (rule 3; KTO balances down to about 10%: arXiv 2402.01306, 4.3)."""
     min_corrections: int = 100
     """Corrections from which they train without comparisons (rule 5)."""
     corrections_only_share: float = 0.9

@@ -62,7 +62,7 @@ def weighed_by_others(
         base=base,
         pairs=pairs,
         thumbs=labels.thumbs,
-        features=features,
+        seen=features,
         config=config,
         seed=seed,
         progress=progress,
@@ -192,18 +192,12 @@ def left_out_rater_metrics(
     if not folds:
         return {}
     trees = _trees(pairs, thumbs) + _trees(held_out, [])
-    features = answer_features(base, trees, batch_tokens=config.batch_tokens, progress=progress)
-    asked = features[-2 * len(held_out) :]
+    seen = answer_features(base, trees, batch_tokens=config.batch_tokens, progress=progress)
+    asked = seen[-2 * len(held_out) :]
     apart = asked[0::2] - asked[1::2]  # (P, F)
 
     fits = _Fits(
-        base=base,
-        pairs=pairs,
-        thumbs=thumbs,
-        features=features,
-        config=config,
-        seed=seed,
-        progress=progress,
+        base=base, pairs=pairs, thumbs=thumbs, seen=seen, config=config, seed=seed, progress=progress
     )
     raters = [pair.rater for pair in pairs] + [thumb.rater for thumb in thumbs]
     everybody = fits.fit(range(len(raters)))
@@ -226,7 +220,7 @@ class _Fits:
     base: Base
     pairs: Sequence[Pair]
     thumbs: Sequence[Thumb]
-    features: torch.Tensor
+    seen: torch.Tensor
     """(C, F) of the pairs' answers, then of the thumbs'; more may follow."""
     config: RewardConfig
     seed: int
@@ -246,7 +240,7 @@ class _Fits:
             pairs = [replace(pair, weight=weights[pair.id]) for pair in pairs]
             thumbs = [replace(thumb, weight=weights[thumb.id]) for thumb in thumbs]
         items = make_items(self.base, pairs, thumbs, replace(self.config, members=1), seed=self.seed)
-        own = fitted_head(self.base, self.features[self._rows(numbers)], items, self.config, pull=self.pull)
+        own = fitted_head(self.base, self.seen[self._rows(numbers)], items, self.config, pull=self.pull)
         return own["heads"][0], float(F.softplus(own["slopes"][0]))
 
     def leads(
@@ -265,8 +259,8 @@ class _Fits:
         count = len(self.pairs)
         pairs = [number for number in numbers if number < count]
         asked = [number - count for number in numbers if number >= count]
-        compared = _floats(self.features[self._rows(pairs)] @ head)
-        scores = slope * _floats(self.features[2 * count : 2 * count + len(self.thumbs)] @ head)
+        compared = _floats(self.seen[self._rows(pairs)] @ head)
+        scores = slope * _floats(self.seen[2 * count : 2 * count + len(self.thumbs)] @ head)
         ups = np.array([thumb.up for thumb in self.thumbs], dtype=bool)
         pull = 2 * self.config.rater_bias_penalty  # the slope of b^2 in the fit of the raters' biases
 
