@@ -64,8 +64,8 @@ class ChoiceConfig:
     noisy_flip_rate_min: float = 0.2
     """Rate of wrong choices, as people's agreement tells it, from which DPO learns from ranked answers (rule 2)."""
     turned_share_high_min: float = 0.2
-    """The same for the share of labels turned round, as a fit to the others tells: the upper end of its 95% interval; KTO then
-    learns from what the fit ranks. Under five tastes at most 0.07 for right ones, 0.24 or more with 30% turned."""
+    """The same for the share of labels turned round, as a fit to the others tells: the upper end of its 95% interval; KTO
+    then learns from what the fit ranks. Under five tastes at most 0.07 for right ones, 0.24 or more with 30% turned."""
     turned_share_min: float = 0.05
     """And the likeliest share must be this much, as a fit that knows nothing rules out nothing; to rank KTO's answers it is
     enough that the fit is right more often than a coin, from `min_thumbs` on."""
