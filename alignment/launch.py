@@ -129,6 +129,7 @@ def _passing_signals_on(store: Store, process: subprocess.Popen[bytes], began: f
     came: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        """Ask the run to stop, as the signal asks."""
         came.append(number)
         run = _run_since(store, began)
         if run is None:

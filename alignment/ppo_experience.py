@@ -70,6 +70,7 @@ def reference_logprobs(training: Training, answers: Answers, progress: Progress)
     base, config = training.learner.base, training.learner.config
 
     def scored(adapter: str | None) -> torch.Tensor:
+        """Return the log-probs of all answer tokens under an adapter."""
         numbers_of = logprobs_of(base, temperature=config.temperature)
         return of_each_token(
             base,

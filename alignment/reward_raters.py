@@ -150,6 +150,7 @@ def _about_fit(
     notes = {name: one.turned for name, one in turned if one.turned.n}
 
     def right(labels: Sequence[Pair | Thumb]) -> Estimate:
+        """Return how often the leads are right about these labels."""
         counted = [label for label in labels if label.id in weights]
         found = np.array([leads[label.id] for label in counted])
         return share_right(

@@ -135,6 +135,7 @@ def fit_heads(states: torch.Tensor, own: Parameters, items: Items, config: Rewar
     everything = range(len(items.trees))
 
     def loss() -> torch.Tensor:
+        """Return the penalised loss of all items, with its gradients formed."""
         optimiser.zero_grad()
         losses = item_losses(scaled @ fitted["heads"].T, fitted, items, everything, centring=config.centring)
         fit = (items.weights * losses).sum() / items.plain_weights.sum()

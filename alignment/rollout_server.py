@@ -83,6 +83,7 @@ class ServedRollouts:
         model = self._publish(base, f"{self._name}-{step}")
 
         def ask(number: int) -> Rollout:
+            """Let the server answer one prompt."""
             prompt = list(prompts[number])
             room = min(max_new_tokens, base.max_positions - len(prompt))
             body = {

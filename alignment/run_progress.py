@@ -182,6 +182,7 @@ def stopping_on_signals(progress: RunProgress) -> Iterator[None]:
     asked_at = -math.inf
 
     def ask(number: int, frame: FrameType | None) -> None:
+        """Ask for a stop; asked again, end at once."""
         nonlocal asked_at
         if progress.should_stop() and time.monotonic() - asked_at > SAME_SIGNAL_S:
             raise KeyboardInterrupt

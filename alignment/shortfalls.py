@@ -12,6 +12,9 @@ from alignment.data_statistics import DataStatistics, RewardEvidence
 from alignment.intervals import Estimate
 from alignment.rater_weights import RATERS_FOR_CAP, RaterShare
 
+DOUBTFUL_SHARE = 0.2
+"""Upper end of the share of turned thumbs from which the fit, not a reward model, ranks KTO's answers: set on five tastes,
+where it is 0.04 at most for right thumbs, and 0.24 in the worst case with 30% turned, which is one draw."""
 BY_CHANCE = 0.5
 """What a fit that knows nothing is right about."""
 ROUNDING = 1e-6
@@ -179,7 +182,7 @@ def why_ranked_by_fit(data: DataStatistics, config: ChoiceConfig) -> str:
     if fit is None or fit.low <= BY_CHANCE:
         return ""
     if fit.low < config.fit_accuracy_low_min:
-        if not share or share.n < config.min_thumbs or share.high < config.turned_share_high_min:
+        if not share or share.n < config.min_thumbs or share.high < DOUBTFUL_SHARE:
             return ""
         return (
             f"A fit to the other labels gives no more than {fit.value:.0%} of the thumbs as people did, up and down "

@@ -132,6 +132,7 @@ async def _work(options: DemoOptions, url: str, tokens: Sequence[str]) -> None:
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
 
         async def one(token: str, question: str, mood: float) -> None:
+            """Compare two answers to one question."""
             nonlocal done
             async with gate:
                 await _compare(client, token, question, mood)

@@ -137,7 +137,7 @@ def test_people_who_seldom_choose_alike_make_noisy_labels() -> None:
     ("likeliest", "high", "noisy"),
     [
         (0.3, 0.4, True),
-        (0.12, 0.19, False),  # one malicious rater of ten
+        (0.12, 0.2, False),  # one malicious rater of ten
         (0.0, 0.02, False),
         (0.0, 0.45, False),  # a fit that knows nothing
     ],

@@ -206,6 +206,7 @@ class _Model:
     # -- adapters -------------------------------------------------------------------------------------
 
     def load(self, policy_id: str, path: Path) -> None:
+        """Put a policy's adapter on the model; one that is there from the same folder stays."""
         if policy_id in self.paths:
             if self.paths[policy_id] != path:
                 raise AdapterRefused(

@@ -249,6 +249,7 @@ class VllmEngine:
             return
 
         async def forget(replica: Replica) -> None:
+            """Unload the adapter from one replica."""
             body = {"lora_name": policy_id}
             response = await self._replicas.control(replica, "POST", "/v1/unload_lora_adapter", json=body)
             if response.status_code not in (200, 404):

@@ -40,6 +40,7 @@ def keep_the_model_in_the_engine_process() -> None:
 def _with_openmp(start: Any) -> Any:
     @wraps(start)
     def started(self: Any, *arguments: Any, **named: Any) -> None:
+        """Start the engine's process as vLLM does, with OpenMP set for it."""
         from vllm.utils.ompmultiprocessing import OMPProcessManager
 
         config = inspect.signature(start).bind(self, *arguments, **named).arguments["vllm_config"]

@@ -59,6 +59,7 @@ class BodyLimit:
         received = 0
 
         async def counted() -> Message:
+            """Pass a message on and count its bytes."""
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))

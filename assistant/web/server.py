@@ -116,6 +116,7 @@ def _lifespan(services: Services) -> Callable[[FastAPI], Any]:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        """Watch while the server runs."""
         watching = [
             asyncio.create_task(_watch(services), name="release.watch"),
             asyncio.create_task(_look(CanaryWatch(services.store).look), name="canary.watch"),
