@@ -65,10 +65,10 @@ class ChoiceConfig:
     """Rate of wrong choices, as people's agreement tells it, from which DPO learns from ranked answers (rule 2)."""
     turned_share_high_min: float = 0.25
     """The same for the share of labels turned round, as a fit to the others tells: the upper end of its 95% interval; KTO
-    then learns from what the fit ranks. Under five tastes at most 0.07 for right ones, 0.33 or more of turned pairs."""
+    then learns from what the fit ranks. Under five tastes at most 0.07 for right ones; with 30% of the pairs turned 0.33 or more."""
     turned_share_min: float = 0.05
-    """And the likeliest share must be this much, as a fit that knows nothing rules out nothing; what ranks KTO's answers asks
-    less (`shortfalls.why_ranked_by_fit`)."""
+    """And the likeliest share must be this much, as a fit that knows nothing rules out nothing; what ranks KTO's answers
+    asks less (`shortfalls.why_ranked_by_fit`)."""
     fit_accuracy_low_min: float = 0.8
     """DPO learns from ranked answers also where such a fit ranks this share of the pairs as people did, and KTO from answers
     that the fit ranks where it gives this share of the thumbs as people did, up and down counting alike: the lower end of
