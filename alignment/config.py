@@ -65,7 +65,7 @@ class ChoiceConfig:
     """Rate of wrong choices, as people's agreement tells it, from which DPO learns from ranked answers (rule 2)."""
     turned_share_high_min: float = 0.25
     """The same for the share of labels turned round, as a fit to the others tells: the upper end of its 95% interval; KTO
-    then learns from what the fit ranks. Under five tastes at most 0.07 for right ones, 0.33 or more for pairs, 30% turned."""
+    then learns from what the fit ranks. Under five tastes at most 0.07 for right pairs, and 0.33 or more with 30% turned."""
     turned_share_min: float = 0.05
     """And the likeliest share must be this much, as a fit that knows nothing rules out nothing; what ranks KTO's answers
     asks less (`shortfalls.why_ranked_by_fit`)."""
