@@ -11,11 +11,11 @@ from pathlib import Path
 
 from assistant.alerts import Kind
 from assistant.engine.adapter_gate import base_shape, check_adapter
-from assistant.engine.errors import AdapterRefused
+from assistant.engine.errors import OtherBase
 from assistant.in_effect import answering_rows
 from assistant.quarantine import quarantine, quarantine_of, refusals_kept
 from storage import adapters, deployments, policies
-from storage.errors import Conflict, InvalidField
+from storage.errors import Conflict, InvalidField, KotaeError
 from storage.people import SYSTEM
 from storage.records import Deployment, DeploymentRole, Person, Policy, Served
 from storage.store import Store
@@ -221,22 +221,23 @@ def retire(store: Store, *, policy_id: str, actor: str, reason: str) -> Deployme
 
 
 def withdraw_refused(
-    store: Store, policy_id: str, refused: Mapping[str, str], *, base_name: str
+    store: Store, policy_id: str, refused: Mapping[str, KotaeError], *, base_name: str
 ) -> tuple[Kind, str]:
     """Take a policy that cannot be served out of the desired state; return what the operators have to be told.
+
+    It is quarantined, unless only the base is another: who goes back to its base may serve it again as it was.
 
     Args:
         refused: all that cannot be served now, and why: what stable goes back to must not be among them.
         base_name: what stable goes back to where the policy before cannot be served either.
     """
     served = serving(store)
-    if policy_id not in {row.policy_id for row in answering_rows(served)}:
-        if (
-            quarantine_of(store, policy_id) is None
-        ):  # it is probed at every look, with other numbers each time
-            quarantine(store, policy_id, refused[policy_id])
+    answers = policy_id in {row.policy_id for row in answering_rows(served)}
+    # a way back is probed at every look, with other numbers each time: its first reason stays
+    if not isinstance(refused[policy_id], OtherBase) and (answers or quarantine_of(store, policy_id) is None):
+        quarantine(store, policy_id, str(refused[policy_id]))
+    if not answers:
         return "no way back", f"{policy_id} is no way back: {refused[policy_id]}"
-    quarantine(store, policy_id, refused[policy_id])
     why = f"{policy_id} was withdrawn: {refused[policy_id]}"
     if policy_id == served.stable.policy_id:
         back_to = base_name
@@ -266,10 +267,10 @@ def check_files(store: Store, policy: Policy) -> None:
 
 
 def check_base(store: Store, policy: Policy) -> None:
-    """Raise AdapterRefused unless the policy is of the base that is served."""
+    """Raise OtherBase unless the policy is of the base that is served."""
     base = store.get(Policy, serving(store).stable.policy_id)
     if policy.base_sha256 != base.base_sha256:
-        raise AdapterRefused(
+        raise OtherBase(
             f"{policy.id}: base_sha256: got {policy.base_sha256[:12]}…; train on the base served, {base.base_path} "
             f"({base.base_sha256[:12]}…), or serve with --model {policy.base_path}"
         )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
-from assistant.engine.errors import PERHAPS_FOR_NOW, AdapterRefused
+from assistant.engine.errors import LEAVES_NO_MARK, AdapterRefused
 from storage import policies
 from storage.chain import LONGEST_TEXT
 from storage.errors import CorruptData, KotaeError
@@ -64,11 +64,11 @@ def lift(store: Store, deployment: Deployment) -> None:
 def refusals_kept(store: Store, policy_id: str) -> Iterator[None]:
     """Quarantine the policy when a gate refuses it in the block; the refusal goes on to whoever asked.
 
-    What may be the engine's fault, as its want of memory, leaves no mark.
+    What may be the engine's fault, as its want of memory, leaves no mark, nor does another base than is served.
     """
     try:
         yield
-    except PERHAPS_FOR_NOW:
+    except LEAVES_NO_MARK:
         raise
     except (AdapterRefused, CorruptData) as refusal:
         with suppress(KotaeError):  # the refusal is what has to be told

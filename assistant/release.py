@@ -202,7 +202,7 @@ class Release:
             self.told.tell_once("replica", policy_id, f"{policy_id}: {error}")
         failed = {**result.failed, **await self._probe_unchecked(wanted, result)}
         refused = {
-            id: str(error) for id, error in failed.items() if isinstance(error, AdapterRefused | CorruptData)
+            id: error for id, error in failed.items() if isinstance(error, AdapterRefused | CorruptData)
         }
         self._failed = {id: str(error) for id, error in failed.items()}
         self._sound = wanted.keys() - result.failed.keys() - refused.keys()
@@ -366,7 +366,7 @@ class Release:
         if policy.adapter_path is not None:
             await self.behaviour.check(policy.id, Path(policy.adapter_path))
 
-    def _withdraw(self, policy_id: str, refused: Mapping[str, str]) -> None:
+    def _withdraw(self, policy_id: str, refused: Mapping[str, KotaeError]) -> None:
         kind, why = withdraw_refused(self.store, policy_id, refused, base_name=self.engine.base_name)
         if kind == "no way back":
             self.told.tell_once(kind, policy_id, why)

@@ -26,6 +26,20 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
 
+STUCK = """
+import http.server, sys, time
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+        if self.path == "/metrics":
+            self.wfile.write(b'vllm:generation_tokens_total{engine="0"} 5.0')
+    def do_POST(self):
+        time.sleep(300)
+    def log_message(self, *_): pass
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
 def options(tmp_path: Path, *, boot_timeout_s: float = 20) -> VllmOptions:
     return VllmOptions(model="some/model", base_name=BASE, data=tmp_path, boot_timeout_s=boot_timeout_s)
 
@@ -33,6 +47,11 @@ def options(tmp_path: Path, *, boot_timeout_s: float = 20) -> VllmOptions:
 def stand_in(port: int) -> list[str]:
     """A server with a child, as vLLM is."""
     return [sys.executable, "-c", STAND_IN, str(port)]
+
+
+def stuck(port: int) -> list[str]:
+    """A server that is healthy, as it says, and gives no token."""
+    return [sys.executable, "-c", STUCK, str(port)]
 
 
 def alive(pid: int) -> bool:

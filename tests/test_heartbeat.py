@@ -17,7 +17,7 @@ from assistant.engine.heartbeat import Heartbeat, signs_of_life
 from assistant.engine.supervisor import VllmOptions, VllmProcess
 from assistant.engine.vllm import VllmEngine
 from engine_fixtures import BASE, collect, make_world
-from supervisor_fixtures import alive, group_of, until
+from supervisor_fixtures import alive, group_of, options, stuck, until
 
 METRICS = """\
 # TYPE vllm:prompt_tokens_total counter
@@ -144,6 +144,24 @@ def test_whoever_is_cancelled_while_a_question_is_given_up_is_cancelled() -> Non
                 await stopping
 
     asyncio.run(scenario())
+
+
+def test_one_that_gets_stuck_after_every_start_is_given_up_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it takes to find out each time: that is no service, of which ten minutes would forgive it."""
+    monkeypatch.setattr(supervisor, "backoff_s", lambda deaths: 0.0)
+    monkeypatch.setattr(supervisor, "LOOK_S", 0.1)
+    monkeypatch.setattr(supervisor, "DEATH_WINDOW_S", 1.0)
+
+    async def scenario() -> str:
+        began = time.monotonic()
+        async with VllmProcess(options(tmp_path), serve=stuck) as server:
+            await until(lambda: server.state == "down", timeout_s=60)
+            assert time.monotonic() - began > 4
+            return server.detail
+
+    assert "its engine gave no token" in asyncio.run(scenario())
 
 
 @pytest.mark.vllm

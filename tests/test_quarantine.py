@@ -202,6 +202,26 @@ def test_an_approval_before_another_base_leaves_no_mark(desk: Desk, tmp_path: Pa
     assert reason_of(desk, policy) == ""
 
 
+def test_a_canary_of_another_base_than_is_served_is_taken_back_without_a_mark(
+    desk: Desk, tmp_path: Path
+) -> None:
+    """Its row may have been decided just before the server was started with another --model."""
+    policy = candidate(desk, tmp_path)
+    policies.decide(
+        desk.world.store, policy_id=policy.id, person_id=desk.world.admin.id, decision="approve", reason="ok"
+    )
+    deploy(
+        desk.world, policies.register_base(desk.world.store, base_path="/models/other", base_sha256="0" * 64)
+    )
+    deployments.deploy(
+        desk.world.store, policy_id=policy.id, role="canary", share=0.5, actor=SYSTEM, reason="better"
+    )
+    asyncio.run(desk.release.sync())
+    assert release.serving(desk.world.store).canary is None
+    assert "train on the base served" in desk.release.alerts[0]
+    assert reason_of(desk, policy) == ""
+
+
 # -- only a person's decision ends a mark, and the gates after it -------------------------------------------------
 
 

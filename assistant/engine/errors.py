@@ -12,6 +12,7 @@ KotaeError
     ├── StreamBroken        the answer ended without saying so
     │   └── WrongPolicy     another policy answered
     └── AdapterRefused      these files must not be served
+        ├── OtherBase       they are of another base than the one served
         ├── LoadFailed      the engine failed at them, through their fault or its own
         └── NotProven       the servers that are there fail its probes, and others are away
 """
@@ -76,6 +77,10 @@ class AdapterRefused(EngineError):
     """These adapter files must not be served; the message names file, tensor, value and fix."""
 
 
+class OtherBase(AdapterRefused):
+    """Another base is served than these files were trained on: sound files, of which nothing bad is known."""
+
+
 class LoadFailed(AdapterRefused):
     """An engine that is well did not load these files, and does not say why in a way that could be told apart.
 
@@ -89,5 +94,7 @@ class NotProven(AdapterRefused):
 
 PERHAPS_FOR_NOW = (LoadFailed, NotProven)
 """What may be the engine's fault: refused at an approval it leaves no mark, and no policy that has answered is withdrawn."""
+LEAVES_NO_MARK = (OtherBase, *PERHAPS_FOR_NOW)
+"""Refusals at an approval that do not quarantine the policy."""
 NO_POLICYS_FAULT = (ContextTooLong, EngineBusy, EngineAbsent)
 """What speaks against no policy: the question, the load, or an engine that is away."""

@@ -38,7 +38,8 @@ class Heartbeat:
         """Watch the server at `url`, which serves its base as `model`."""
         self._url, self._model = url, model
         self._signs: tuple[str, ...] = ()
-        self._shown_at = time.monotonic()
+        self.shown_at = time.monotonic()
+        """When it last showed that it computes."""
         self._asked_at: float | None = None
         self._asking: asyncio.Task[None] | None = None
 
@@ -56,7 +57,7 @@ class Heartbeat:
         if not signs or signs != self._signs:
             self._signs = signs
             self._show()
-        elif self._asked_at is None and time.monotonic() - self._shown_at > ASK_AFTER_S:
+        elif self._asked_at is None and time.monotonic() - self.shown_at > ASK_AFTER_S:
             await self.stop()
             self._asked_at = time.monotonic()
             self._asking = asyncio.create_task(self._ask(client), name="vllm-heartbeat")
@@ -82,4 +83,4 @@ class Heartbeat:
         self._show()
 
     def _show(self) -> None:
-        self._shown_at, self._asked_at = time.monotonic(), None
+        self.shown_at, self._asked_at = time.monotonic(), None
