@@ -12,8 +12,8 @@ from pathlib import Path
 
 from alignment.config import AlignmentConfig, config_json
 from storage.errors import InvalidField
+from storage.processes import name_of_process, process_started_at
 from storage.records import Json, Run, RunTrigger, new_id
-from storage.runs import process_started_at
 
 GIT_TIMEOUT_S = 5.0
 
@@ -57,6 +57,7 @@ def new_run(config: AlignmentConfig, *, trigger: RunTrigger) -> Run:
         code_version=code_version(),
         pid=os.getpid(),
         pid_started_at=started_at,
+        process=name_of_process(os.getpid()),
         started_at=time.time(),
     )
 

@@ -215,7 +215,7 @@ class Run:
     code_version: str
     pid: int
     pid_started_at: float
-    """With the pid it names the process for good: a pid alone is reused."""
+    """By the clock at that time."""
     started_at: float
     status: RunStatus = "running"
     progress: Json = field(default_factory=dict)
@@ -226,6 +226,8 @@ class Run:
     finished_at: float | None = None
     message: str = ""
     """Why it ended as it did, for a person."""
+    process: str | None = None
+    """What names the process for good, as `storage.processes` says it; a pid alone is reused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,30 +1,27 @@
 """Alignment runs: at most one at a time, with progress, curves and an end that is always recorded.
 
-A run is its own process. It is known by pid and start time together, since pids are reused; a run whose
-process is gone is marked failed by whoever notices. Progress inside a stage and curve points are readings,
-not changes of the facts: they have no audit event, but a run's new stage, start and end do (the end with a
-digest of its curves).
+A run is its own process, known by a name that no other process gets (`storage.processes`); a run whose process is gone
+is marked failed by whoever notices. Progress inside a stage and curve points are readings, not changes of the facts:
+they have no audit event, but a run's new stage, start and end do (the end with a digest of its curves).
 """
 
 from __future__ import annotations
 
 import math
-import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from storage.digests import sha256_of
 from storage.errors import Busy, Conflict, InvalidField
 from storage.people import SYSTEM
+from storage.processes import name_of_process, process_started_at
 from storage.records import Json, RewardModel, Run, RunMetric, RunStatus, Snapshot, now
 from storage.store import Store, Transaction
 
 PROGRESS_KEYS = ("stage", "step", "steps", "message", "fraction", "eta_s")
 START_TIME_TOLERANCE_S = 2.0
-"""The kernel derives a start time from the wall clock, which time servers may nudge."""
+"""Of runs recorded by the clock, which time servers may nudge."""
 DIED = "the process died without saying why (killed, out of memory, or the machine stopped)"
 
 
@@ -185,19 +182,10 @@ def reward_models_of(store: Store, run_id: str) -> list[RewardModel]:
 
 def is_alive(run: Run) -> bool:
     """Tell whether the process that opened the run still exists."""
-    started_at = process_started_at(run.pid)
+    if run.process is not None:
+        return name_of_process(run.pid) == run.process
+    started_at = process_started_at(run.pid)  # a run of before
     return started_at is not None and abs(started_at - run.pid_started_at) <= START_TIME_TOLERANCE_S
-
-
-def process_started_at(pid: int) -> float | None:
-    """Return when the process was started, in Unix seconds; None when there is none (or only its zombie)."""
-    try:
-        after_name = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        uptime_s = float(Path("/proc/uptime").read_text().split()[0])
-    except (OSError, IndexError):
-        return None
-    state, start_ticks = after_name[0], float(after_name[19])  # fields 3 and 22 of proc(5)
-    return None if state in "ZX" else time.time() - uptime_s + start_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _finite(value: float) -> float | None:

@@ -113,6 +113,12 @@ def m007_shadow(database: Database) -> None:
     _execute(database, (*shadow_role(), *SHADOW_ANSWERS))
 
 
+@MIGRATIONS()
+def m008_process_of_a_run(database: Database) -> None:
+    """A clock that is set by more than two seconds made a run look dead while it went on."""
+    _execute(database, ("ALTER TABLE runs ADD COLUMN process TEXT",))
+
+
 MIGRATION_NAMES = frozenset(
     {
         "m001_initial",
@@ -122,5 +128,6 @@ MIGRATION_NAMES = frozenset(
         "m005_search",
         "m006_failures",
         "m007_shadow",
+        "m008_process_of_a_run",
     }
 )

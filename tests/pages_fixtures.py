@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -220,8 +219,7 @@ def add_candidate(site: Site, folder: Path, *, seed: int, passed: bool = True) -
 
 def add_running_run(site: Site) -> str:
     """Add a run of this process that is half done."""
-    started = runs.process_started_at(os.getpid()) or 0.0
-    run = replace(make_run(method="dpo"), pid=os.getpid(), pid_started_at=started, started_at=now() - 95)
+    run = replace(make_run(method="dpo"), started_at=now() - 95)
     runs.open_run(site.store, run)
     for step in range(18):
         runs.record_metrics(site.store, run.id, step=step, metrics=_curves_at(step))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from storage import conversations, deployments, feedback, people, policies
+from storage.processes import name_of_process, process_started_at
 from storage.records import (
     Conversation,
     Deployment,
@@ -26,7 +27,7 @@ from storage.records import (
     new_id,
     now,
 )
-from storage.runs import add_reward_model, add_snapshot, close_run, open_run, process_started_at
+from storage.runs import add_reward_model, add_snapshot, close_run, open_run
 from storage.store import Store
 
 BASE_SHA256 = "ba5e" * 16
@@ -107,6 +108,7 @@ def make_run(**changes: Any) -> Run:
         "code_version": "test",
         "pid": pid,
         "pid_started_at": process_started_at(pid),
+        "process": name_of_process(pid),
         "started_at": now(),
     }
     return Run(**{**fields, **changes})

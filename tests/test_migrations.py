@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from sqlite_utils import Database
 
-from storage import audit, deployments, policies
+from storage import audit, deployments, policies, runs
 from storage.errors import CorruptData, StorageUnavailable
 from storage.records import Person
 from storage.schema import MIGRATION_NAMES, MIGRATIONS
@@ -89,6 +89,18 @@ def test_a_migration_that_would_leave_a_reference_to_nothing_is_undone(tmp_path:
     assert connection.execute("SELECT count(*) FROM deployments").fetchone() == (1,)
     assert "m007_shadow" not in {row[0] for row in connection.execute("SELECT name FROM _sqlite_migrations")}
     connection.close()
+
+
+def test_a_run_from_before_processes_had_names_is_kept(tmp_path: Path) -> None:
+    connection = at_migration(tmp_path / "old", "m008_process_of_a_run")
+    connection.execute(
+        """INSERT INTO runs (id, method, trigger, config, seed, code_version, pid, pid_started_at, started_at, status,
+                             progress, cost, message)
+           VALUES ('run-1', 'dpo', 'manual', '{}', 1, 'v', 1, 2.0, 3.0, 'passed', '{}', '{}', 'done')"""
+    )
+    connection.close()
+    (run,) = runs.list_runs(Store(tmp_path / "old"))
+    assert (run.pid_started_at, run.process) == (2.0, None)
 
 
 def test_data_of_a_newer_version_is_refused(world: World) -> None:

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from storage import audit, runs
 from storage.errors import Busy, Conflict, InvalidField, NotFound
+from storage.processes import name_of_process, process_started_at
 from storage.records import RewardModel, Run, Snapshot, new_id, now
 from storage_fixtures import World, make_run, make_world
 
@@ -30,7 +32,7 @@ def run(world: World) -> Run:
 
 
 def dead_run() -> Run:
-    return make_run(pid=2**22 - 1, pid_started_at=now())
+    return make_run(pid=2**22 - 1)
 
 
 def test_a_run_is_kept_as_it_was_opened(world: World, run: Run) -> None:
@@ -69,23 +71,37 @@ def test_a_run_of_a_living_process_is_left_alone(world: World, run: Run) -> None
 
 
 def test_a_reused_pid_is_another_process(world: World) -> None:
-    own_start = runs.process_started_at(os.getpid())
-    assert own_start is not None
-    runs.open_run(world.store, make_run(pid_started_at=own_start - 60))
+    boot, ticks = (name_of_process(os.getpid()) or "").split()
+    runs.open_run(world.store, make_run(process=f"{boot} {int(ticks) - 1}"))
     assert len(runs.mark_dead_runs(world.store)) == 1
+
+
+def test_a_run_outlives_a_clock_that_is_set(world: World) -> None:
+    runs.open_run(world.store, make_run(pid_started_at=now() - 1e6))
+    assert runs.mark_dead_runs(world.store) == []
+
+
+def test_a_run_recorded_by_the_clock_alone_is_known_by_it(world: World) -> None:
+    own_start = process_started_at(os.getpid())
+    assert own_start is not None
+    runs.open_run(world.store, make_run(process=None))
+    assert runs.mark_dead_runs(world.store) == []
+    reused = replace(make_run(process=None), pid_started_at=own_start - 60)
+    assert not runs.is_alive(reused)
 
 
 def test_the_start_time_of_a_process_is_known_until_it_ends() -> None:
     before = time.time()
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    started_at = runs.process_started_at(process.pid)
+    started_at = process_started_at(process.pid)
     assert started_at is not None
     assert abs(started_at - before) < 2
     process.kill()
     deadline = time.time() + 5
-    while runs.process_started_at(process.pid) is not None and time.time() < deadline:
+    while process_started_at(process.pid) is not None and time.time() < deadline:
         time.sleep(0.01)
-    assert runs.process_started_at(process.pid) is None  # a zombie already, before it is waited for
+    assert name_of_process(process.pid) is None
+    assert process_started_at(process.pid) is None  # a zombie already, before it is waited for
     process.communicate()
 
 

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import psutil
 
+from storage.processes import boot_id, started_ticks
+
 CLOCK_TOLERANCE_S = 2.0
 """Start times by the clock are computed from the boot time, which moves when the clock is set."""
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 POLL_S = 0.1
 SHARED_MEMORY = Path("/dev/shm")
 _SHARED = re.compile(r" (\d+) +/dev/shm/", re.MULTILINE)
@@ -48,8 +49,8 @@ def leader_of(pid: int) -> Leader:
     return Leader(
         pid=pid,
         started_at=psutil.Process(pid).create_time(),
-        started_ticks=_started_ticks(pid),
-        boot_id=_boot_id(),
+        started_ticks=started_ticks(pid),
+        boot_id=boot_id(),
     )
 
 
@@ -85,7 +86,7 @@ def members(leader: Leader, *, is_ours: Callable[[psutil.Process], bool]) -> lis
         leader: as recorded.
         is_ours: asked about each process when the leader itself is gone, before it is called ours.
     """
-    if leader.boot_id is not None and leader.boot_id != _boot_id():
+    if leader.boot_id is not None and leader.boot_id != boot_id():
         return []  # the machine was started anew since
     first = _running(leader.pid)
     if first is not None and abs(_began_after_s(first, leader)) > CLOCK_TOLERANCE_S:
@@ -160,25 +161,10 @@ def _is_resource_tracker(process: psutil.Process) -> bool:
 
 def _began_after_s(process: psutil.Process, leader: Leader) -> float:
     """Return how many seconds after the leader a process began; by the clock only where nothing better is known."""
-    ticks = _started_ticks(process.pid)
+    ticks = started_ticks(process.pid)
     if ticks is None or leader.started_ticks is None:
         return float(process.create_time() - leader.started_at)
     return float(ticks - leader.started_ticks) / os.sysconf("SC_CLK_TCK")
-
-
-def _started_ticks(pid: int) -> int | None:
-    """Return the field `starttime` of /proc/PID/stat, the 22nd; the 2nd is a name, in which anything may stand."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19])
-    except (OSError, IndexError, ValueError):
-        return None
-
-
-def _boot_id() -> str | None:
-    try:
-        return BOOT_ID.read_text().strip()
-    except OSError:
-        return None
 
 
 def _running(pid: int) -> psutil.Process | None:
