@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +143,20 @@ def test_expressions_are_read_as_prometheus_reads_them() -> None:
         readings('sum by (a, b) (rate(x_total{c="{d}",e=~"f"}[5m])) / on (g) group_left () y or vector(0)')
     )
     assert found == [Reading("x_total", frozenset({"c", "e"})), Reading("y", frozenset())]
+
+
+def test_each_alert_has_a_case_in_which_it_fires() -> None:
+    cases = yaml.safe_load((GRAFANA / "alerts_test.yml").read_text())["tests"]
+    fired = {asked["alertname"] for case in cases for asked in case["alert_rule_test"] if asked["exp_alerts"]}
+    assert fired == {rule["alert"] for rule in RULES}
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool, which comes with Prometheus")
+def test_alerts_fire_when_they_should_and_not_before() -> None:
+    done = subprocess.run(
+        ["promtool", "test", "rules", str(GRAFANA / "alerts_test.yml")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
