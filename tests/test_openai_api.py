@@ -15,7 +15,7 @@ import pytest
 
 from assistant.engine.errors import EngineBusy, StreamBroken
 from storage import conversations, policies
-from storage.records import Turn
+from storage.records import Json, Turn
 from web_fixtures import QUESTION, Site, error_of, make_site, post, running, wait_until
 
 
@@ -106,7 +106,7 @@ def test_harmless_options_and_those_that_ask_for_nothing_are_accepted(site: Site
         site,
         model=None,
         n=1,
-        tools=[],
+        tools=[{"type": "function", "function": {"name": "look_up", "parameters": {}}}],
         tool_choice="none",
         response_format={"type": "text"},
         logprobs=False,
@@ -163,6 +163,16 @@ def test_a_dialogue_that_goes_on_is_recorded_below_the_turn_it_continues(site: S
     assert site.store.get(Turn, second).parent_turn_id == first
     assert site.store.get(Turn, again).parent_turn_id == first  # regenerated: a sibling, not a child
     assert site.store.get(Turn, first).parent_turn_id is None
+
+
+@pytest.mark.parametrize("stopped", [[], [{"role": "assistant", "content": ""}]])
+def test_a_question_stopped_before_its_first_word_breaks_no_dialogue(site: Site, stopped: list[Json]) -> None:
+    """Chat pages send it along, with an empty answer or none."""
+    site.engine.enqueue(["On its way.", "Tomorrow."])
+    first = post(site, user="c").json()["id"]
+    answer, asked = {"role": "assistant", "content": "On its way."}, {"role": "user", "content": "When?"}
+    second = post(site, user="c", messages=[*QUESTION, answer, asked, *stopped, asked]).json()["id"]
+    assert site.store.get(Turn, second).parent_turn_id == first
 
 
 def test_questions_of_one_user_at_the_same_moment_share_the_conversation(live: Site) -> None:

@@ -33,8 +33,7 @@ def site(tmp_path: Path) -> Site:
     [
         ({"n": 2}, "n", "leave it out"),
         ({"n": True}, "n", "leave it out"),
-        ({"tools": [{"type": "function"}]}, "tools", "leave it out"),
-        ({"tool_choice": "required"}, "tool_choice", "leave it out"),
+        ({"tools": [{"type": "function"}], "tool_choice": "required"}, "tool_choice", "leave it out"),
         ({"response_format": {"type": "json_object"}}, "response_format", "leave it out"),
         ({"logprobs": True}, "logprobs", "leave it out"),
         ({"top_logprobs": 5}, "top_logprobs", "leave it out"),

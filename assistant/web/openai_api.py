@@ -115,11 +115,16 @@ def make_ask(services: Services, person: Person, asked: CompletionRequest) -> As
 
 
 def continued_turn(services: Services, conversation: Conversation, messages: list[Json]) -> str | None:
-    """Return the latest shown turn whose question and answer stand right before the question; None if none
-    does."""
-    if len(messages) < 3 or messages[-2]["role"] != "assistant":
+    """Return the latest shown turn whose question and answer stand last before the question; None if none does.
+
+    Questions between them got no word of an answer, as they were stopped before it: they left no turn.
+    """
+    before = messages[:-1]
+    while before and (before[-1]["role"] == "user" or not before[-1]["content"]):
+        before.pop()
+    if len(before) < 2 or before[-1]["role"] != "assistant":
         return None
-    question, answer = messages[-3]["content"], messages[-2]["content"]
+    question, answer = before[-2]["content"], before[-1]["content"]
     turn_id = conversation.head_turn_id
     for _ in range(EARLIER_TURNS):
         if turn_id is None:

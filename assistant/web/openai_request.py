@@ -1,7 +1,8 @@
 """What `POST /v1/chat/completions` takes, read from OpenAI's JSON.
 
-Options that cannot change an answer are accepted and not used. Options that would change it, and names
-nobody knows, are refused: a caller who is not told believes that they work.
+Options that cannot change an answer are accepted and not used, and so are tools that a model may leave alone: stock Open
+WebUI offers some with every question. Options that would change the answer, and names nobody knows, are refused: a caller
+who is not told believes that they work.
 """
 
 from __future__ import annotations
@@ -30,13 +31,11 @@ USED = (
 )  # fmt: skip
 HARMLESS = (
     "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "parallel_tool_calls",
+    "parallel_tool_calls", "tools", "functions",
 )  # fmt: skip
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
-    "tools": ([],),
     "tool_choice": ("none", "auto"),
-    "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "logprobs": (False,),
