@@ -128,13 +128,8 @@ def stopped_early(page: httpx.Client, asked: dict[str, Any], chat: dict[str, str
 
 def test_a_stock_chat_page_lists_models_streams_stops_and_goes_on(server: Server) -> None:
     """What a page like Open WebUI does with a connection, by hand: no client library, the chat's id as a header."""
-    tools = [{"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}}]
-    asked = {
-        **long_question(server),
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "tools": tools,  # Open WebUI offers some with every question
-    }
+    asked = {**long_question(server), "stream": True, "stream_options": {"include_usage": True}}
+    asked["tools"] = [{"type": "function", "function": {"name": "search"}}]  # as Open WebUI does
     chat = {"X-Conversation-Id": "chat-7"}
     with server.client() as page:
         models = page.get("/v1/models").json()
