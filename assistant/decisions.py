@@ -71,7 +71,7 @@ def check_approval(
 
     Raises:
         NotAllowed, NotFound, Conflict, InvalidField: as `approve`.
-        AdapterRefused: another base is served.
+        OtherBase: another base is served.
     """
     role, share = _role_and_share(canary_percent, shadow_percent)
     policies.check_decider(store, person.id, reason)

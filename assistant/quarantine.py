@@ -64,7 +64,7 @@ def lift(store: Store, deployment: Deployment) -> None:
 def refusals_kept(store: Store, policy_id: str) -> Iterator[None]:
     """Quarantine the policy when a gate refuses it in the block; the refusal goes on to whoever asked.
 
-    What may be the engine's fault, as its want of memory, leaves no mark, nor does another base than is served.
+    What may be the engine's fault, as its want of memory, leaves no mark, nor does another `--model` than its base.
     """
     try:
         yield

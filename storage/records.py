@@ -215,7 +215,7 @@ class Run:
     code_version: str
     pid: int
     pid_started_at: float
-    """By the clock at that time."""
+    """Unix seconds, by the clock when the run was opened."""
     started_at: float
     status: RunStatus = "running"
     progress: Json = field(default_factory=dict)
@@ -227,7 +227,7 @@ class Run:
     message: str = ""
     """Why it ended as it did, for a person."""
     process: str | None = None
-    """What names the process for good, as `storage.processes` says it; a pid alone is reused."""
+    """What names the process for good, as `storage.processes` says it; None in runs of before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

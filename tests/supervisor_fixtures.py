@@ -27,14 +27,14 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 
 
 STUCK = """
-import http.server, sys, time
+import http.server, os, sys, time
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.end_headers()
         if self.path == "/metrics":
             self.wfile.write(b'vllm:generation_tokens_total{engine="0"} 5.0')
     def do_POST(self):
-        time.sleep(300)
+        time.sleep(float(sys.argv[2])); os._exit(1)
     def log_message(self, *_): pass
 http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
@@ -49,9 +49,9 @@ def stand_in(port: int) -> list[str]:
     return [sys.executable, "-c", STAND_IN, str(port)]
 
 
-def stuck(port: int) -> list[str]:
-    """A server that is healthy, as it says, and gives no token."""
-    return [sys.executable, "-c", STUCK, str(port)]
+def stuck(port: int, *, ends_after_s: float) -> list[str]:
+    """A server that is healthy, as it says, gives no token, and ends so long after it was asked for one."""
+    return [sys.executable, "-c", STUCK, str(port), str(ends_after_s)]
 
 
 def alive(pid: int) -> bool:

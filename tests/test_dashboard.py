@@ -145,10 +145,13 @@ def test_expressions_are_read_as_prometheus_reads_them() -> None:
     assert found == [Reading("x_total", frozenset({"c", "e"})), Reading("y", frozenset())]
 
 
-def test_each_alert_has_a_case_in_which_it_fires() -> None:
+@pytest.mark.parametrize("fires", [True, False])
+def test_each_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not(fires: bool) -> None:
     cases = yaml.safe_load((GRAFANA / "alerts_test.yml").read_text())["tests"]
-    fired = {asked["alertname"] for case in cases for asked in case["alert_rule_test"] if asked["exp_alerts"]}
-    assert fired == {rule["alert"] for rule in RULES}
+    asked = [
+        asked for case in cases for asked in case["alert_rule_test"] if bool(asked["exp_alerts"]) == fires
+    ]
+    assert {one["alertname"] for one in asked} == {rule["alert"] for rule in RULES}
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool, which comes with Prometheus")

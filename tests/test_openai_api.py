@@ -175,6 +175,14 @@ def test_a_question_stopped_before_its_first_word_breaks_no_dialogue(site: Site,
     assert site.store.get(Turn, second).parent_turn_id == first
 
 
+def test_an_empty_answer_that_was_recorded_is_continued(site: Site) -> None:
+    site.engine.enqueue(["", "Tomorrow."])
+    first = post(site, user="c").json()["id"]
+    empty, asked = {"role": "assistant", "content": ""}, {"role": "user", "content": "When?"}
+    second = post(site, user="c", messages=[*QUESTION, empty, asked]).json()["id"]
+    assert site.store.get(Turn, second).parent_turn_id == first
+
+
 def test_questions_of_one_user_at_the_same_moment_share_the_conversation(live: Site) -> None:
     async def ask_eight_times() -> list[str]:
         async with openai.AsyncOpenAI(

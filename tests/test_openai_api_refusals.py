@@ -33,7 +33,10 @@ def site(tmp_path: Path) -> Site:
     [
         ({"n": 2}, "n", "leave it out"),
         ({"n": True}, "n", "leave it out"),
-        ({"tools": [{"type": "function"}], "tool_choice": "required"}, "tool_choice", "leave it out"),
+        ({"tools": [{}], "tool_choice": "required"}, "tool_choice", "leave it out"),
+        ({"tools": [{}], "tool_choice": {"type": "function"}}, "tool_choice", "leave it out"),
+        ({"functions": [{}], "function_call": {"name": "f"}}, "function_call", "leave it out"),
+        ({"tools": "search"}, "tools", "send a list"),
         ({"response_format": {"type": "json_object"}}, "response_format", "leave it out"),
         ({"logprobs": True}, "logprobs", "leave it out"),
         ({"top_logprobs": 5}, "top_logprobs", "leave it out"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from itertools import pairwise
@@ -27,6 +28,7 @@ from alignment_fixtures import (
     rate_all,
 )
 from storage import runs
+from storage.processes import name_of_process
 from storage.store import Store
 
 
@@ -37,6 +39,11 @@ def opened(tmp_path: Path) -> Iterator[tuple[Store, str]]:
     runs.open_run(store, run)
     yield store, run.id
     store.close()
+
+
+def test_a_run_is_known_by_the_name_of_its_process(opened: tuple[Store, str]) -> None:
+    store, run_id = opened
+    assert runs.get_run(store, run_id).process == name_of_process(os.getpid())
 
 
 def test_progress_is_written_about_twice_a_second_and_loses_no_point(

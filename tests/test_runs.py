@@ -71,8 +71,8 @@ def test_a_run_of_a_living_process_is_left_alone(world: World, run: Run) -> None
 
 
 def test_a_reused_pid_is_another_process(world: World) -> None:
-    boot, ticks = (name_of_process(os.getpid()) or "").split()
-    runs.open_run(world.store, make_run(process=f"{boot} {int(ticks) - 1}"))
+    boot, pid, ticks = (name_of_process(os.getpid()) or "").split()
+    runs.open_run(world.store, make_run(process=f"{boot} {pid} {int(ticks) - 1}"))
     assert len(runs.mark_dead_runs(world.store)) == 1
 
 

@@ -38,8 +38,10 @@ class Heartbeat:
         """Watch the server at `url`, which serves its base as `model`."""
         self._url, self._model = url, model
         self._signs: tuple[str, ...] = ()
-        self.shown_at = time.monotonic()
+        self.well_at = time.monotonic()
         """When it last showed that it computes."""
+        self._quiet_since = self.well_at
+        """The same, or when a question to it was lost: it is asked again some time after that."""
         self._asked_at: float | None = None
         self._asking: asyncio.Task[None] | None = None
 
@@ -57,7 +59,7 @@ class Heartbeat:
         if not signs or signs != self._signs:
             self._signs = signs
             self._show()
-        elif self._asked_at is None and time.monotonic() - self.shown_at > ASK_AFTER_S:
+        elif self._asked_at is None and time.monotonic() - self._quiet_since > ASK_AFTER_S:
             await self.stop()
             self._asked_at = time.monotonic()
             self._asking = asyncio.create_task(self._ask(client), name="vllm-heartbeat")
@@ -77,10 +79,12 @@ class Heartbeat:
             return
         except httpx.HTTPError as error:
             log.info("the engine could not be asked for a token: %r", error)
+            self._quiet_since, self._asked_at = time.monotonic(), None
         else:
             if reply.status_code != 200:
                 log.warning("the engine refused to give a token: %s", reply.text[:300])
-        self._show()
+            self._show()
 
     def _show(self) -> None:
-        self.shown_at, self._asked_at = time.monotonic(), None
+        self.well_at = self._quiet_since = time.monotonic()
+        self._asked_at = None

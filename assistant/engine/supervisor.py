@@ -44,8 +44,8 @@ Progress = Callable[[str, float], None]
 """Called with what vLLM is doing, in words, and the seconds since the start."""
 State = Literal["stopped", "starting", "ready", "restarting", "down"]
 MAX_DEATHS, DEATH_WINDOW_S = 5, 600.0
-"""So many ends of the server within so much service are given up on. A boot that fails, and the time until a stuck engine is
-found out, are no service: what never works is not tried for ever, however long each try takes."""
+"""So many ends of the server within so much service are given up on. A boot, and the time until a stuck engine is found out,
+are no service: what never works is not tried for ever, however long each try takes."""
 MAX_BACKOFF_S = 30.0
 POLL_S = 0.2
 LOOK_S = 5.0
@@ -134,7 +134,7 @@ class VllmProcess:
         self._leader: process_group.Leader | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._served_s = 0.0
-        """How long it was ready and well, over all its starts."""
+        """How long it was ready and showed that it computes, over all its starts."""
         self._deaths: deque[float] = deque()
         """What that was at its latest ends."""
 
@@ -142,7 +142,7 @@ class VllmProcess:
         """Start the server, wait until it is ready, and keep it running from then on.
 
         Args:
-            keep_trying: when this first boot fails, try again in the background as after a death, until `stop`.
+            keep_trying: when this first boot fails, try again in the background, as after a death.
 
         Raises:
             EngineUnavailable: it died or took too long, with the last lines of its log; or the disk took no log.
@@ -279,8 +279,8 @@ class VllmProcess:
         while True:
             why = failure or await self._end_of_service()
             if self._died_too_often():
-                limit = f"{MAX_DEATHS} times within {DEATH_WINDOW_S / 60:.0f} minutes of service"
-                await self._end("down", f"vllm died {limit}, last: {why}; see {self.log} and start again")
+                often = f"{MAX_DEATHS} times, with under {DEATH_WINDOW_S / 60:.0f} minutes of service between"
+                await self._end("down", f"vllm ended {often}, last: {why}; see {self.log} and start again")
                 return
             await self._end("restarting", f"{why}; starting again")
             await asyncio.sleep(backoff_s(len(self._deaths)))
@@ -295,18 +295,17 @@ class VllmProcess:
 
     async def _end_of_service(self) -> str:
         """Wait until the server has ended or hangs, and return which."""
-        ready_at = time.monotonic()
         async with httpx.AsyncClient(trust_env=False, timeout=LOOK_S) as client:
             beat = Heartbeat(self.url, self.options.base_name)
+            ready_at = beat.well_at
             try:
-                hangs, last_well_at = await self._hung(client, beat)
+                return await self._hung(client, beat) or self._how_it_ended()
             finally:
+                self._served_s += beat.well_at - ready_at
                 await beat.stop()
-        self._served_s += last_well_at - ready_at
-        return hangs or self._how_it_ended()
 
-    async def _hung(self, client: httpx.AsyncClient, beat: Heartbeat) -> tuple[str, float]:
-        """Return how the server hangs, "" once it has ended, and until when it was well (`time.monotonic`)."""
+    async def _hung(self, client: httpx.AsyncClient, beat: Heartbeat) -> str:
+        """Return how the server hangs, "" once it has ended."""
         heard_at = looked_at = time.monotonic()
         while self._process is not None and self._process.poll() is None:
             if time.monotonic() - looked_at >= LOOK_S:
@@ -314,12 +313,11 @@ class VllmProcess:
                 heard_at = time.monotonic() if await self._is_ready(client) else heard_at
                 await beat.look(client)
             if time.monotonic() - heard_at > SILENT_S:
-                return f"it did not answer for {SILENT_S:.0f} s", heard_at
+                return f"it did not answer for {SILENT_S:.0f} s"
             if beat.stuck:
-                owed = f"its engine gave no token for {heartbeat.STUCK_S:.0f} s, though it was asked for one"
-                return owed, beat.shown_at
+                return f"its engine gave no token for {heartbeat.STUCK_S:.0f} s, though it was asked for one"
             await asyncio.sleep(POLL_S)
-        return "", time.monotonic()
+        return ""
 
     def _died_too_often(self) -> bool:
         self._deaths.append(self._served_s)

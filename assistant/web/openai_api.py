@@ -117,14 +117,22 @@ def make_ask(services: Services, person: Person, asked: CompletionRequest) -> As
 def continued_turn(services: Services, conversation: Conversation, messages: list[Json]) -> str | None:
     """Return the latest shown turn whose question and answer stand last before the question; None if none does.
 
-    Questions between them got no word of an answer, as they were stopped before it: they left no turn.
+    Chat pages send along what was stopped before its first word and left no turn: a question without an answer, or with
+    an empty one.
     """
     before = messages[:-1]
-    while before and (before[-1]["role"] == "user" or not before[-1]["content"]):
-        before.pop()
-    if len(before) < 2 or before[-1]["role"] != "assistant":
-        return None
-    question, answer = before[-2]["content"], before[-1]["content"]
+    while len(before) > 1:
+        answered = before[-1]["role"] == "assistant"
+        if answered:
+            found = _turn_of(services, conversation, before[-2]["content"], before[-1]["content"])
+            if found or before[-1]["content"]:
+                return found
+        before = before[: -2 if answered else -1]
+    return None
+
+
+def _turn_of(services: Services, conversation: Conversation, question: str, answer: str) -> str | None:
+    """Return the latest shown turn with this question and answer."""
     turn_id = conversation.head_turn_id
     for _ in range(EARLIER_TURNS):
         if turn_id is None:

@@ -31,8 +31,9 @@ USED = (
 )  # fmt: skip
 HARMLESS = (
     "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "parallel_tool_calls", "tools", "functions",
+    "parallel_tool_calls",
 )  # fmt: skip
+OFFERED = ("tools", "functions")
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "tool_choice": ("none", "auto"),
@@ -73,11 +74,14 @@ def read_completion(body: Json, header_id: str | None) -> CompletionRequest:
         ModelNotFound: another model than ours.
     """
     check_model(body.get("model"))
-    check_names(body, (*USED, *HARMLESS, *NEUTRAL))
+    check_names(body, (*USED, *HARMLESS, *OFFERED, *NEUTRAL))
     for name, neutral in NEUTRAL.items():
         value = body.get(name)
         if value is not None and not any(_same(value, one) for one in neutral):
             raise InvalidField(name, value, "Kotae does not have this option; leave it out")
+    for name in OFFERED:
+        if not isinstance(body.get(name) or [], list):
+            raise InvalidField(name, body[name], "send a list; no tool is ever called")
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise InvalidField("stream_options", options, 'send {"include_usage": true} or leave it out')
