@@ -20,6 +20,9 @@ BUSY_TIMEOUT_S = 10.0
 
 WAIT_S = 0.01
 
+LONGEST_LOG_PAGES = 10_000
+"""Then a commit brings the log into the database and waits for the disk; before, `Store.flush` does, which no answer waits for."""
+
 
 def connect(path: Path) -> sqlite3.Connection:
     """Open the database with foreign keys, write-ahead log and, unless a transaction asks for less, full syncs.
@@ -35,6 +38,7 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.row_factory = sqlite3.Row
         mode = _write_ahead(connection)
         connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {LONGEST_LOG_PAGES}")
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA recursive_triggers = ON")  # REPLACE then fires DELETE triggers too
         enforced = connection.execute("PRAGMA foreign_keys").fetchone()[0]

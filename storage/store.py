@@ -33,6 +33,8 @@ from storage.tables import (
 )
 
 Record = TypeVar("Record")
+MERGE_AFTER = 100
+"""Changes after which `Store.flush` brings the log into the database: some thousand pages."""
 
 
 class Transaction:
@@ -162,6 +164,7 @@ class Store:
         self._threads = threading.local()
         self._open: weakref.WeakSet[Held] = weakref.WeakSet()
         self._writing = threading.Lock()
+        self._unmerged = 0
         self._watching = threading.Lock()
         self._closed = False
         try:
@@ -231,6 +234,7 @@ class Store:
             transaction.check_audited(audited)
             with translated():
                 connection.execute("COMMIT")
+            self._unmerged += 1
         finally:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
@@ -251,7 +255,7 @@ class Store:
             connection.execute("COMMIT")
 
     def flush(self) -> None:
-        """Wait until every committed change is on the disk.
+        """Wait until every committed change is on the disk; now and then bring the log into the database, too.
 
         Raises:
             StorageUnavailable: the disk refused.
@@ -265,6 +269,10 @@ class Store:
                 os.close(log)
         except OSError as error:
             raise StorageUnavailable(f"--data: cannot write to {self.data}: {error.strerror}") from error
+        if self._unmerged >= MERGE_AFTER:
+            self._unmerged = 0  # a change that comes meanwhile counts for the next time or not at all
+            with translated():
+                self._connection().execute("PRAGMA wal_checkpoint(PASSIVE)")  # waits for nobody
 
     def data_version(self) -> int:
         """Return a number that changes whenever any thread or process committed a change."""

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from chat_fixtures import make_desk
-from storage import conversations
+from storage import conversations, settings
 from storage.errors import StorageUnavailable
 from storage.flusher import Flusher
-from storage.store import Store
+from storage.people import SYSTEM
+from storage.store import MERGE_AFTER, Store
 from storage_fixtures import World, make_world
 
 
@@ -169,3 +170,20 @@ def test_an_answer_is_told_before_it_is_on_the_disk_and_there_before_the_end(
         desk.engine.enqueue(["A."])
     asyncio.run(scenario())
     assert disk.count == 2  # the first answer's, and one for the other two
+
+
+def merged_pages(world: World) -> int:
+    """Return the size of the database without its log."""
+    return (world.store.data / "kotae.db").stat().st_size // 4096
+
+
+def test_the_log_is_brought_into_the_database_by_flushes_and_by_no_commit(world: World) -> None:
+    before = merged_pages(world)
+    for number in range(MERGE_AFTER):
+        if number == MERGE_AFTER // 2:
+            world.store.flush()  # too soon
+        settings.put(world.store, f"large {number}", "x" * 100_000, actor=SYSTEM)
+    assert (world.store.data / "kotae.db-wal").stat().st_size > 2000 * 4096
+    assert merged_pages(world) == before
+    world.store.flush()
+    assert merged_pages(world) > before + 2000
