@@ -21,7 +21,8 @@ BUSY_TIMEOUT_S = 10.0
 WAIT_S = 0.01
 
 LONGEST_LOG_PAGES = 10_000
-"""Then a commit brings the log into the database and waits for the disk; before, `Store.flush` does, which no answer waits for."""
+"""Then a commit brings the log into the database, and waits for the disk; before that `Store.flush` does, for which no
+answer waits."""
 
 
 def connect(path: Path) -> sqlite3.Connection:
