@@ -252,6 +252,7 @@ async def measure(
 
         asks = {"engine": engine.ask, "api": api.ask, "page": on_the_page}
         asks = {name: ask for name, ask in asks.items() if name in names}
+        found: dict[str, object] = {}
         for number in range(rounds):
             for name, ask in asks.items() if number % 2 == 0 else reversed(asks.items()):
                 await crowd(ask, busy[name], people=people, seconds=seconds, texts=texts)
