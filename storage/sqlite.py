@@ -21,8 +21,8 @@ BUSY_TIMEOUT_S = 10.0
 WAIT_S = 0.01
 
 LONGEST_LOG_PAGES = 10_000
-"""Then a commit brings what is left of the log into the database, waits for the disk, and the log starts over (40 MiB). Most was
-brought there by `Store.flush`, for which no answer waits, and which never comes to the end of a log that is being written."""
+"""Then a commit brings what is left of the log into the database and waits for the disk, and the log starts over (40 MiB).
+Most was brought there by `Store.flush`, for which no answer waits, and which never reaches the end of a busy log."""
 
 
 def connect(path: Path) -> sqlite3.Connection:
